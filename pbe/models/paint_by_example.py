@@ -1,0 +1,105 @@
+"""Paint by Example: repaint the masked part of a picture as the object of an exemplar (arXiv 2211.13227)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pbe.models.exemplar import ExemplarConfig, ExemplarEncoder
+from pbe.models.unet import UNet, UNetConfig
+from pbe.models.vae import AutoencoderKL, VAEConfig, pad_to_multiple
+
+
+@dataclass(frozen=True)
+class PaintByExampleConfig:
+    """Sizes of `PaintByExample`; the defaults are those of the released model.
+
+    `resolution` is the side in pixels of the pictures it was trained on.
+    """
+
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+    exemplar: ExemplarConfig = ExemplarConfig()
+    resolution: int = 512
+
+
+class Condition(NamedTuple):
+    """What the UNet is told about an edit; the same at every step."""
+
+    z_masked: Tensor  # (B, 4, h, w) scaled latent of the masked image
+    mask: Tensor  # (B, 1, h, w) in [0, 1], 1 = keep
+    context: Tensor  # (B, T, context_dim)
+
+
+class PaintByExample(nn.Module):
+    """The networks of Paint by Example under the keys of the original checkpoint.
+
+    `first_stage_model` is the VAE, `cond_stage_model` the exemplar encoder, `model.diffusion_model` the UNet,
+    `learnable_vector` the condition that stands for "no exemplar" in classifier-free guidance.
+    """
+
+    def __init__(self, config: PaintByExampleConfig):
+        super().__init__()
+        self.config = config
+        width, context_dim = config.exemplar.vision.width, config.unet.context_dim
+        self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})
+        self.first_stage_model = AutoencoderKL(config.vae)
+        self.cond_stage_model = ExemplarEncoder(config.exemplar)
+        self.proj_out = nn.Linear(width, context_dim)
+        self.learnable_vector = nn.Parameter(torch.randn(1, 1, context_dim))
+
+    @property
+    def unet(self) -> UNet:
+        """The denoising network: `unet(unet_in, t, context)`."""
+        return self.model["diffusion_model"]
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder between pictures and latents."""
+        return self.first_stage_model
+
+    @property
+    def null_context(self) -> Tensor:
+        """The learned unconditional vector (1, 1, context_dim)."""
+        return self.learnable_vector
+
+    @property
+    def device(self) -> torch.device:
+        return self.learnable_vector.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.learnable_vector.dtype
+
+    def encode_exemplar(self, exemplar: Tensor) -> Tensor:
+        """The context (B, 1, context_dim) of CLIP-normalised exemplars (B, 3, 224, 224)."""
+        return self.proj_out(self.cond_stage_model(exemplar))
+
+    def condition(
+        self, image: Tensor, mask: Tensor, exemplar: Tensor, posterior_noise: Tensor | None = None
+    ) -> Condition:
+        """What the UNet needs to know of an edit.
+
+        `image` (B, 3, H, W) in [-1, 1]; `mask` (B, 1, H, W) in {0, 1}, 1 = keep; `exemplar` (B, 3, 224, 224),
+        CLIP-normalised. The masked image's latent is the posterior's mean, or its sample for `posterior_noise`
+        (B, 4, h, w), as the original draws it.
+        """
+        if mask.shape != (image.shape[0], 1, *image.shape[2:]):
+            raise ValueError(
+                f"mask {tuple(mask.shape)} does not fit image {tuple(image.shape)}: (B, 1, H, W) is needed"
+            )
+        posterior = self.vae.encode(image * mask)
+        z_masked = posterior.mean if posterior_noise is None else posterior.sample(posterior_noise)
+        return Condition(z_masked, latent_mask(mask, self.config.vae.downsampling), self.encode_exemplar(exemplar))
+
+
+def latent_mask(mask: Tensor, downsampling: int) -> Tensor:
+    """The mask (B, 1, H, W) at latent size, fractional along its border.
+
+    Bilinear without antialiasing, as the original resized it; torch's newer default would blur it further.
+    """
+    mask = pad_to_multiple(mask, downsampling)
+    h, w = mask.shape[-2] // downsampling, mask.shape[-1] // downsampling
+    return F.interpolate(mask, size=(h, w), mode="bilinear", align_corners=False)
