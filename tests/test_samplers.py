@@ -1,0 +1,374 @@
+"""Samplers against closed forms, against diffusers, and against their contract."""
+
+from math import log, sqrt
+
+import numpy as np
+import pytest
+import torch
+
+from pbe.sampling import SAMPLERS, NoiseSchedule, ddim, ddpm, dpm_solver, get_sampler, make_generators, plms, randn
+from pbe.sampling.plms import ADAMS_BASHFORTH
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def nonlinear_eps(x_t, t):
+    """A bounded, elementwise stand-in for a network that depends on the state and on the time."""
+    t = t.view(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype) / 1000
+    return torch.sin(1.3 * x_t + t) * (0.5 + 0.5 * t) + 0.3 * x_t * t
+
+
+class Gaussian:
+    """Data x_0 ~ N(mu, s^2), for which the best eps and the probability-flow ODE's solution are closed forms."""
+
+    def __init__(self, schedule, mu=0.7, s=0.5):
+        self.schedule, self.mu, self.s = schedule, mu, s
+
+    def moments(self, t):
+        """Mean and variance of x_t."""
+        alpha_bar_t = self.schedule.alpha_bar[t].item()
+        return sqrt(alpha_bar_t) * self.mu, alpha_bar_t * self.s**2 + 1 - alpha_bar_t
+
+    def eps(self, x_t, t):
+        # -sqrt(1 - alpha_bar_t) times the score of N(mean, variance)
+        t = t[0].item()
+        mean, variance = self.moments(t)
+        return sqrt(1 - self.schedule.alpha_bar[t].item()) * (x_t - mean) / variance
+
+    def trajectory(self, t, c):
+        """The ODE's solution that is c standard deviations from the mean, at every t."""
+        mean, variance = self.moments(t)
+        return mean + sqrt(variance) * c
+
+
+# --- closed forms -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("plms", 2), ("dpm_solver", 2)])
+def test_deterministic_samplers_converge_with_their_order(name, order):
+    # Stable Diffusion's betas made 1000 times finer. The first beta jumps to where the first 50 or so of the 1000
+    # coarse ones lead: sigma grows as sqrt(t) from t = 0, over which no method with even steps in t keeps its order.
+    T = 1_000_000
+    betas = torch.linspace(sqrt(0.00085), sqrt(0.012), T, dtype=torch.float64) ** 2 * 1000 / T
+    betas[0] = 0.05
+    data = Gaussian(NoiseSchedule.from_betas(betas))
+    c = torch.tensor([[-1.5], [0.3], [2.0]], dtype=torch.float64)
+
+    step_counts = [80, 160, 320, 640, 1280]
+    errors = []
+    for steps in step_counts:
+        x_T = data.trajectory(data.schedule.timesteps(steps)[0], c)
+        x_0 = SAMPLERS[name](data.eps, x_T, data.schedule, steps)
+        errors.append((x_0 - data.trajectory(0, c)).abs().max().item())
+    slope = -np.polyfit(np.log(step_counts), np.log(errors), 1)[0]
+    # over the first doubling PLMS is still a sixth short of its order
+    assert slope == pytest.approx(order, abs=0.15), errors
+    assert errors[-1] < 0.02 / step_counts[-1] ** (order - 1)
+
+
+def test_plms_s_higher_weights_integrate_polynomials():
+    # k weights predict a polynomial of degree k - 1 exactly over the next step, from its values at 0, -1, -2, …
+    for k, weights in ADAMS_BASHFORTH.items():
+        assert len(weights) == k
+        for degree in range(k):
+            mean = sum(w * (-float(i)) ** degree for i, w in enumerate(weights))
+            assert mean == pytest.approx(1 / (degree + 1), abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 100, 1000])
+def test_ddpm_draws_from_the_closed_form_posterior(steps):
+    # With eps consistent with one x_0, every step draws from q(x_prev | x_t, x_0), derived here by another way: the
+    # product of the Gaussians q(x_prev | x_0) and q(x_t | x_prev).
+    x_0 = torch.tensor([[0.4, -1.2, 2.0], [0.0, 1.0, -0.3]], dtype=torch.float64)
+    x_T = torch.tensor([[1.0, 0.2, -0.5], [2.0, -1.0, 0.1]], dtype=torch.float64)
+
+    def eps(x_t, t):
+        alpha_bar_t = SCHEDULE.alpha_bar[t[0]].item()
+        return (x_t - sqrt(alpha_bar_t) * x_0) / sqrt(1 - alpha_bar_t)
+
+    infos = []
+    result = ddpm(eps, x_T, SCHEDULE, steps, generators=make_generators(3, 2), callback=infos.append)
+
+    timesteps, noise, x_t = SCHEDULE.timesteps(steps), make_generators(3, 2), x_T
+    for info, t, t_prev in zip(infos[:-1], timesteps[:-1], timesteps[1:], strict=True):
+        alpha_bar_t, alpha_bar_prev = SCHEDULE.alpha_bar[t].item(), SCHEDULE.alpha_bar[t_prev].item()
+        alpha = alpha_bar_t / alpha_bar_prev
+        precision = 1 / (1 - alpha_bar_prev) + alpha / (1 - alpha)
+        mean = (sqrt(alpha_bar_prev) * x_0 / (1 - alpha_bar_prev) + sqrt(alpha) * x_t / (1 - alpha)) / precision
+        expected = mean + precision**-0.5 * randn((3,), noise, dtype=torch.float64)
+        # 1 - alpha is a difference of neighbours, of which a few digits are lost
+        torch.testing.assert_close(info.x_t, expected, rtol=1e-9, atol=1e-9)
+        x_t = info.x_t
+    # the last step returns its estimate of x_0
+    torch.testing.assert_close(result, x_0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(infos[-1].z_0, x_0, rtol=1e-9, atol=1e-9)
+
+
+def test_ddim_at_eta_1_is_ddpm_but_for_the_last_step():
+    # DDIM, section 4.1; the last step arrives at alpha_bar[0] in the one and at 1 in the other
+    x_T = randn((4, 8, 8), make_generators(0, 2), dtype=torch.float64)
+    ours, other = [], []
+    ddim(nonlinear_eps, x_T, SCHEDULE, 20, eta=1.0, generators=make_generators(1, 2), callback=ours.append)
+    ddpm(nonlinear_eps, x_T, SCHEDULE, 20, generators=make_generators(1, 2), callback=other.append)
+    for a, b in zip(ours[:-1], other[:-1], strict=True):
+        torch.testing.assert_close(a.x_t, b.x_t, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours[-1].z_0, other[-1].x_t, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.5})])
+def test_stochastic_samplers_reproduce_the_data_s_mean_and_variance(name, options):
+    data = Gaussian(SCHEDULE)
+    n = 8 * 2500
+    x_T = data.trajectory(999, randn((2500,), make_generators(10, 8), dtype=torch.float64))
+    x_0 = SAMPLERS[name](data.eps, x_T, SCHEDULE, 1000, generators=make_generators(20, 8), **options)
+    # five standard errors; and the variance falls short by a few parts in the number of steps, since a step's noise
+    # is the posterior's for a known x_0: 2 % here
+    assert x_0.mean().item() == pytest.approx(data.mu, abs=5 * data.s / sqrt(n))
+    assert x_0.var().item() == pytest.approx(data.s**2, rel=5 * sqrt(2 / n) + 0.02)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_each_ddim_step_adds_the_variance_that_keeps_the_marginal(eta):
+    # x_prev given x_0 must be N(sqrt(alpha_bar_prev) x_0, 1 - alpha_bar_prev) when x_t follows q(x_t | x_0): DDIM,
+    # lemma 1. With x_0 = 0 the state is linear in the noise, so the variance can be counted without sampling.
+    (t, alpha_bar_t, alpha_bar_prev), *_ = SCHEDULE.grid(20)
+    infos = []
+
+    def eps(x_t, t):
+        return x_t / sqrt(1 - SCHEDULE.alpha_bar[t[0]].item())
+
+    x_T = torch.zeros(1, 6, dtype=torch.float64)
+    ddim(eps, x_T, SCHEDULE, 20, eta=eta, generators=make_generators(4, 1), callback=infos.append)
+    sigma_t = infos[0].x_t / randn((6,), make_generators(4, 1), dtype=torch.float64)
+    ddim(eps, torch.ones_like(x_T), SCHEDULE, 20, eta=eta, generators=make_generators(4, 1), callback=infos.append)
+    kept = infos[20].x_t - infos[0].x_t  # of a unit x_t
+    total = kept**2 * (1 - alpha_bar_t) + sigma_t**2
+    torch.testing.assert_close(total, torch.full_like(total, 1 - alpha_bar_prev), rtol=1e-10, atol=0)
+    assert t == infos[0].t
+
+
+# --- diffusers --------------------------------------------------------------------------------------------------------
+
+
+def assert_steps_equal(infos, states):
+    # diffusers' tables and coefficients are float32, and 1000 steps add up their rounding in states of up to 30
+    assert len(infos) == len(states)
+    for info, state in zip(infos, states, strict=True):
+        torch.testing.assert_close(info.x_t, state, rtol=2e-4, atol=2e-4, msg=lambda m, i=info: f"t = {i.t}: {m}")
+
+
+def start(steps):
+    return randn((4, 8, 8), make_generators(steps, 2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 14, 15, 30, 50, 999, 1000])
+def test_dpm_solver_is_diffusers_step_by_step(steps):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **SD_BETAS,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="sigma_min",
+    )
+    # its own "leading" grid divides T by S + 1 rather than by S, so it is given ours
+    scheduler.set_timesteps(timesteps=SCHEDULE.timesteps(steps))
+    infos, states, x_t = [], [], start(steps)
+    dpm_solver(nonlinear_eps, x_t, SCHEDULE, steps, callback=infos.append)
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(nonlinear_eps(x_t, t.expand(2)), t, x_t).prev_sample
+        states.append(x_t)
+    assert_steps_equal(infos, states)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 30, 50, 999])
+def test_ddim_is_diffusers_step_by_step(steps, eta):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(
+        **SD_BETAS, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1
+    )
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == SCHEDULE.timesteps(steps)
+    infos, states, x_t = [], [], start(steps)
+    ddim(nonlinear_eps, x_t, SCHEDULE, steps, eta=eta, generators=make_generators(1, 2), callback=infos.append)
+    generators = make_generators(1, 2)
+    for t in scheduler.timesteps:
+        noise = randn((4, 8, 8), generators, dtype=torch.float64)
+        x_t = scheduler.step(nonlinear_eps(x_t, t.expand(2)), t, x_t, eta=eta, variance_noise=noise).prev_sample
+        states.append(x_t)
+    assert_steps_equal(infos, states)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 5, 10, 30, 50, 999])
+def test_plms_is_diffusers_step_by_step(steps):
+    # for a single step they differ: diffusers evaluates once where the original evaluates twice
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.PNDMScheduler(
+        **SD_BETAS, skip_prk_steps=True, set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1
+    )
+    scheduler.set_timesteps(steps)
+    infos, states, x_t = [], [], start(steps)
+    plms(nonlinear_eps, x_t, SCHEDULE, steps, callback=infos.append)
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(nonlinear_eps(x_t, t.expand(2)), t, x_t).prev_sample
+        states.append(x_t)
+    # diffusers makes the improved Euler step out of two of its own
+    assert_steps_equal(infos, states[1:])
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------
+
+
+def test_get_sampler_lists_the_choices():
+    assert set(SAMPLERS) == {"ddim", "plms", "ddpm", "dpm_solver"}
+    assert all(get_sampler(name) is sampler for name, sampler in SAMPLERS.items())
+    with pytest.raises(ValueError, match="unknown sampler 'euler', choose one of ddim, plms, ddpm, dpm_solver"):
+        get_sampler("euler")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 9, 14, 15, 27, 30, 50, 333, 500, 501, 999, 1000])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_any_number_of_steps_takes_exactly_that_many(name, steps):
+    infos, evaluated = [], []
+
+    def eps(x_t, t):
+        assert t.shape == (2,)
+        assert t.dtype == torch.long
+        evaluated.append(t[0].item())
+        return nonlinear_eps(x_t, t)
+
+    x_T = randn((3,), make_generators(0, 2))
+    z_0 = SAMPLERS[name](eps, x_T, SCHEDULE, steps, generators=make_generators(1, 2), callback=infos.append)
+    timesteps = SCHEDULE.timesteps(steps)
+    assert [info.index for info in infos] == list(range(steps))
+    assert {info.steps for info in infos} == {steps}
+    assert [info.t for info in infos] == timesteps
+    if name == "plms":  # the improved Euler step looks ahead; with a single step, at the same timestep
+        timesteps.insert(1, timesteps[min(1, steps - 1)])
+    assert evaluated == timesteps
+    assert torch.isfinite(z_0).all()
+    assert torch.equal(infos[-1].x_t, z_0)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_a_bad_number_of_steps_is_refused_before_any_evaluation(name, steps):
+    def eps(x_t, t):
+        raise AssertionError("evaluated")
+
+    with pytest.raises(ValueError, match=f"steps must be .* got {steps}"):
+        SAMPLERS[name](eps, torch.zeros(1, 4, 8, 8), SCHEDULE, steps, generators=make_generators(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("ddim", {}), ("ddim", {"eta": 0.5}), ("plms", {}), ("ddpm", {}), ("dpm_solver", {})]
+)
+def test_a_sample_is_the_same_alone_and_in_a_batch(name, options):
+    def sample(seed, n):
+        generators = make_generators(seed, n)
+        x_T = randn((4, 8, 8), generators)
+        return SAMPLERS[name](nonlinear_eps, x_T, SCHEDULE, 12, generators=generators, **options)
+
+    batch = sample(321, 4)
+    for i in range(4):
+        assert torch.equal(sample(321 + i, 1)[0], batch[i])
+    assert not torch.equal(batch[0], batch[1])
+
+
+def test_the_deterministic_samplers_draw_nothing():
+    for name in ("ddim", "plms", "dpm_solver"):
+        (generator,) = make_generators(0, 1)
+        before = generator.get_state()
+        SAMPLERS[name](nonlinear_eps, torch.ones(1, 4, 8, 8), SCHEDULE, 5, generators=[generator])
+        assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("ddim", {"eta": 0.5})])
+@pytest.mark.parametrize("generators", [None, make_generators(0, 1)])
+def test_a_stochastic_sampler_asks_for_one_generator_a_sample(name, options, generators):
+    given = "none" if generators is None else 1
+    with pytest.raises(ValueError, match=rf"{name}.* one generator a sample \(2\), got {given}"):
+        SAMPLERS[name](nonlinear_eps, torch.zeros(2, 4), SCHEDULE, 5, generators=generators, **options)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
+def test_eta_outside_0_to_1_is_refused(eta):
+    with pytest.raises(ValueError, match=f"eta must be .* got {eta}"):
+        ddim(nonlinear_eps, torch.zeros(1, 4), SCHEDULE, 5, eta=eta, generators=make_generators(0, 1))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_state_keeps_x_T_s_dtype_whatever_eps_returns(name, dtype):
+    def eps(x_t, t):
+        assert x_t.dtype == dtype
+        return nonlinear_eps(x_t, t).float()
+
+    infos = []
+    x_T = randn((4, 8, 8), make_generators(0, 2), dtype=dtype)
+    SAMPLERS[name](eps, x_T, SCHEDULE, 6, generators=make_generators(1, 2), callback=infos.append)
+    assert {info.x_t.dtype for info in infos} == {info.z_0.dtype for info in infos} == {dtype}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_sampler_reads_a_value_back_from_the_device(name):
+    # a tensor on meta has no values: whatever would wait for a device fails on it
+    x_T = torch.empty(2, 4, 8, 8, device="meta")
+    z_0 = SAMPLERS[name](nonlinear_eps, x_T, SCHEDULE, 6, generators=make_generators(0, 2))
+    assert z_0.shape == x_T.shape
+    assert z_0.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampling_leaves_x_T_gradients_and_the_global_generator_alone(name):
+    x_T = randn((4, 8, 8), make_generators(0, 2))
+    copy, weight, before = x_T.clone(), torch.ones((), requires_grad=True), torch.get_rng_state()
+    z_0 = SAMPLERS[name](
+        lambda x_t, t: weight * nonlinear_eps(x_t, t), x_T, SCHEDULE, 5, generators=make_generators(1, 2)
+    )
+    assert torch.equal(x_T, copy)
+    assert not z_0.requires_grad
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_callback_sees_the_estimate_and_can_stop(name):
+    class Enough(Exception):
+        pass
+
+    seen = []
+
+    def callback(info):
+        seen.append(info)
+        if info.index == 2:
+            raise Enough
+
+    data = torch.tensor([[0.5, -2.0]])
+
+    def eps(x_t, t):
+        alpha_bar_t = SCHEDULE.alpha_bar[t[0]].item()
+        return (x_t - sqrt(alpha_bar_t) * data) / sqrt(1 - alpha_bar_t)
+
+    with pytest.raises(Enough):
+        SAMPLERS[name](eps, torch.ones(1, 2), SCHEDULE, 10, generators=make_generators(0, 1), callback=callback)
+    assert [info.index for info in seen] == [0, 1, 2]
+    for info in seen:  # eps knows the data, so every estimate is the data; float32 over sqrt(alpha_bar) of about 0.1
+        torch.testing.assert_close(info.z_0, data, rtol=1e-4, atol=1e-4)
+
+
+def test_dpm_solver_lowers_its_order_only_for_few_steps():
+    # the last step of a run below 15 steps depends on the last estimate alone
+    def last_step(steps):
+        infos = []
+        dpm_solver(nonlinear_eps, torch.ones(1, 3, dtype=torch.float64), SCHEDULE, steps, callback=infos.append)
+        _, alpha_bar_t, alpha_bar_prev = SCHEDULE.grid(steps)[-1]
+        h = 0.5 * log(alpha_bar_prev / (1 - alpha_bar_prev)) - 0.5 * log(alpha_bar_t / (1 - alpha_bar_t))
+        x_t, z_0 = infos[-2].x_t, infos[-1].z_0
+        first_order = sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) * x_t
+        first_order = first_order + sqrt(alpha_bar_prev) * (1 - np.exp(-h)) * z_0
+        return (infos[-1].x_t - first_order).abs().max().item()
+
+    assert last_step(14) < 1e-12
+    assert last_step(15) > 1e-6
