@@ -1,0 +1,43 @@
+"""Draws the masks of the example photos, white where the photo is to be repainted: `python examples/make_masks.py`."""
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).resolve().parent
+
+# Corners in pixels (x, y), a few outside the object, so that its edge and halo are repainted too.
+CUP_RIM = (167, 11, 415, 214)
+CUP_BODY = [
+    (168, 112), (168, 148), (174, 182), (184, 208), (198, 230), (197, 244), (192, 262), (191, 294), (200, 308),
+    (222, 315), (240, 310), (252, 292), (280, 294), (308, 288), (328, 272), (350, 250), (372, 226), (392, 200),
+    (404, 172), (412, 140), (414, 112),
+]  # fmt: skip
+PAVILION = [
+    (193, 23), (221, 23), (223, 56), (244, 78), (270, 92), (302, 103), (326, 112), (328, 130), (302, 141),
+    (301, 154), (318, 159), (336, 174), (334, 184), (325, 190), (325, 222), (335, 226), (335, 238), (358, 248),
+    (360, 262), (346, 274), (347, 300), (355, 304), (356, 318), (378, 328), (379, 340), (356, 366), (336, 384),
+    (330, 426), (298, 426), (276, 402), (246, 398), (208, 392), (190, 370), (150, 362), (140, 344), (92, 344),
+    (82, 352), (60, 350), (60, 334), (66, 326), (74, 318), (76, 278), (58, 276), (57, 258), (74, 244), (90, 238),
+    (88, 226), (94, 218), (94, 190), (80, 188), (78, 168), (98, 158), (113, 152), (112, 142), (92, 134), (90, 106),
+    (118, 95), (150, 88), (182, 68), (189, 52),
+]  # fmt: skip
+
+
+def coffee_mask() -> Image.Image:
+    mask = Image.new("L", (600, 400))
+    draw = ImageDraw.Draw(mask)
+    draw.ellipse(CUP_RIM, fill=255)
+    draw.polygon(CUP_BODY, fill=255)
+    return mask
+
+
+def china_mask() -> Image.Image:
+    mask = Image.new("L", (640, 427))
+    ImageDraw.Draw(mask).polygon(PAVILION, fill=255)
+    return mask
+
+
+if __name__ == "__main__":
+    coffee_mask().save(HERE / "coffee_mask.png", optimize=True)
+    china_mask().save(HERE / "china_mask.png", optimize=True)

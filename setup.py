@@ -1,0 +1,64 @@
+"""The package pbe: `pip install .`, or `pip install -e .[dev]` to work on it."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """`__version__` of pbe/__init__.py, read as text: importing pbe would need what is not installed yet."""
+    source = (HERE / "pbe" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if found is None:
+        raise ValueError('pbe/__init__.py has no line `__version__ = "…"`')
+    return found[1]
+
+
+SAFETENSORS = ["safetensors>=0.4"]
+LOG = ["tensorboard>=2.14"]
+# ruff is pinned: another version formats and finds other things.
+TEST = ["pytest>=8", "ruff==0.17.6", "diffusers>=0.33", "transformers>=4.48", *SAFETENSORS]
+
+setup(
+    name="pbe",
+    version=version(),
+    description="Paint by Example: exemplar-based image editing with diffusion models, in PyTorch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="the pbe authors",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["pbe", "pbe.*"]),
+    package_data={"pbe": ["weights/*"]},
+    install_requires=[
+        # A torchvision release names the one torch it was built for; a second pin here could only contradict it.
+        "torch>=2.6",
+        "torchvision",
+        "lightning>=2.4",
+        "omegaconf>=2.4",
+        "ftfy",
+        "regex",
+        "tqdm",
+        "numpy",
+        "pillow",
+    ],
+    extras_require={
+        "safetensors": SAFETENSORS,
+        "log": LOG,
+        "test": TEST,
+        "dev": [*TEST, *LOG],
+    },
+    entry_points={"console_scripts": ["pbe = pbe.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Intended Audience :: Developers",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Multimedia :: Graphics",
+    ],
+)

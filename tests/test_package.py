@@ -1,0 +1,155 @@
+"""What surrounds the code: setup.py, the Makefile, the README's commands, the examples, and a quick `import pbe`."""
+
+import ast
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+MASKS = {"coffee_mask.png": "coffee.png", "china_mask.png": "china.jpg"}
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+
+
+@pytest.fixture
+def setup_arguments(monkeypatch) -> dict:
+    """What setup.py hands to setuptools.setup, which need not be installed for this."""
+    calls = []
+    fake = SimpleNamespace(setup=lambda **arguments: calls.append(arguments), find_packages=lambda include: include)
+    monkeypatch.setitem(sys.modules, "setuptools", fake)
+    runpy.run_path(str(ROOT / "setup.py"))
+    (arguments,) = calls
+    return arguments
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", requirement)[0].lower() for requirement in requirements}
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(statements) -> set[str]:
+    """The distributions outside the standard library that these statements import."""
+    modules = []
+    for node in statements:
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules.append(node.module)
+    tops = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"pbe"}
+    return {DISTRIBUTIONS.get(top, top) for top in tops}
+
+
+def test_version_is_the_package_s(setup_arguments):
+    import pbe
+
+    assert setup_arguments["version"] == pbe.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+([a-z.]+\d+)?", pbe.__version__)
+
+
+def test_entry_point_exists(setup_arguments):
+    (script,) = setup_arguments["entry_points"]["console_scripts"]
+    command, module, function = re.fullmatch(r"(\w+) = ([\w.]+):(\w+)", script).groups()
+    assert command == "pbe"
+    assert callable(getattr(import_module(module), function))
+
+
+def test_every_folder_of_code_is_a_package():
+    folders = {path.parent for path in sources("pbe")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_module_imports_are_core_requirements(setup_arguments):
+    core = names(setup_arguments["install_requires"])
+    found = {path: imported(ast.parse(path.read_text(encoding="utf-8")).body) - core for path in sources("pbe")}
+    assert {str(path): packages for path, packages in found.items() if packages} == {}
+
+
+def test_all_imports_are_required_somewhere(setup_arguments):
+    declared = names(sum(setup_arguments["extras_require"].values(), setup_arguments["install_requires"]))
+    found = {
+        path: imported(ast.walk(ast.parse(path.read_text(encoding="utf-8")))) - declared
+        for path in sources("pbe", "tools")
+    }
+    assert {str(path): packages for path, packages in found.items() if packages} == {}
+
+
+def test_extras_named_in_messages_and_texts_exist(setup_arguments):
+    paths = [*sources("pbe", "tools"), ROOT / "Makefile", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = set()
+    for path in paths:
+        for extras in re.findall(r"(?:\bpbe|\.)\[([a-z]+(?:,[a-z]+)*)\]", path.read_text(encoding="utf-8")):
+            named.update(extras.split(","))
+    assert "test" in named  # the Makefile's: the search itself works
+    assert named <= set(setup_arguments["extras_require"])
+
+
+def test_readme_s_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", readme, re.DOTALL))
+    named = set(re.findall(r"(?:^\$? ?|`)make ([a-z]+)", code, re.MULTILINE))
+    assert {"demo", "test"} <= named
+    assert named <= targets
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_names_the_python_it_lacks(tmp_path):
+    for name in ("Makefile", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    run = subprocess.run(
+        ["make", "test", "PYTHON=no-such-python"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert "no-such-python not found: make PYTHON=" in run.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_ci_script_is_executable():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_import_is_quick():
+    """`import pbe` loads no heavy package: torch alone takes seconds."""
+    program = "import sys, pbe; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "torchvision", "lightning", "omegaconf", "numpy", "PIL", "ftfy", "transformers", "diffusers"}
+    assert heavy.isdisjoint(run.stdout.split())
+
+
+def test_examples_are_listed_and_small():
+    listed = set(re.findall(r"^\| `([\w.]+)`", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    pictures = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".png", ".jpg")}
+    assert listed == pictures
+    assert sum((EXAMPLES / name).stat().st_size for name in pictures) < 1.5e6
+
+
+@pytest.mark.parametrize("mask, photo", MASKS.items())
+def test_example_masks_fit_their_photos(mask, photo):
+    with Image.open(EXAMPLES / mask) as drawn, Image.open(EXAMPLES / photo) as picture:
+        assert drawn.mode == "L"
+        assert drawn.size == picture.size
+        values = np.asarray(drawn)
+    assert set(np.unique(values)) == {0, 255}
+    assert 0.05 < (values == 255).mean() < 0.5  # the share of a picture that the model was trained to repaint
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_example_masks_are_what_the_script_draws(mask):
+    script = runpy.run_path(str(EXAMPLES / "make_masks.py"))
+    drawn = np.asarray(script[Path(mask).stem]())
+    with Image.open(EXAMPLES / mask) as stored:
+        # Pillow's releases may differ along the outline, about 1 % of the pixels.
+        assert (drawn != np.asarray(stored)).mean() < 0.01
