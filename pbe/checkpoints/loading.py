@@ -1,0 +1,164 @@
+"""From a file to a model: recognise, infer sizes, build on the meta device, fill tensor by tensor."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pbe.checkpoints import sizes
+from pbe.checkpoints.layouts import LAYOUTS, Layout, recognise, table_of
+from pbe.checkpoints.reading import Checkpoint, CheckpointError, open_checkpoint
+from pbe.checkpoints.rules import Recipe, Table, UnlistedNames, shorten
+from pbe.models.clip import CLIP
+from pbe.models.paint_by_example import PaintByExample
+from pbe.models.stable_diffusion import StableDiffusion
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+MODELS: Mapping[str, tuple[type[nn.Module], Callable]] = {
+    "paint-by-example": (PaintByExample, sizes.paint_by_example_config),
+    "diffusers-paint-by-example": (PaintByExample, sizes.paint_by_example_config),
+    "stable-diffusion": (StableDiffusion, sizes.stable_diffusion_config),
+    "diffusers-stable-diffusion": (StableDiffusion, sizes.stable_diffusion_config),
+    "openai-clip": (CLIP, sizes.clip_config),
+    "hf-clip": (CLIP, sizes.clip_config),
+}
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> PaintByExample | StableDiffusion | CLIP:
+    """The model that a checkpoint holds, in evaluation mode.
+
+    `path` is a file or folder in any layout that `pbe.checkpoints.layouts` lists: the class follows from it.
+    `device` "auto" is CUDA, else MPS, else the CPU; `dtype` "auto" is float16 on CUDA, else float32.
+
+    A float32 file on the CPU is memory-mapped, not read: keep it where it is while the model is in use. Otherwise
+    tensors are converted one by one, so that the file's contents never stand in memory beside the model.
+
+    Raises `FileNotFoundError`, or `CheckpointError` where the file is none of these, is damaged, or does not fit.
+    """
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    source = open_source(path)
+    model_class, infer = MODELS[source.layout.name]
+    config = infer(source.shapes, source.hints)
+    with torch.device("meta"):
+        model = model_class(config)
+    check_names_and_shapes(source, {name: tuple(p.shape) for name, p in model.state_dict().items()})
+    state = {name: source.tensor(name, device, dtype) for name in source.recipes}
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+class Source(NamedTuple):
+    """A checkpoint seen under our names."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    table: Table
+    recipes: dict[str, Recipe]
+    shapes: sizes.Shapes
+    hints: sizes.Hints
+
+    def tensor(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor under our name; what was read of the file to convert it is given back to the system."""
+        recipe = self.recipes[name]
+        mapped = recipe.build(*(self.checkpoint.tensor(source) for source in recipe.sources))
+        tensor = mapped.to(device=device, dtype=dtype).contiguous()
+        if tensor.data_ptr() != mapped.data_ptr():
+            self.release(name)
+        return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """One tensor's dtype in the file, under our name."""
+        return self.checkpoint.dtype(self.recipes[name].sources[0])
+
+    def release(self, name: str) -> None:
+        """Gives what was read of one tensor, under our name, back to the system."""
+        for source in self.recipes[name].sources:
+            self.checkpoint.release(source)
+
+
+def open_source(path: str | Path) -> Source:
+    """Opens a checkpoint of any known layout under our names; raises as `load_model` does."""
+    checkpoint = open_checkpoint(path)
+    names = list(checkpoint.names())
+    layout = recognise(names)
+    if layout is None:
+        known = "; ".join(layout.description for layout in LAYOUTS)
+        raise CheckpointError(
+            f"{path} is a {checkpoint.kind} of {len(names)} tensors ({shorten(names, 4)}), "
+            f"which fits no known model: {known}"
+        )
+    table = table_of(layout, names)
+    try:
+        recipes = table.to_ours(names)
+    except UnlistedNames as error:
+        raise CheckpointError(f"{path} looks like {layout.description}, but has {error}") from None
+    missing = [s for recipe in recipes.values() for s in recipe.sources if s not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(f"{path} looks like {layout.description}, but lacks {shorten(missing)}")
+    shapes = sizes.Shapes(
+        path, {n: recipe.shape(*map(checkpoint.shape, recipe.sources)) for n, recipe in recipes.items()}
+    )
+    return Source(checkpoint, layout, table, recipes, shapes, hints_of(checkpoint))
+
+
+def hints_of(checkpoint: Checkpoint) -> sizes.Hints:
+    entry = checkpoint.extras.get("pbe")
+    if isinstance(entry, dict):
+        return sizes.Hints.from_entry(entry)
+    configs = checkpoint.extras.get("configs", {})
+    whole = configs.get("", {})  # a Hugging Face CLIP's own folder
+    towers = {"vision_config": whole.get("vision_config", {}), "text_config": whole.get("text_config", {})}
+    for name, tower in {**configs, **towers}.items():
+        if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} was trained with {tower['hidden_act']!r}, and only 'quick_gelu' is known"
+            )
+    return sizes.Hints.from_diffusers(configs)
+
+
+def check_names_and_shapes(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises one error that lists every missing, unexpected and mis-shaped tensor."""
+    missing = [name for name in expected if name not in source.shapes]
+    unexpected = [name for name in source.shapes if name not in expected]
+    misshaped = [
+        f"{name} {source.shapes[name]} for {shape}"
+        for name, shape in expected.items()
+        if name in source.shapes and source.shapes[name] != shape
+    ]
+    faults = (("lacks", missing), ("has no place for", unexpected), ("has the wrong shape in", misshaped))
+    if any(names for _, names in faults):
+        text = "; ".join(f"{verb} {len(names)}: {shorten(names)}" for verb, names in faults if names)
+        raise CheckpointError(f"{source.checkpoint.path} looks like {source.layout.description}, but {text}")
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """A device by name; "auto" is CUDA where there is one, else MPS, else the CPU."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device={device!r} is not a device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """A precision by name; "auto" is float16 on CUDA, else float32."""
+    if isinstance(dtype, torch.dtype):
+        if dtype not in DTYPES.values():
+            raise ValueError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
+        return dtype
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

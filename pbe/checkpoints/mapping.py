@@ -1,0 +1,129 @@
+"""Tensors that stay in their file until they are wanted.
+
+Data are mapped into memory where the file keeps them as they are. The mapping is private: a change to a tensor stays in
+memory and never reaches the file. A file must not be overwritten in place while it is open.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# 3.13 names this flag. Without it Linux refuses to map a file that is larger than the whole memory.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
+class CheckpointError(ValueError):
+    """A file is not the checkpoint it should be; the message names it, says what it is and what was expected."""
+
+
+class MappedFile:
+    """A whole file as private, copy-on-write memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            if sys.platform == "win32":
+                self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            else:
+                flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                self.memory = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
+        self.size = len(self.memory)
+
+    def release(self, start: int, end: int) -> None:
+        """Give the pages that lie wholly inside these bytes back to the system; what was written to them is lost."""
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = end // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start and hasattr(mmap, "MADV_DONTNEED"):
+            self.memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+@dataclass(frozen=True)
+class MappedRecord:
+    """Bytes of a file that are tensor data as they stand."""
+
+    file: MappedFile
+    start: int
+    nbytes: int
+
+    def read(self, start: int, dtype: torch.dtype, numel: int) -> Tensor:
+        start += self.start
+        if start % dtype.itemsize == 0:
+            return torch.frombuffer(self.file.memory, dtype=dtype, count=numel, offset=start)
+        # Pre-zip files align nothing, and kernels may rely on aligned elements.
+        nbytes = numel * dtype.itemsize
+        data = torch.frombuffer(self.file.memory, dtype=torch.uint8, count=nbytes, offset=start).clone()
+        self.file.release(start, start + nbytes)
+        return data.view(dtype)
+
+    def release(self, start: int, nbytes: int) -> None:
+        self.file.release(self.start + start, self.start + start + nbytes)
+
+
+@dataclass(frozen=True)
+class CompressedRecord:
+    """A zip member that somebody's archiver compressed: read into memory whenever it is asked for."""
+
+    path: Path
+    name: str
+    nbytes: int
+
+    def read(self, start: int, dtype: torch.dtype, numel: int) -> Tensor:
+        end = start + numel * dtype.itemsize
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.name) as member:
+                member.seek(start)
+                data = bytearray(member.read(end - start))
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+            raise CheckpointError(f"{self.path} is damaged: its member {self.name} is unreadable ({error})") from error
+        if len(data) != end - start:
+            raise CheckpointError(f"{self.path} is damaged: its member {self.name} is shorter than it says")
+        return torch.frombuffer(data, dtype=dtype)
+
+    def release(self, start: int, nbytes: int) -> None:
+        """Nothing is held."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: its shape and dtype are known, its data are read by `load`.
+
+    The tensor covers `span` elements of its record from the byte `start` on.
+    """
+
+    record: MappedRecord | CompressedRecord
+    start: int
+    span: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def load(self) -> Tensor:
+        if self.span == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return self.record.read(self.start, self.dtype, self.span).as_strided(self.shape, self.stride)
+
+    def release(self) -> None:
+        self.record.release(self.start, self.span * self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class StoredNumber:
+    """An integer attribute of a TorchScript module, as a tensor of no dimensions."""
+
+    value: int
+    dtype: torch.dtype = torch.int64
+    shape: torch.Size = torch.Size()
+
+    def load(self) -> Tensor:
+        return torch.tensor(self.value, dtype=self.dtype)
+
+    def release(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,313 @@
+"""Reading torch's pickles as data: nothing that a file names is imported or called.
+
+A pickle is a program: it may name any function and have it called. `read_pickle` rebuilds plain containers, numbers and
+text; tensors become `TensorRef`s that say where their data lie; every other global becomes an inert `Placeholder`.
+
+What the file's program can reach is sealed: it may set attributes on whatever it has built or named (the BUILD opcode),
+so everything handed to it is immutable, refuses a state, or merely keeps it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO, ClassVar
+
+import torch
+
+MAX_TUPLE_ITEMS = 10_000  # hashing a tuple walks all that it nests, in C: too much of it ends or stalls the process
+MAX_PLACEHOLDERS = 10_000  # classes a file may name; real checkpoints name a handful
+
+
+class Sealed:
+    """Base of what a pickle is given to hold: a state set from the file is refused."""
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError(f"a {type(self).__name__} takes no state")
+
+
+@dataclass(frozen=True, eq=False)
+class StorageRef(Sealed):
+    """A range of one storage: the record's key in the file, and the range in bytes.
+
+    `dtype` is that of the storage's elements, uint8 for an untyped storage.
+    """
+
+    key: str
+    dtype: torch.dtype
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class TensorRef(Sealed):
+    """A tensor that has not been read: a strided view (`offset` and `stride` in elements) of a storage."""
+
+    storage: StorageRef
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last one that the view touches, both included."""
+        if not all(self.shape):
+            return 0
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+
+
+class _PlaceholderType(type):
+    def __repr__(cls) -> str:
+        return cls.name
+
+
+class Placeholder(metaclass=_PlaceholderType):
+    """Stands for an object, a class or a function of the file that is not rebuilt.
+
+    It keeps what the file gives it (`args`, `state`, and `items` appended, added or set) and does nothing. There is one
+    subclass per global of a file, with `name` "module.name"; placeholders are hashable and compare by identity.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Placeholder:  # NEWOBJ_EX passes keywords
+        self = super().__new__(cls)
+        self.args = (*args, *kwargs.items())
+        self.state = None
+        self.items = []
+        return self
+
+    def __repr__(self) -> str:
+        return f"<placeholder for {self.name}>"
+
+    def __call__(self, *args: object) -> Placeholder:
+        return type(self)(self, *args)
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.items.append((key, value))
+
+    def append(self, value: object) -> None:
+        self.items.append(value)
+
+    add = append
+
+    def extend(self, values: list) -> None:
+        self.items.extend(values)
+
+
+class PlainDict(dict):
+    """Stands for `collections.OrderedDict`; attributes set on it (a state dict's `_metadata`) are dropped."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+@dataclass(frozen=True, eq=False)
+class _Function(Sealed):
+    """A function of this module that a pickle may call."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: object) -> Any:
+        return self.function(*args)
+
+
+def _tensor(storage: object, offset: object, size: object, stride: object, dtype: object = None) -> TensorRef:
+    if not isinstance(storage, StorageRef) or not isinstance(size, tuple) or not isinstance(stride, tuple):
+        raise pickle.UnpicklingError("a tensor is not described by a storage, a size and a stride")
+    dtype = storage.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise pickle.UnpicklingError(f"a tensor has a {type(dtype).__name__} in the place of its dtype")
+    # No message repeats a value from the file: the text of lists that hold each other can be endless.
+    if len(size) != len(stride) or not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
+        raise pickle.UnpicklingError("a tensor has an impossible offset, size or stride")
+    tensor = TensorRef(storage, dtype, offset, tuple(size), tuple(stride))
+    # More elements than the storage holds (an expanded tensor) would let a small file ask for any amount of memory.
+    needed = max(offset + tensor.span, math.prod(size)) if tensor.span else 0
+    if needed * dtype.itemsize > storage.nbytes or math.prod(max(n, 1) for n in size) >= 2**63:
+        raise pickle.UnpicklingError(
+            f"a tensor of size {tuple(size)} and stride {tuple(stride)} at {offset} does not fit "
+            f"in its storage {storage.key!r} of {storage.nbytes} bytes"
+        )
+    return tensor
+
+
+def _tensor_v2(
+    storage: object,
+    offset: object,
+    size: object,
+    stride: object,
+    requires_grad: object,
+    hooks: object,
+    metadata: object = None,
+) -> TensorRef:
+    if metadata:
+        raise pickle.UnpicklingError("a tensor is a conjugate or negative view, which is not supported")
+    return _tensor(storage, offset, size, stride)
+
+
+def _tensor_v3(
+    storage: object,
+    offset: object,
+    size: object,
+    stride: object,
+    requires_grad: object,
+    hooks: object,
+    dtype: object,
+    metadata: object = None,
+) -> TensorRef:
+    if metadata:
+        raise pickle.UnpicklingError("a tensor is a conjugate or negative view, which is not supported")
+    return _tensor(storage, offset, size, stride, dtype)
+
+
+def _first(data: object, *rest: object) -> object:
+    """A parameter is its tensor, a TorchScript list its list: the type, hooks and state beside it are dropped."""
+    return data
+
+
+STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+}
+
+# Everything a file may name and get; the rest becomes a placeholder.
+GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): PlainDict,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+    ("torch", "Size"): torch.Size,
+    ("torch._utils", "_rebuild_tensor"): _Function(_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor_v2),
+    ("torch._utils", "_rebuild_tensor_v3"): _Function(_tensor_v3),
+    ("torch._utils", "_rebuild_parameter"): _Function(_first),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Function(_first),
+    ("torch.jit._pickle", "build_intlist"): _Function(_first),
+    ("torch.jit._pickle", "build_doublelist"): _Function(_first),
+    ("torch.jit._pickle", "build_boollist"): _Function(_first),
+    ("torch.jit._pickle", "build_tensorlist"): _Function(_first),
+    ("torch.jit._pickle", "restore_type_tag"): _Function(_first),
+    ("torch.storage", "UntypedStorage"): torch.uint8,
+    **{("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()},
+    **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")  # the encoding is for text written by Python 2
+        self.storages: dict[str, StorageRef] = {}
+        self.placeholders: dict[tuple[str, str], type[Placeholder]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in GLOBALS:
+            return GLOBALS[module, name]
+        if (module, name) not in self.placeholders:
+            if len(self.placeholders) == MAX_PLACEHOLDERS:
+                raise pickle.UnpicklingError(f"more than {MAX_PLACEHOLDERS} different classes are named")
+            members = {"name": f"{module}.{name}"}
+            self.placeholders[module, name] = _PlaceholderType("Placeholder", (Placeholder,), members)
+        return self.placeholders[module, name]
+
+    def persistent_load(self, pid: object) -> object:
+        match pid:
+            case ("module", Placeholder() | type() as container, *_):
+                return container  # pre-zip files put a module's source beside its class
+            case ("storage", torch.dtype() as dtype, str() as key, _, int() as numel, *view):
+                root = self.storages.setdefault(key, StorageRef(key, dtype, 0, numel * dtype.itemsize))
+            case _:
+                raise pickle.UnpicklingError("a persistent id does not describe a storage")
+        match view:
+            case [] | [None]:
+                offset, size = 0, numel
+            case [(_, int() as offset, int() as size)]:  # pre-zip: a view of a storage, in elements
+                pass
+            case _:
+                raise pickle.UnpicklingError(f"unknown view of storage {key!r}")
+        ref = StorageRef(key, dtype, offset * dtype.itemsize, size * dtype.itemsize)
+        if min(numel, offset, size) < 0 or ref.offset + ref.nbytes > root.nbytes:
+            raise pickle.UnpicklingError(f"the range {offset} + {size} is outside storage {key!r}")
+        return ref
+
+
+_REFUSED = {"EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "STRING", "NEXT_BUFFER", "READONLY_BUFFER"}
+_TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
+_MARK = object()
+
+
+def _check_opcodes(stream: BinaryIO) -> None:
+    """Read one pickle's opcodes up to its STOP without running them; refuse what torch never writes or would do harm.
+
+    The stack is followed only as far as the sizes of tuples need: an item is the mark, or the number of items nested
+    in it if it is a tuple, 0 otherwise.
+    """
+    start = stream.tell()
+    stack: list[Any] = []
+    memo: dict[int, int] = {}
+    for opcode, arg, position in pickletools.genops(stream):
+        name = opcode.name
+        if name in _REFUSED:
+            raise pickle.UnpicklingError(f"the opcode {name} at byte {position} is refused")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            if arg > position - start:  # the unpickler allocates up to the highest index
+                raise pickle.UnpicklingError(f"the memo index {arg} at byte {position} is out of range")
+            memo[arg] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "MARK":
+            stack.append(_MARK)
+        else:
+            taken = []
+            for item in reversed(opcode.stack_before):
+                if item is pickletools.stackslice:
+                    while stack[-1] is not _MARK:
+                        taken.append(stack.pop())
+                else:
+                    taken.append(stack.pop())
+            size = 0
+            if name in _TUPLES:
+                size = sum(1 + item for item in taken if item is not _MARK)
+                if size > MAX_TUPLE_ITEMS:
+                    raise pickle.UnpicklingError(f"a tuple nests more than {MAX_TUPLE_ITEMS} items")
+            stack.extend(size for _ in opcode.stack_after)
+
+
+def read_pickle(stream: BinaryIO) -> tuple[Any, dict[str, StorageRef]]:
+    """Rebuild the pickle that begins at the stream's position, and leave the stream at its end.
+
+    Returns the object, with tensors as `TensorRef` and unknown globals as `Placeholder`, and the whole storages that
+    it names by key. Raises `pickle.UnpicklingError` for whatever is not a sound pickle.
+    """
+    start = stream.tell()
+    try:
+        _check_opcodes(stream)
+        end = stream.tell()
+        stream.seek(start)
+        unpickler = _Unpickler(stream.read(end - start))
+        return unpickler.load(), unpickler.storages
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # a damaged pickle may fail in any way, from IndexError to OverflowError
+        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
