@@ -77,14 +77,13 @@ class PaintByExample(nn.Module):
         """The context (B, 1, context_dim) of CLIP-normalised exemplars (B, 3, 224, 224)."""
         return self.proj_out(self.cond_stage_model(exemplar))
 
-    def condition(
-        self, image: Tensor, mask: Tensor, exemplar: Tensor, posterior_noise: Tensor | None = None
-    ) -> Condition:
-        """What the UNet needs to know of an edit.
+    def encode_masked(
+        self, image: Tensor, mask: Tensor, posterior_noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The masked image's latent (B, 4, h, w) and the mask at latent size (B, 1, h, w).
 
-        `image` (B, 3, H, W) in [-1, 1]; `mask` (B, 1, H, W) in {0, 1}, 1 = keep; `exemplar` (B, 3, 224, 224),
-        CLIP-normalised. The masked image's latent is the posterior's mean, or its sample for `posterior_noise`
-        (B, 4, h, w), as the original draws it.
+        `image` (B, 3, H, W) in [-1, 1]; `mask` (B, 1, H, W) in {0, 1}, 1 = keep. The latent is the posterior's mean, or
+        its sample for `posterior_noise` (B, 4, h, w), as the original draws it.
         """
         if mask.shape != (image.shape[0], 1, *image.shape[2:]):
             raise ValueError(
@@ -92,7 +91,14 @@ class PaintByExample(nn.Module):
             )
         posterior = self.vae.encode(image * mask)
         z_masked = posterior.mean if posterior_noise is None else posterior.sample(posterior_noise)
-        return Condition(z_masked, latent_mask(mask, self.config.vae.downsampling), self.encode_exemplar(exemplar))
+        return z_masked, latent_mask(mask, self.config.vae.downsampling)
+
+    def condition(
+        self, image: Tensor, mask: Tensor, exemplar: Tensor, posterior_noise: Tensor | None = None
+    ) -> Condition:
+        """What the UNet needs to know of an edit: `encode_masked` and `encode_exemplar` together."""
+        z_masked, mask = self.encode_masked(image, mask, posterior_noise)
+        return Condition(z_masked, mask, self.encode_exemplar(exemplar))
 
 
 def latent_mask(mask: Tensor, downsampling: int) -> Tensor:

@@ -1,0 +1,236 @@
+"""Editing: pictures in, pictures out. Window → condition → sample → decode → composite."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbe import windows
+from pbe.models.paint_by_example import Condition, PaintByExample
+from pbe.pictures import (
+    MaskLike,
+    Picture,
+    PictureLike,
+    PictureWarning,
+    exemplar_tensor,
+    read_exemplar,
+    read_mask,
+    read_picture,
+)
+from pbe.sampling import Callback, NoiseSchedule, Sampler, get_sampler, guided_eps, make_generators, randn
+from pbe.windows import Box
+
+
+@torch.no_grad()
+def edit(
+    model: PaintByExample,
+    image: PictureLike,
+    mask: MaskLike,
+    exemplar: PictureLike | Sequence[PictureLike],
+    *,
+    exemplar_mask: MaskLike | Sequence[MaskLike | None] | None = None,
+    exemplar_weights: Sequence[float] | None = None,
+    steps: int = 50,
+    guidance: float = 5.0,
+    sampler: str = "plms",
+    eta: float = 0.0,
+    seed: int = 321,
+    num_images: int = 1,
+    batch_size: int = 4,
+    window: Literal["auto", "full"] | tuple[int, int, int, int] = "auto",
+    regions: Literal["together", "each"] = "together",
+    composite: bool = True,
+    feather: int | None = None,
+    margin: float = 0.1,
+    resolution: int | None = None,
+    callback: Callback | None = None,
+) -> list[PictureLike]:
+    """The photo with the masked region repainted as the exemplar's object, `num_images` times.
+
+    Each result has the photo's own size, kind and bit depth: a PIL image for a path or PIL image, an array for an
+    array, a tensor for a tensor. Outside the mask every pixel is bit-identical to the photo's.
+
+    Args:
+        image: the photo.
+        mask: what to repaint: a picture of the photo's size (white = repaint), a box (x0, y0, x1, y1) or a polygon.
+        exemplar: the object to paint; or a list of them, mixed as `exemplar_weights` say (default: equally).
+        exemplar_mask: where the object is in its picture (white = object); a list of one each for several exemplars.
+        steps: sampling steps, 1 to 1000.
+        guidance: the scale λ of classifier-free guidance, eps_u + λ (eps_c - eps_u).
+        sampler: "plms", "ddim", "ddpm" or "dpm_solver"; `eta` in [0, 1] is for "ddim" alone.
+        seed: of the first result; the others have seed + 1, … A result depends on its own seed alone.
+        batch_size: how many results are sampled at once.
+        window: the part of the photo that the model sees: "auto" (around the mask, so that it is neither tiny nor
+            without context), "full" (the whole photo), or a box.
+        regions: "together" edits the whole mask in one window, "each" its separate regions one after the other.
+        composite: put only the masked pixels into the photo; False gives the model's own picture of the window.
+        feather: width in photo pixels of the soft seam, which lies inside the mask (default: a 64th of the window).
+        margin: the share of an automatic window's side that is kept free on each side of the mask.
+        resolution: side in pixels at which the model works (default: the one it was trained on).
+        callback: called with a `StepInfo` after each step, for each batch and region anew.
+
+    Raises:
+        FileNotFoundError: for a picture that is not there.
+        ValueError: for any other input that cannot be edited, naming it and what would be right.
+    """
+    if not isinstance(model, PaintByExample):
+        raise ValueError(f"editing needs a Paint by Example model, not a {type(model).__name__}")
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if regions not in ("together", "each"):
+        raise ValueError(f"regions must be 'together' or 'each', got {regions!r}")
+    schedule = NoiseSchedule.scaled_linear()
+    warn_of_low_start(schedule, steps)
+    draw = partial(choose_sampler(sampler, eta), schedule=schedule, steps=steps, callback=callback)
+    resolution = resolution or model.config.resolution
+
+    picture = read_picture(image)
+    repaint = read_mask(mask, picture.size)
+    context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights)
+
+    results = [picture] * num_images
+    for region in windows.connected_regions(repaint) if regions == "each" else [repaint]:
+        box = place_window(region, window, margin, resolution)
+        size = windows.model_size(box, resolution, multiple=model.config.vae.downsampling)
+        weights = seam_weights(region, box, feather) if composite else whole_window(box, picture.size)
+        for first in range(0, num_images, batch_size):
+            batch = results[first : first + batch_size]
+            condition = window_condition(model, batch, region, box, size, context)
+            eps = guided_eps(model, condition, guidance)
+            generators = make_generators(seed + first, len(batch))
+            x_T = randn(condition.z_masked.shape[1:], generators, model.device)
+            z_0 = draw(eps, x_T, generators=generators)
+            edited = model.vae.decode(z_0.to(model.dtype))[..., : size[0], : size[1]]
+            results[first : first + batch_size] = [
+                replace(photo, pixels=windows.composite(photo.pixels, one[None], box, weights))
+                for photo, one in zip(batch, edited, strict=True)
+            ]
+    return [result.with_pixels(result.pixels) for result in results]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def choose_sampler(name: str, eta: float) -> Sampler:
+    """The sampler called `name`, with DDIM's `eta`."""
+    sampler = get_sampler(name)
+    if name == "ddim":
+        return partial(sampler, eta=eta)
+    if eta:
+        raise ValueError(f"eta={eta} is for the sampler 'ddim', not {name!r}")
+    return sampler
+
+
+def warn_of_low_start(schedule: NoiseSchedule, steps: int) -> None:
+    """Warns where the first timestep is too low for pure noise: few or odd numbers of steps leave the end out."""
+    start = max(schedule.timesteps(steps))
+    if start < 0.75 * schedule.num_timesteps:
+        warnings.warn(
+            f"steps={steps} begins at timestep {start} of {schedule.num_timesteps}, where pictures show already, "
+            "and the result will be poor: 4 to 333 steps, or a divisor of 1000, begin higher",
+            PictureWarning,
+            stacklevel=3,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The condition
+
+
+def mixed_context(
+    model: PaintByExample,
+    exemplar: PictureLike | Sequence[PictureLike],
+    mask: MaskLike | Sequence[MaskLike | None] | None,
+    weights: Sequence[float] | None,
+) -> Tensor:
+    """The condition (1, 1, context_dim) of one exemplar, or the weighted mean of several exemplars' conditions."""
+    several = isinstance(exemplar, list | tuple)
+    exemplars, masks = (list(exemplar), mask) if several else ([exemplar], [mask])
+    if not exemplars:
+        raise ValueError("exemplar is an empty list; at least one picture is needed")
+    masks = [None] * len(exemplars) if masks is None else list(masks)
+    weights = [1.0] * len(exemplars) if weights is None else list(weights)
+    for name, values in (("exemplar_mask", masks), ("exemplar_weights", weights)):
+        if len(values) != len(exemplars):
+            raise ValueError(f"{name} has {len(values)} entries for {len(exemplars)} exemplars; one each is needed")
+    if not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
+        raise ValueError(f"exemplar_weights must be 0 or more and not all 0, got {weights}")
+
+    names = [f"exemplar {i}" for i in range(1, len(exemplars) + 1)] if several else ["exemplar"]
+    size = model.config.exemplar.vision.image_size
+    pixels = torch.cat([exemplar_tensor(read_exemplar(*e), size) for e in zip(exemplars, masks, names, strict=True)])
+    contexts = model.encode_exemplar(pixels.to(model.device, model.dtype))  # (N, 1, context_dim)
+    w = torch.tensor(weights, dtype=torch.float32, device=model.device)[:, None, None] / sum(weights)
+    return (w * contexts.float()).sum(dim=0, keepdim=True).to(model.dtype)
+
+
+def window_condition(
+    model: PaintByExample, photos: list[Picture], repaint: np.ndarray, box: Box, size: tuple[int, int], context: Tensor
+) -> Condition:
+    """What the UNet needs to know to repaint one window of each photo, seen at `size` (height, width)."""
+    keep = 1 - windows.extract_repaint(repaint, box, size).to(model.device, model.dtype)  # (1, 1, H, W)
+    different = photos if any(photo is not photos[0] for photo in photos) else photos[:1]
+    pixels = torch.cat([windows.extract(photo.rgb(), box, size) for photo in different]).to(model.device, model.dtype)
+    z_masked, mask = model.encode_masked(pixels, keep.expand(len(pixels), -1, -1, -1))
+    check_visible(mask)
+    return Condition(*(x.expand(len(photos), *x.shape[1:]) for x in (z_masked, mask, context)))
+
+
+def check_visible(mask: Tensor) -> None:
+    """Raises or warns if a mask (B, 1, h, w), 1 = keep, has all but vanished at latent size."""
+    visible = (1 - mask.float()).sum().item() / len(mask)
+    if visible == 0:
+        raise ValueError("the mask is too small for the model to see in this window; window='auto' zooms in on it")
+    if visible < 1:
+        warnings.warn(
+            f"the mask covers {visible:.2f} of one cell of what the model sees, and will hardly show; "
+            "window='auto' zooms in on it",
+            PictureWarning,
+            stacklevel=4,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The window
+
+
+def place_window(
+    repaint: np.ndarray, window: Literal["auto", "full"] | tuple[int, int, int, int], margin: float, resolution: int
+) -> Box:
+    """The window of the photo to edit; raises `ValueError` for one outside the photo or not around the mask."""
+    height, width = repaint.shape
+    if window == "auto":
+        return windows.choose_window(repaint, resolution, margin=margin)
+    if window == "full":
+        return Box(0, 0, width, height)
+    if isinstance(window, str) or len(window) != 4 or any(x != int(x) for x in window):
+        raise ValueError(f"window must be 'auto', 'full' or a box (x0, y0, x1, y1) of whole pixels, got {window!r}")
+    box, inner = Box(*map(int, window)), windows.mask_bounding_box(repaint)
+    across = 0 <= box.x0 <= inner.x0 and inner.x1 <= box.x1 <= width
+    down = 0 <= box.y0 <= inner.y0 and inner.y1 <= box.y1 <= height
+    if not (across and down):
+        raise ValueError(
+            f"window {tuple(box)} must hold the mask {tuple(inner)} and lie inside the photo of {width}x{height}"
+        )
+    return box
+
+
+def seam_weights(repaint: np.ndarray, box: Box, feather: int | None) -> np.ndarray:
+    """How much of the edit shows at each pixel of the photo: nothing outside the mask."""
+    width = max(1, round(min(box.width, box.height) / 64)) if feather is None else feather
+    return windows.feather_weights(repaint, width)
+
+
+def whole_window(box: Box, size: tuple[int, int]) -> np.ndarray:
+    """Weights that show all of the window and nothing of the photo there."""
+    weights = np.zeros(size, dtype=np.float32)
+    weights[box.slices] = 1
+    return weights
