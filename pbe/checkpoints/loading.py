@@ -84,8 +84,12 @@ class Source(NamedTuple):
 
 def open_source(path: str | Path) -> Source:
     """Opens a checkpoint of any known layout under our names; raises as `load_model` does."""
-    checkpoint = open_checkpoint(path)
-    names = list(checkpoint.names())
+    return view(open_checkpoint(path))
+
+
+def view(checkpoint: Checkpoint) -> Source:
+    """A checkpoint under our names; `CheckpointError` if it is of no known layout."""
+    path, names = checkpoint.path, list(checkpoint.names())
     layout = recognise(names)
     if layout is None:
         known = "; ".join(layout.description for layout in LAYOUTS)

@@ -66,8 +66,13 @@ def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
         raise FileExistsError(f"{path} exists; --force (overwrite=True) replaces it")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.touch()
+    mode = part.stat().st_mode  # as the umask has it; safetensors makes private files
+    part.unlink()
     try:
         yield part
+        for file in [part] if part.is_file() else part.rglob("*.*"):
+            file.chmod(mode)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(part, path)

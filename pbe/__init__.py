@@ -1,0 +1,34 @@
+"""Paint by Example: repaint the masked part of a photo as the object of an exemplar picture (arXiv 2211.13227).
+
+import pbe
+model = pbe.load_model("model.ckpt")
+pictures = pbe.edit(model, "photo.png", "mask.png", "exemplar.png", num_images=4)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pbe.checkpoints.loading import load_model
+    from pbe.editing import edit
+    from pbe.models.paint_by_example import PaintByExample
+
+__version__ = "0.1.0"
+__all__ = ["PaintByExample", "__version__", "edit", "load_model"]
+
+# Imported on first use: torch takes seconds, and `pbe --help` needs none of it.
+_HOMES = {
+    "PaintByExample": "pbe.models.paint_by_example",
+    "edit": "pbe.editing",
+    "load_model": "pbe.checkpoints.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pbe' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

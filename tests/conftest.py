@@ -1,0 +1,35 @@
+"""What several test files share."""
+
+from pathlib import Path
+
+import golden_file
+import pytest
+import torch
+
+from pbe.checkpoints.sizes import pbe_entry
+from pbe.models.clip import CLIPVisionConfig
+from pbe.models.exemplar import ExemplarConfig
+from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
+from pbe.models.unet import UNetConfig
+from pbe.models.vae import VAEConfig
+
+TINY = PaintByExampleConfig(
+    unet=UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(0,), context_dim=64),
+    vae=VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1),
+    exemplar=ExemplarConfig(
+        vision=CLIPVisionConfig(width=64, num_layers=2, num_heads=2, patch_size=14, image_size=28, mlp_width=128),
+        mapper_layers=1,
+    ),
+    resolution=64,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A file of Paint by Example with random weights, small enough to edit in a blink."""
+    with torch.device("meta"):
+        shapes = {name: list(tensor.shape) for name, tensor in PaintByExample(TINY).state_dict().items()}
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.ckpt"
+    state = {name: golden_file.parameter(name, shape) for name, shape in shapes.items()}
+    torch.save({"state_dict": state, "pbe": pbe_entry(TINY)}, path)
+    return path

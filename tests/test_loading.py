@@ -1,0 +1,220 @@
+"""From files in every layout to models: recognised, sized, strict, converted tensor by tensor."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import TINY as CONFIG
+from golden_file import noise, parameter
+
+import pbe
+from pbe.checkpoints.layouts import openai_clip
+from pbe.checkpoints.loading import DTYPES, check_names_and_shapes, choose_device, choose_dtype, view
+from pbe.checkpoints.reading import Checkpoint, CheckpointError
+from pbe.checkpoints.seeding import seeded_checkpoint, seeded_state
+from pbe.checkpoints.sizes import pbe_entry
+from pbe.checkpoints.surgery import config_of
+from pbe.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
+from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig
+from pbe.models.unet import UNetConfig
+from pbe.models.vae import VAEConfig
+
+MANIFESTS = Path(__file__).parents[2] / "shared" / "reference" / "manifests"
+VIT_B = {
+    "vision": CLIPVisionConfig(width=768, num_layers=12, num_heads=12, patch_size=32, mlp_width=3072),
+    "text": CLIPTextConfig(width=512, num_layers=12, num_heads=8, mlp_width=2048),
+    "embed_dim": 512,
+}
+SMALL_SD = StableDiffusionConfig(
+    unet=UNetConfig(in_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(0,)),
+    vae=VAEConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1),
+    text=CLIPTextConfig(width=768, num_layers=1, vocab_size=50, mlp_width=64),
+)
+
+
+class Described(NamedTuple):
+    """A tensor of which only the description is known."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def fill(model_class, config, seed=5):
+    with torch.device("meta"):
+        model = model_class(config)
+    return {name: parameter(name, list(p.shape), seed) for name, p in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "layout", "config"),
+    [
+        ("paint-by-example-model.ckpt", "paint-by-example", PaintByExampleConfig()),
+        ("stable-diffusion-v1-4.ckpt", "stable-diffusion", StableDiffusionConfig()),
+        ("stable-diffusion-v1-4-full-ema.ckpt", "stable-diffusion", StableDiffusionConfig()),
+        ("stable-diffusion-v1-5-inpainting.ckpt", "stable-diffusion", StableDiffusionConfig(unet=UNetConfig())),
+        ("openai-clip-ViT-L-14.pt", "openai-clip", CLIPConfig()),
+        ("openai-clip-ViT-B-32.pt", "openai-clip", CLIPConfig(**VIT_B)),
+        (
+            "openai-clip-ViT-B-16.pt",
+            "openai-clip",
+            CLIPConfig(**VIT_B | {"vision": CLIPVisionConfig(768, 12, 12, 16, mlp_width=3072)}),
+        ),
+    ],
+)
+def test_original_files_are_recognised_and_fit(manifest, layout, config):
+    """Every key of the released files is used, or dropped for a listed reason, and none is missing."""
+    path = MANIFESTS / f"{manifest}.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    entries = json.loads(path.read_text()).items()
+    tensors = {name: Described(torch.Size(shape), getattr(torch, dtype)) for name, (shape, dtype) in entries}
+    source = view(Checkpoint(path, "manifest", tensors, {}))
+    assert source.layout.name == layout
+    assert config_of(source) == config  # raises where a name or a shape does not fit
+
+
+def test_defaults_are_the_released_sizes():
+    with torch.device("meta"):
+        model = PaintByExample(PaintByExampleConfig())
+    millions = {name: sum(p.numel() for p in net.parameters()) / 1e6 for name, net in model.named_children()}
+    assert millions["model"] == pytest.approx(859.54, abs=0.01)
+    assert millions["first_stage_model"] == pytest.approx(83.65, abs=0.01)
+
+
+def test_original_checkpoint_loads_with_the_same_numbers(tmp_path):
+    checkpoint = seeded_checkpoint("small", seed=1)
+    torch.save(checkpoint, tmp_path / "model.ckpt")
+    model = pbe.load_model(tmp_path / "model.ckpt", device="cpu")
+    assert isinstance(model, PaintByExample)
+    assert not model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, checkpoint["state_dict"][name]), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_converts_to_the_asked_precision(tmp_path, dtype):
+    torch.save({"state_dict": seeded_state(CONFIG, 2), "pbe": pbe_entry(CONFIG)}, tmp_path / "model.ckpt")
+    model = pbe.load_model(tmp_path / "model.ckpt", device="cpu", dtype=dtype)
+    expected = DTYPES.get(dtype, dtype)
+    assert {p.dtype for p in model.parameters()} == {expected}
+    full = pbe.load_model(tmp_path / "model.ckpt", device="cpu")
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, full.state_dict()[name].to(expected)), name
+
+
+def test_training_a_mapped_model_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": seeded_state(CONFIG, 2), "pbe": pbe_entry(CONFIG)}, path)
+    before = path.read_bytes()
+    model = pbe.load_model(path, device="cpu")
+    assert all(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        model.proj_out.weight.zero_()
+    assert path.read_bytes() == before
+    assert pbe.load_model(path, device="cpu").proj_out.weight.abs().sum() > 0
+
+
+def test_entry_tells_what_shapes_cannot(tmp_path):
+    config = PaintByExampleConfig(
+        unet=UNetConfig(
+            model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=4, context_dim=24
+        ),
+        vae=VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, latent_scale=0.7),
+        exemplar=CONFIG.exemplar,
+        resolution=96,
+    )
+    torch.save({"state_dict": seeded_state(config, 0), "pbe": pbe_entry(config)}, tmp_path / "model.ckpt")
+    assert pbe.load_model(tmp_path / "model.ckpt", device="cpu").config == config
+
+
+def test_stable_diffusion_with_either_text_tower_naming(tmp_path):
+    state = fill(StableDiffusion, SMALL_SD)
+    renamed = {name.replace(".transformer.text_model.", ".transformer."): x for name, x in state.items()}
+    for tensors in (state, renamed):
+        torch.save({"state_dict": tensors}, tmp_path / "sd.ckpt")
+        model = pbe.load_model(tmp_path / "sd.ckpt", device="cpu")
+        assert isinstance(model, StableDiffusion)
+        assert model.config == SMALL_SD
+        with torch.no_grad():
+            context = model.encode_text(torch.tensor([[3, 4, 49]]))
+            assert model.unet(noise("z", 1, 4, 6, 6), torch.tensor([9]), context).shape == (1, 4, 6, 6)
+
+
+def test_openai_clip_and_our_clip_agree(tmp_path):
+    """OpenAI's fused and transposed tensors give the model they were made from."""
+    config = CLIPConfig(
+        vision=CLIPVisionConfig(width=64, num_layers=2, num_heads=1, patch_size=32, mlp_width=96),
+        text=CLIPTextConfig(width=128, num_layers=3, num_heads=2, vocab_size=70, mlp_width=96),
+        embed_dim=40,
+    )
+    ours = CLIP(config)
+    ours.load_state_dict(fill(CLIP, config))
+    recipes = openai_clip(2, 3).to_theirs(ours.state_dict())
+    theirs = {name: r.build(*(ours.state_dict()[s] for s in r.sources)) for name, r in recipes.items()}
+    assert theirs["visual.transformer.resblocks.0.attn.in_proj_weight"].shape == (3 * 64, 64)
+    assert theirs["visual.proj"].shape == (64, 40)
+    torch.save(theirs | {"input_resolution": torch.tensor(224)}, tmp_path / "clip.pt")
+    loaded = pbe.load_model(tmp_path / "clip.pt", device="cpu")
+    assert loaded.config == config
+    assert loaded.state_dict().keys() == ours.state_dict().keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_strictness_lists_every_fault(tmp_path):
+    state = seeded_state(CONFIG, 0)
+    del state["proj_out.bias"]
+    state["cond_stage_model.final_ln.weight"] = torch.zeros(7)
+    state["model.diffusion_model.extra"] = torch.zeros(1)
+    torch.save({"state_dict": state}, tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError) as caught:
+        pbe.load_model(tmp_path / "bad.ckpt", device="cpu")
+    message = str(caught.value)
+    for fault in ("bad.ckpt", "proj_out.bias", "final_ln.weight (7,) for (64,)", "model.diffusion_model.extra"):
+        assert fault in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {"weight": torch.zeros(2)}, "fits no known model"),
+        (lambda s: s | {"surprise.weight": torch.zeros(2)}, "surprise.weight"),
+        (lambda s: {k: v for k, v in s.items() if k != "model.diffusion_model.out.2.weight"}, "out.2.weight"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path, change, message):
+    torch.save({"state_dict": change(seeded_state(CONFIG, 0))}, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match=message):
+        pbe.load_model(tmp_path / "model.ckpt", device="cpu")
+
+
+def test_clip_with_another_activation_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}))
+    state = fill(CLIP, CLIPConfig(CLIPVisionConfig(64, 1, 1, 32), CLIPTextConfig(64, 1, 1, 9), 8))
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"'gelu'.*quick_gelu"):
+        pbe.load_model(tmp_path, device="cpu")
+
+
+def test_wrong_devices_and_precisions():
+    with pytest.raises(ValueError, match="'gpu'"):
+        choose_device("gpu")
+    with pytest.raises(ValueError, match=r"'half'.*float16"):
+        choose_dtype("half", torch.device("cpu"))
+    with pytest.raises(ValueError, match="int64"):
+        choose_dtype(torch.int64, torch.device("cpu"))
+    assert choose_dtype("auto", torch.device("cuda")) == torch.float16
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_shapes_that_contradict_each_other(tmp_path):
+    source = view(Checkpoint(tmp_path, "made up", {n: Described(t.shape, t.dtype) for n, t in fill_pbe().items()}, {}))
+    with pytest.raises(CheckpointError, match="has no place for"):
+        check_names_and_shapes(source, {})
+
+
+def fill_pbe():
+    return seeded_state(CONFIG, 0)
