@@ -13,6 +13,9 @@ from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
 
+# The networks here are so small that threads cost more than they save, most of all on a busy machine.
+torch.set_num_threads(1)
+
 TINY = PaintByExampleConfig(
     unet=UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(0,), context_dim=64),
     vae=VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1),

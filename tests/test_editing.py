@@ -1,0 +1,264 @@
+"""Editing end to end on a tiny model: what is kept, what is changed, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+import pbe
+from pbe.checkpoints.seeding import seeded_state
+from pbe.editing import mixed_context
+from pbe.models.paint_by_example import PaintByExample
+from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig
+from pbe.pictures import PictureWarning
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = PaintByExample(TINY)
+    model.load_state_dict(seeded_state(TINY, 0))
+    return model.eval()
+
+
+def photo(width, height, channels=3, dtype=np.uint8, seed=0):
+    values = np.random.default_rng(seed).random((height, width, channels))
+    return (values * np.iinfo(dtype).max).astype(dtype) if np.issubdtype(dtype, np.integer) else values.astype(dtype)
+
+
+EXEMPLAR = Image.fromarray(photo(40, 30, seed=1))
+OTHER = Image.fromarray(photo(30, 40, seed=2) // 2)
+
+
+def rectangle(width, height, box):
+    mask = np.zeros((height, width), bool)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    return mask
+
+
+def edit(model, image, mask, exemplar=EXEMPLAR, steps=4, **options):
+    return pbe.edit(model, image, mask, exemplar, steps=steps, **options)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "box"),
+    [
+        (4000, 3000, (1800, 1400, 1900, 1500)),  # a small thing in a large photo
+        (300, 200, (50, 60, 120, 130)),
+        (200, 300, (50, 60, 120, 130)),  # portrait
+        (300, 200, (0, 80, 60, 140)),  # at the border
+        (300, 200, (240, 140, 300, 200)),  # in a corner
+        (300, 100, (20, 30, 280, 70)),  # longer than the short side
+        (90, 41, (3, 3, 80, 38)),  # sides that nothing divides
+        (300, 200, (150, 100, 151, 101)),  # one pixel
+    ],
+)
+def test_keeps_every_pixel_outside_the_mask(model, width, height, box):
+    image, mask = photo(width, height), rectangle(width, height, box)
+    (result,) = edit(model, image, mask)
+    assert result.shape == image.shape
+    assert result.dtype == image.dtype
+    assert np.array_equal(result[~mask], image[~mask])
+    assert (result[mask] != image[mask]).mean() > 0.5
+
+
+def test_a_box_a_polygon_and_a_picture_are_the_same_mask(model):
+    image, box = photo(100, 80), (20, 30, 60, 70)
+    picture = Image.fromarray(rectangle(100, 80, box).astype(np.uint8) * 255)
+    polygon = [(20, 30), (60, 30), (60, 70), (20, 70)]
+    results = [edit(model, image, mask)[0] for mask in (picture, box, polygon)]
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        photo(80, 60, 1)[..., 0],
+        photo(80, 60, 4),
+        photo(80, 60, 3, np.uint16),
+        photo(80, 60, 3, np.float32),
+        torch.from_numpy(photo(80, 60, 3, np.float32)).permute(2, 0, 1),
+    ],
+    ids=["gray", "alpha", "16 bits", "float", "tensor"],
+)
+def test_gives_back_the_kind_and_depth_it_was_given(model, image):
+    (result,) = edit(model, image, (20, 20, 60, 50))
+    assert type(result) is type(image)
+    assert result.shape == image.shape
+    assert result.dtype == image.dtype
+    before, after = np.asarray(image), np.asarray(result)
+    if isinstance(image, torch.Tensor):
+        before, after = before.transpose(1, 2, 0), after.transpose(1, 2, 0)
+    outside = ~rectangle(80, 60, (20, 20, 60, 50))
+    assert np.array_equal(before[outside], after[outside])
+
+
+def test_files_keep_their_metadata(model, tmp_path):
+    image = Image.fromarray(photo(80, 60))
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    image.save(tmp_path / "photo.png", exif=exif, icc_profile=b"profile")
+    (result,) = edit(model, tmp_path / "photo.png", (20, 20, 60, 50))
+    assert result.info["icc_profile"] == b"profile"
+    assert b"a description" in result.info["exif"]
+
+
+def test_a_result_depends_on_its_seed_alone(model):
+    """The same picture alone, in a batch of four, and in batches of two; rounding may move a value by one."""
+    image, mask = photo(80, 60), (20, 20, 60, 50)
+    for sampler, eta in (("plms", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("dpm_solver", 0.0)):
+        options = {"sampler": sampler, "eta": eta}
+        four = edit(model, image, mask, seed=10, num_images=4, **options)
+        pairs = edit(model, image, mask, seed=10, num_images=4, batch_size=2, **options)
+        for i in range(4):
+            (alone,) = edit(model, image, mask, seed=10 + i, **options)
+            for other in (four[i], pairs[i]):
+                assert np.abs(alone.astype(int) - other.astype(int)).max() <= 1, (sampler, i)
+        assert not np.array_equal(four[0], four[1])
+
+
+def test_the_exemplar_and_the_guidance_matter(model):
+    image, mask = photo(80, 60), (20, 20, 60, 50)
+    results = [
+        edit(model, image, mask, e, guidance=g)[0] for e, g in ((EXEMPLAR, 5), (OTHER, 5), (EXEMPLAR, 0), (OTHER, 0))
+    ]
+    assert not np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+    assert np.array_equal(results[2], results[3])  # λ = 0 leaves the exemplar out
+
+
+@torch.no_grad()
+def test_mixing_exemplars(model):
+    first, second = (mixed_context(model, e, None, None) for e in (EXEMPLAR, OTHER))
+    assert torch.allclose(mixed_context(model, [EXEMPLAR, OTHER], None, [1, 0]), first, atol=1e-6)
+    mixed = mixed_context(model, [EXEMPLAR, OTHER], None, [3, 1])
+    assert torch.allclose(mixed, 0.75 * first + 0.25 * second, atol=1e-6)
+    assert torch.allclose(mixed_context(model, [EXEMPLAR, OTHER], None, None), (first + second) / 2, atol=1e-6)
+
+
+@torch.no_grad()
+def test_exemplar_masks(model):
+    """Pixels outside the exemplar's mask, or under its alpha, do not matter."""
+    pixels = photo(40, 30, seed=1)
+    box = rectangle(40, 30, (5, 5, 25, 20))
+    changed = np.where(box[..., None], pixels, 255 - pixels)
+    a, b = (mixed_context(model, x, box, None) for x in (pixels, changed))
+    cut_out = np.concatenate([changed, box[..., None].astype(np.uint8) * 255], axis=2)
+    assert torch.equal(a, b)
+    assert torch.equal(a, mixed_context(model, cut_out, None, None))
+    assert not torch.equal(a, mixed_context(model, pixels, None, None))
+
+
+def test_two_regions_together_or_one_by_one(model):
+    image = photo(400, 200)
+    mask = rectangle(400, 200, (20, 50, 80, 110)) | rectangle(400, 200, (330, 80, 380, 150))
+    together, each = (edit(model, image, mask, regions=regions)[0] for regions in ("together", "each"))
+    for result in (together, each):
+        assert np.array_equal(result[~mask], image[~mask])
+        assert (result[50:110, 20:80] != image[50:110, 20:80]).any()
+        assert (result[80:150, 330:380] != image[80:150, 330:380]).any()
+    assert not np.array_equal(together, each)
+    # the first region of "each" is what it would be alone
+    (alone,) = edit(model, image, (20, 50, 80, 110))
+    assert np.array_equal(each[:, :200], alone[:, :200])
+
+
+def test_without_composite_the_window_is_the_models(model):
+    image, mask = photo(100, 80), (40, 30, 60, 50)
+    raw, pasted = (edit(model, image, mask, composite=c, window=(20, 10, 84, 74))[0] for c in (False, True))
+    window = rectangle(100, 80, (20, 10, 84, 74))
+    assert np.array_equal(raw[~window], image[~window])
+    assert (raw[window] != image[window]).mean() > 0.9
+    # deep inside the mask both show the same
+    assert np.array_equal(raw[35:45, 45:55], pasted[35:45, 45:55])
+
+
+def test_full_window_and_resolution(model):
+    """The model sees the whole photo at the resolution asked for."""
+    image, mask = photo(96, 96), (10, 20, 60, 70)
+    sizes = []
+    edit(model, image, mask, window="full", callback=lambda step: sizes.append(tuple(step.x_t.shape)))
+    edit(model, image, mask, window="full", resolution=96, callback=lambda step: sizes.append(tuple(step.x_t.shape)))
+    assert sizes == [(1, 4, 16, 16)] * 4 + [(1, 4, 24, 24)] * 4
+
+
+def test_feather_stays_inside(model):
+    image, mask = photo(80, 60), rectangle(80, 60, (20, 20, 60, 50))
+    hard, soft = (edit(model, image, mask, feather=width)[0] for width in (0, 10))
+    assert np.array_equal(soft[~mask], image[~mask])
+    rim = mask & ~rectangle(80, 60, (22, 22, 58, 48))
+    gaps = [np.abs(result.astype(int) - image)[rim].mean() for result in (soft, hard)]
+    assert gaps[0] < 0.5 * gaps[1]
+
+
+@torch.no_grad()
+def test_half_precision_edits(tmp_path):
+    model = PaintByExample(TINY)
+    model.load_state_dict(seeded_state(TINY, 0))
+    image, mask = photo(80, 60), rectangle(80, 60, (20, 20, 60, 50))
+    for dtype in (torch.bfloat16, torch.float16):
+        (result,) = edit(model.to(dtype).eval(), image, mask)
+        assert np.array_equal(result[~mask], image[~mask])
+        assert (result[mask] != image[mask]).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": np.zeros((60, 80), bool)}, "empty"),
+        ({"mask": np.ones((60, 80), bool)}, "covers the whole photo"),
+        ({"mask": np.ones((60, 81), bool)}, "81x60"),
+        ({"mask": (20, 20, 90, 50)}, "80x60"),
+        ({"image": "nowhere.png"}, "nowhere.png"),
+        ({"exemplar": []}, "empty list"),
+        ({"exemplar": [EXEMPLAR], "exemplar_weights": [1, 2]}, "2 entries for 1"),
+        ({"exemplar_weights": [0.0]}, "not all 0"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "1001"),
+        ({"sampler": "euler"}, "'euler'.*plms"),
+        ({"eta": 0.5}, "ddim"),
+        ({"guidance": -1.0}, "guidance"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"num_images": 0}, "num_images"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"regions": "both"}, "'both'"),
+        ({"window": "half"}, "'half'"),
+        ({"window": (30, 0, 80, 60)}, "hold the mask"),
+        ({"window": (0, 0, 80, 61)}, "lie inside the photo"),
+        ({"resolution": 63}, "multiple"),
+        ({"feather": -1}, "feather"),
+        ({"margin": 0.6}, "margin"),
+    ],
+)
+def test_wrong_inputs(model, changes, message):
+    arguments = {"image": photo(80, 60), "mask": (20, 20, 60, 50), "exemplar": EXEMPLAR} | changes
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        edit(model, **arguments)
+
+
+def test_needs_a_paint_by_example():
+    with torch.device("meta"):
+        other = StableDiffusion(StableDiffusionConfig())
+    with pytest.raises(ValueError, match="not a StableDiffusion"):
+        edit(other, photo(80, 60), (20, 20, 60, 50))
+
+
+def test_a_mask_too_small_for_the_window(model):
+    """One pixel of 600 is less than any latent cell sees: an error with the whole frame, no trouble with a window."""
+    image = photo(600, 600)
+    with pytest.raises(ValueError, match="window='auto'"):
+        edit(model, image, (300, 300, 301, 301), window=(0, 0, 600, 600), resolution=64)
+    edit(model, image, (300, 300, 301, 301))
+
+
+@pytest.mark.parametrize("steps", [2, 600])
+def test_warns_of_steps_that_leave_the_noise_out(model, steps):
+    class Stop(Exception):
+        """Enough seen."""
+
+    def stop(_):
+        raise Stop
+
+    with pytest.warns(PictureWarning, match=f"steps={steps}"), pytest.raises(Stop):
+        edit(model, photo(80, 60), (20, 20, 60, 50), steps=steps, callback=stop)

@@ -1,0 +1,135 @@
+"""What every network promises beside its numbers: any size, any precision, any memory format, no graph breaks."""
+
+import pytest
+import torch
+from conftest import TINY
+from golden_file import noise
+
+from pbe.checkpoints.seeding import seeded_state
+from pbe.models.clip import CLIPTextConfig, CLIPTextTower, CLIPVisionConfig, CLIPVisionTower
+from pbe.models.paint_by_example import PaintByExample, latent_mask
+from pbe.models.unet import UNet, UNetConfig, timestep_embedding
+
+THREE_LEVELS = UNetConfig(model_channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, context_dim=64)
+
+
+@pytest.fixture
+def model():
+    model = PaintByExample(TINY)
+    model.load_state_dict(seeded_state(TINY, 0))
+    return model.eval()
+
+
+def calls(model):
+    """One call of each network, as (name, module or method, arguments)."""
+    vision = TINY.exemplar.vision.image_size
+    return [
+        ("unet", model.unet, (noise("x", 2, 9, 8, 8), torch.tensor([1, 900]), noise("c", 2, 1, 64))),
+        ("encode", model.vae.moments, (noise("image", 2, 3, 32, 32),)),
+        ("decode", model.vae.decode, (noise("z", 2, 4, 8, 8),)),
+        ("exemplar", model.encode_exemplar, (noise("exemplar", 2, 3, vision, vision),)),
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (13, 5), (5, 3), (3, 16)])
+def test_unet_takes_any_size(size):
+    unet = UNet(THREE_LEVELS)
+    eps = unet(noise("x", 1, 9, *size), torch.tensor([5]), noise("c", 1, 1, 64))
+    assert eps.shape == (1, 4, *size)
+    assert eps.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(32, 32), (33, 30), (1, 50)])
+def test_vae_takes_any_size(model, size):
+    """A picture's latent covers it; what it decodes to begins with the picture's own pixels."""
+    f = TINY.vae.downsampling
+    image = noise("image", 1, 3, *size)
+    z = model.vae.encode(image).mean
+    assert z.shape == (1, 4, -(-size[0] // f), -(-size[1] // f))
+    assert model.vae.decode(z).shape == (1, 3, z.shape[2] * f, z.shape[3] * f)
+    assert latent_mask(torch.ones(1, 1, *size), f).shape == (1, 1, *z.shape[2:])
+    # the padding continues the picture's edge, so a picture padded by hand gives the same latent
+    H, W = z.shape[2] * f, z.shape[3] * f
+    rows, columns = torch.arange(H).clamp(max=size[0] - 1), torch.arange(W).clamp(max=size[1] - 1)
+    assert torch.equal(model.vae.encode(image[:, :, rows][:, :, :, columns]).mean, z)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.06), (torch.float16, 0.01)])
+def test_half_precision(model, dtype, tolerance):
+    """16-bit results stay within a few of their roundings (2^-8 and 2^-11) of float32's."""
+    expected = {name: network(*args) for name, network, args in calls(model)}
+    for name, network, args in calls(model.to(dtype)):
+        halved = [a.to(dtype) if a.is_floating_point() else a for a in args]
+        result = network(*halved)
+        assert result.dtype == dtype
+        error = (result.float() - expected[name]).norm() / expected[name].norm()
+        assert error < tolerance, name
+
+
+@torch.no_grad()
+def test_channels_last(model):
+    expected = {name: network(*args) for name, network, args in calls(model)}
+    for name, network, args in calls(model.to(memory_format=torch.channels_last)):
+        args = [a.to(memory_format=torch.channels_last) if a.ndim == 4 else a for a in args]
+        assert torch.allclose(network(*args), expected[name], atol=1e-4), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["unet", "encode", "decode", "exemplar"])
+def test_compiles_without_graph_breaks(model, name):
+    """Traced as one graph; the eager backend runs it, since what is tested is the tracing."""
+    network, args = next((network, args) for n, network, args in calls(model) if n == name)
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(*args), network(*args), atol=1e-5)
+
+
+@torch.no_grad()
+def test_text_tower_compiles_and_is_causal():
+    config = CLIPTextConfig(width=64, num_layers=2, num_heads=2, vocab_size=30, context_length=12, mlp_width=64)
+    tower = CLIPTextTower(config)
+    tokens = torch.tensor([[1, 5, 7, 29, 2, 3]])
+    compiled = torch.compile(tower, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(tokens), tower(tokens), atol=1e-5)
+    later = tokens.clone()
+    later[0, 4] = 9
+    assert torch.equal(tower(tokens)[:, :4], tower(later)[:, :4])
+    assert not torch.equal(tower(tokens)[:, 4:], tower(later)[:, 4:])
+    assert torch.equal(tower.pooled(tokens), tower(tokens)[:, 3])
+    with pytest.raises(ValueError, match="at most 12"):
+        tower(torch.zeros(1, 13, dtype=torch.long))
+
+
+def test_vision_tower_names_the_size_it_takes():
+    tower = CLIPVisionTower(CLIPVisionConfig(64, 1, 1, 14, 28, 64))
+    with pytest.raises(ValueError, match=r"28x28.*not 56x28"):
+        tower(torch.zeros(1, 3, 28, 56))
+
+
+def test_timestep_embedding_is_float32_whatever_the_network():
+    """In half precision the angles of late timesteps would be off by whole turns."""
+    t = torch.tensor([999])
+    assert timestep_embedding(t, 32).dtype == torch.float32
+    exact = torch.tensor([999.0], dtype=torch.float64) * 10_000 ** (-torch.arange(16, dtype=torch.float64) / 16)
+    assert torch.allclose(timestep_embedding(t, 32)[0, :16].double(), exact.cos(), atol=1e-4)
+
+
+def test_heads_must_divide_the_channels():
+    with pytest.raises(ValueError, match="num_heads=7"):
+        UNetConfig(num_heads=7)
+
+
+def test_mask_must_fit_the_image(model):
+    with pytest.raises(ValueError, match=r"\(B, 1, H, W\)"):
+        model.encode_masked(torch.zeros(1, 3, 32, 32), torch.ones(1, 1, 16, 32))
+
+
+def test_building_draws_nothing_on_meta():
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        model = PaintByExample(TINY)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert not list(model.buffers())

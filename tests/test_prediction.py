@@ -1,0 +1,75 @@
+"""Batches over several processes: every row exactly once, with a real pair of processes on the CPU."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pbe.cli.inference import main
+from pbe.jobs import read_settings
+from pbe.prediction import run_jobs, share_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("num_jobs", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_shares_hold_every_job_once_and_have_one_length(num_jobs, world_size):
+    shares = [share_of(num_jobs, rank, world_size) for rank in range(world_size)]
+    assert sorted(i for share in shares for i in share if i < num_jobs) == list(range(num_jobs))
+    assert len({len(share) for share in shares}) == 1
+    assert len(shares[0]) >= 1
+
+
+def test_one_device_by_name_is_not_several():
+    with pytest.raises(ValueError, match="device='cuda:1' cannot be several devices"):
+        run_jobs([], Path("model.ckpt"), device="cuda:1", devices=2)
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """Five rows, of which the third has no photo."""
+    Image.linear_gradient("L").resize((48, 40)).convert("RGB").save(tmp_path / "photo.png")
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "dog.png")
+    row = {"image": "photo.png", "box": [10, 10, 34, 34], "reference": "dog.png"}
+    table = [{**row, "seed": i, "out": f"{i}.png"} for i in range(5)]
+    table[2]["image"] = "none.png"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, table)))
+    return path
+
+
+def flags(rows: Path, checkpoint: Path) -> list[str]:
+    return ["--batch", str(rows), "--ckpt", str(checkpoint), "--device", "cpu", "--steps", "4", "--quiet"]
+
+
+def test_two_processes_run_every_row_once(rows, tiny_checkpoint, capsys):
+    folder = rows.parent
+    # a program of its own, since Lightning starts it again for the second process
+    command = [sys.executable, str(ROOT / "tools" / "inference.py"), *flags(rows, tiny_checkpoint), "--devices", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    two = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert two.returncode == 1, two.stderr  # one row failed
+    assert two.stdout == "5 rows: 4 done, 0 done before, 1 failed\n"
+    (line,) = two.stderr.splitlines()
+    assert line.startswith("line 3 failed: ")
+    assert "none.png" in line
+    pictures = {path.name: path.read_bytes() for path in folder.glob("?.png")}
+    assert sorted(pictures) == ["0.png", "1.png", "3.png", "4.png"]
+    assert [read_settings(folder / name)["seed"] for name in sorted(pictures)] == [0, 1, 3, 4]
+
+    # one process knows its work, and gives the same pictures
+    assert main(flags(rows, tiny_checkpoint)) == 1
+    assert capsys.readouterr().out == "5 rows: 0 done, 4 done before, 1 failed\n"
+    assert main([*flags(rows, tiny_checkpoint), "--redo"]) == 1
+    assert capsys.readouterr().out == "5 rows: 4 done, 0 done before, 1 failed\n"
+    for name, before in pictures.items():
+        with Image.open(folder / name) as now, Image.open(io.BytesIO(before)) as then:
+            # the number of threads may change the order of sums
+            assert abs(np.asarray(now).astype(int) - np.asarray(then)).max() <= 1
