@@ -36,3 +36,12 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     state = {name: golden_file.parameter(name, shape) for name, shape in shapes.items()}
     torch.save({"state_dict": state, "pbe": pbe_entry(TINY)}, path)
     return path
+
+
+@pytest.fixture
+def one_thread():
+    """Small networks gain nothing from threads, which wait for each other where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -17,6 +17,7 @@ from pbe.cli.inference import main, parse_seeds, runs
 from pbe.jobs import read_settings
 from pbe.sampling import StepInfo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
 BOX = (20, 16, 60, 48)
 

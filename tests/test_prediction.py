@@ -1,13 +1,11 @@
 """Batches over several processes: every row exactly once, with a real pair of processes on the CPU."""
 
-import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -49,6 +47,7 @@ def flags(rows: Path, checkpoint: Path) -> list[str]:
     return ["--batch", str(rows), "--ckpt", str(checkpoint), "--device", "cpu", "--steps", "4", "--quiet"]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_run_every_row_once(rows, tiny_checkpoint, capsys):
     folder = rows.parent
     # a program of its own, since Lightning starts it again for the second process
@@ -70,6 +69,4 @@ def test_two_processes_run_every_row_once(rows, tiny_checkpoint, capsys):
     assert main([*flags(rows, tiny_checkpoint), "--redo"]) == 1
     assert capsys.readouterr().out == "5 rows: 4 done, 0 done before, 1 failed\n"
     for name, before in pictures.items():
-        with Image.open(folder / name) as now, Image.open(io.BytesIO(before)) as then:
-            # the number of threads may change the order of sums
-            assert abs(np.asarray(now).astype(int) - np.asarray(then)).max() <= 1
+        assert (folder / name).read_bytes() == before

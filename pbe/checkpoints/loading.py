@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pbe.checkpoints import sizes
 from pbe.checkpoints.layouts import LAYOUTS, Layout, recognise, table_of
+from pbe.checkpoints.meta import build_on_meta
 from pbe.checkpoints.reading import Checkpoint, CheckpointError, open_checkpoint
 from pbe.checkpoints.rules import Recipe, Table, UnlistedNames, shorten
 from pbe.models.clip import CLIP
@@ -45,8 +46,7 @@ def load_model(
     source = open_source(path)
     model_class, infer = MODELS[source.layout.name]
     config = infer(source.shapes, source.hints)
-    with torch.device("meta"):
-        model = model_class(config)
+    model = build_on_meta(model_class, config)
     check_names_and_shapes(source, {name: tuple(p.shape) for name, p in model.state_dict().items()})
     state = {name: source.tensor(name, device, dtype) for name in source.recipes}
     model.load_state_dict(state, assign=True)

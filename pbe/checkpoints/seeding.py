@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.meta import build_on_meta
 from pbe.checkpoints.sizes import pbe_entry
 from pbe.models.clip import CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
@@ -35,8 +36,7 @@ def seeded_state(config: PaintByExampleConfig, seed: int, dtype: torch.dtype = t
     """Every parameter of a model, drawn from one generator: weights of variance 1 / fan-in, norms and biases near the
     identity, so that activations keep their size through all layers."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        model = PaintByExample(config)
+    model = build_on_meta(PaintByExample, config)
     return {name: draw(name, tuple(p.shape), generator).to(dtype) for name, p in model.state_dict().items()}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pbe.checkpoints.loading import MODELS, Source, check_names_and_shapes
+from pbe.checkpoints.meta import build_on_meta
 from pbe.checkpoints.reading import CheckpointError
 from pbe.checkpoints.rules import shorten
 from pbe.checkpoints.sizes import clip_config, pbe_entry
@@ -30,8 +31,7 @@ def config_of(source: Source) -> PaintByExampleConfig | StableDiffusionConfig | 
     """The sizes of the networks in a checkpoint; raises `CheckpointError` where they do not fit together."""
     model_class, infer = MODELS[source.layout.name]
     config = infer(source.shapes, source.hints)
-    with torch.device("meta"):
-        model = model_class(config)
+    model = build_on_meta(model_class, config)
     check_names_and_shapes(source, {name: tuple(p.shape) for name, p in model.state_dict().items()})
     return config
 
@@ -145,8 +145,7 @@ def fresh_exemplar_mapping(config: ExemplarConfig, context_dim: int, generator: 
 
     Norms are the identity, biases zero, weights normal with variance 1 / fan-in, the unconditional vector normal.
     """
-    with torch.device("meta"):
-        encoder = ExemplarEncoder(config)
+    encoder = build_on_meta(ExemplarEncoder, config)
     shapes = {f"cond_stage_model.{n}": p.shape for n, p in encoder.state_dict().items() if "transformer." not in n}
     shapes |= {"proj_out.weight": (context_dim, config.vision.width), "proj_out.bias": (context_dim,)}
     tensors = {"learnable_vector": torch.randn(1, 1, context_dim, generator=generator)}

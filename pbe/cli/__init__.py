@@ -1,0 +1,29 @@
+"""The command `pbe`: one subcommand a tool."""
+
+import argparse
+from importlib import import_module
+
+import pbe
+
+# Each module has `main(argv, prog) -> exit code`, and is imported only when its command is chosen.
+COMMANDS = {
+    "edit": ("pbe.cli.inference", "repaint the masked part of a photo, or of a batch of photos"),
+    "checkpoint": ("pbe.cli.checkpoint", "look into checkpoints and change them"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the subcommand that `argv` (default: the command line's arguments) names; returns its exit code."""
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="pbe",
+        description="Paint by Example: exemplar-based image editing",
+        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pbe {pbe.__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below; COMMAND --help: more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    args = parser.parse_args(argv)
+    module, _ = COMMANDS[args.command]
+    return import_module(module).main(args.arguments, prog=f"pbe {args.command}")

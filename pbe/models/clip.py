@@ -123,7 +123,8 @@ class CLIPVisionEmbeddings(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.image_size = config.image_size
-        self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        self.class_embedding = nn.Parameter(torch.empty(config.width))
+        nn.init.normal_(self.class_embedding, std=config.width**-0.5)
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
         self.position_embedding = nn.Embedding(config.num_positions, config.width)
 

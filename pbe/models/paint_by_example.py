@@ -48,7 +48,8 @@ class PaintByExample(nn.Module):
         self.first_stage_model = AutoencoderKL(config.vae)
         self.cond_stage_model = ExemplarEncoder(config.exemplar)
         self.proj_out = nn.Linear(width, context_dim)
-        self.learnable_vector = nn.Parameter(torch.randn(1, 1, context_dim))
+        self.learnable_vector = nn.Parameter(torch.empty(1, 1, context_dim))
+        nn.init.normal_(self.learnable_vector)
 
     @property
     def unet(self) -> UNet:

@@ -1,0 +1,90 @@
+"""Pictures side by side: rows and columns with captions and labels, as in the paper's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+BACKGROUND, INK, FAINT = "white", (24, 24, 24), (96, 96, 96)
+
+
+def grid(
+    rows: Sequence[Sequence[Image.Image | None]],
+    captions: Sequence[Sequence[str]] | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    cell_height: int = 320,
+) -> Image.Image:
+    """One RGB picture of the pictures in `rows`, on white.
+
+    Each picture is scaled to `cell_height`, or where it is wide to fit twice that width, and centred in its column;
+    None leaves its place empty. `captions` stand under the pictures, shaped as `rows`; `row_labels` to the left,
+    `column_labels` on top. Text too long for its place is shortened.
+
+    ValueError without pictures, and where captions or labels do not fit the rows.
+    """
+    if not any(cell for row in rows for cell in row):
+        raise ValueError("a grid needs at least one picture")
+    num_columns = max(map(len, rows))
+    if captions is not None and [len(row) for row in captions] != [len(row) for row in rows]:
+        raise ValueError("captions must be shaped as the rows of the grid")
+    for name, labels, expected in (("row", row_labels, len(rows)), ("column", column_labels, num_columns)):
+        if labels is not None and len(labels) != expected:
+            raise ValueError(f"{len(labels)} {name} labels for {expected} {name}s")
+
+    gutter = max(4, cell_height // 26)
+    caption_font = ImageFont.load_default(size=max(10, cell_height // 18))
+    label_font = ImageFont.load_default(size=max(11, cell_height // 15))
+    cells = [[cell and _fit(cell.convert("RGB"), cell_height) for cell in row] for row in rows]
+    widths = [max((row[i].width for row in cells if i < len(row) and row[i]), default=0) for i in range(num_columns)]
+    heights = [max((cell.height for cell in row if cell), default=0) for row in cells]
+    caption_height = 2 * _line_height(caption_font) if captions else 0
+    top = gutter + (2 * _line_height(label_font) if column_labels else 0)
+    label_width = 0
+    if row_labels:
+        row_labels = [_shorten(label, label_font, 2 * cell_height // 3) for label in row_labels]
+        label_width = round(max(map(label_font.getlength, row_labels))) + 2 * gutter
+    lefts = [gutter + label_width + sum(widths[:i]) + gutter * i for i in range(num_columns)]
+    row_height = [height + caption_height for height in heights]
+
+    canvas = Image.new(
+        "RGB", (lefts[-1] + widths[-1] + gutter, top + sum(row_height) + gutter * len(rows)), color=BACKGROUND
+    )
+    draw = ImageDraw.Draw(canvas)
+    for i, label in enumerate(column_labels or ()):
+        text = _shorten(label, label_font, widths[i])
+        draw.text((lefts[i] + widths[i] / 2, (top + gutter / 2) / 2), text, INK, label_font, anchor="mm")
+    for j, row in enumerate(cells):
+        y = top + sum(row_height[:j]) + gutter * j
+        if row_labels:
+            at = (gutter + label_width - 2 * gutter, y + heights[j] / 2)
+            draw.text(at, row_labels[j], INK, label_font, anchor="rm")
+        for i, cell in enumerate(row):
+            if cell is None:
+                continue
+            canvas.paste(cell, (lefts[i] + (widths[i] - cell.width) // 2, y + (heights[j] - cell.height) // 2))
+            if captions:
+                text = _shorten(captions[j][i], caption_font, widths[i])
+                at = (lefts[i] + widths[i] / 2, y + heights[j] + caption_height / 2)
+                draw.text(at, text, FAINT, caption_font, anchor="mm")
+    return canvas
+
+
+def _fit(image: Image.Image, height: int) -> Image.Image:
+    scale = min(height / image.height, 2 * height / image.width)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _line_height(font: ImageFont.FreeTypeFont) -> int:
+    return sum(font.getmetrics())
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, or as much of its beginning as fits with an ellipsis."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}…"

@@ -1,0 +1,90 @@
+"""A batch of edits on several devices, under Lightning's `Trainer.predict`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+import torch
+import torch.distributed
+from torch.utils.data import DataLoader
+
+from pbe.batch import Outcome, run_row
+from pbe.jobs import Job, load_editor
+
+
+def share_of(num_jobs: int, rank: int, world_size: int) -> range:
+    """The jobs of one process, by index: every `world_size`-th from `rank`.
+
+    All shares have one length, the last index of some may be `num_jobs` or more and means nothing to do: Lightning
+    refuses an empty share, and its own sampler for prediction fails where there are fewer rows than processes.
+    """
+    return range(rank, -(-num_jobs // world_size) * world_size, world_size)
+
+
+class BatchEditing(lightning.LightningModule):
+    """Each process loads the model on its device, runs its share of the jobs and writes their pictures.
+
+    After prediction `outcomes` holds what became of all the jobs, in every process.
+    """
+
+    def __init__(self, jobs: Sequence[Job], checkpoint: Path, dtype: str = "auto", redo: bool = False):
+        super().__init__()
+        self.jobs, self.checkpoint, self.model_dtype, self.redo = jobs, checkpoint, dtype, redo
+        self.outcomes: list[Outcome] = []
+
+    def setup(self, stage: str) -> None:
+        self.model = load_editor(self.checkpoint, self.trainer.strategy.root_device, self.model_dtype)
+
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader(share_of(len(self.jobs), self.trainer.global_rank, self.trainer.world_size), batch_size=None)
+
+    def predict_step(self, index: int, batch_idx: int) -> None:
+        if index < len(self.jobs):
+            self.outcomes.append(run_row(self.model, self.jobs[index], self.checkpoint, self.redo))
+
+    def on_predict_end(self) -> None:
+        if self.trainer.world_size > 1:
+            shares: list[list[Outcome]] = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(shares, self.outcomes)
+            self.outcomes = sorted(outcome for share in shares for outcome in share)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    checkpoint: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    redo: bool = False,
+    progress: bool = True,
+) -> list[Outcome] | None:
+    """Run every job once on `devices` processes of each of `num_nodes` nodes.
+
+    Returns the outcomes in the first process, None in the others: Lightning starts the program again for each. On
+    several nodes the program is started on each, by SLURM, torchrun, or with MASTER_ADDR and NODE_RANK set.
+    ValueError for a device that cannot be divided; else raises as `load_model` does.
+    """
+    accelerators = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "mps": "mps"}
+    if device not in accelerators:
+        raise ValueError(f"device={device!r} cannot be several devices; choose one of {', '.join(accelerators)}")
+    trainer = lightning.Trainer(
+        accelerator=accelerators[device],
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy="ddp",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+    )
+    editing = BatchEditing(jobs, checkpoint, dtype, redo)
+    with warnings.catch_warnings():
+        # Beside its edit, reading a row costs nothing; and the pictures are written, not returned.
+        warnings.filterwarnings("ignore", message=".*does not have many workers|predict returned None")
+        trainer.predict(editing, return_predictions=False)
+    return editing.outcomes if trainer.is_global_zero else None

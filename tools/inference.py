@@ -1,0 +1,8 @@
+"""Repaint the masked part of a photo, or of a batch of photos: `python tools/inference.py --help`."""
+
+import sys
+
+from pbe.cli.inference import main
+
+if __name__ == "__main__":
+    sys.exit(main())
