@@ -3,6 +3,8 @@
 The weights go through a checkpoint file and this library's own converter, so that the tables of names are tested too.
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from pbe.checkpoints.writing import save_diffusers
 from pbe.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
 from pbe.models.paint_by_example import Condition, PaintByExample, PaintByExampleConfig
+from pbe.models.stable_diffusion import StableDiffusion
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
 from pbe.sampling import NoiseSchedule, guided_eps, plms
@@ -133,6 +136,45 @@ def test_clip(tmp_path, patch_size, width):
     assert_agree(torch.nn.functional.normalize(ours.encode_image(image), dim=-1), output.image_embeds)
     assert_agree(torch.nn.functional.normalize(ours.encode_text(token_ids), dim=-1), output.text_embeds)
     assert_agree(ours(image, token_ids), output.logits_per_image)
+
+
+@torch.no_grad()
+def test_stable_diffusion_folder(tmp_path):
+    """A Stable Diffusion folder written by diffusers and transformers gives the same text context and noise."""
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+    )
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1
+        )
+    )
+    index = {"_class_name": "StableDiffusionPipeline"}
+    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text)):
+        part.eval().save_pretrained(tmp_path / name)
+        index[name] = ["transformers" if part is text else "diffusers", type(part).__name__]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    ours = load_model(tmp_path, device="cpu")
+    assert isinstance(ours, StableDiffusion)
+    assert ours.config.unet.num_heads == 4
+
+    token_ids = torch.tensor([[5, 17, 98]])
+    context = text(token_ids).last_hidden_state
+    assert_agree(ours.encode_text(token_ids), context)
+    x, t = draw(1, 4, 8, 8), torch.tensor([500])
+    assert_agree(ours.unet(x, t, context), unet(x, t, encoder_hidden_states=context).sample)
+    assert_agree(ours.vae.moments(draw(1, 3, 32, 32)), vae.encode(draw(1, 3, 32, 32)).latent_dist.parameters)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """`make demo`: edit an example photo with a small model of random weights, from checkpoint to picture.
 
-The weights are untrained, so the repainted region shows the mechanics only: where the model paints, what stays as it was.
+The weights are untrained, so the result shows the mechanics only: where the model paints, what stays as it was.
 """
 
 import sys

@@ -42,9 +42,14 @@ class Hints:
         unet, vae = configs.get("unet", {}), configs.get("vae", {})
         vision, text = configs.get("image_encoder", {}), configs.get("text_encoder", {})
         sample_size, levels = unet.get("sample_size"), len(vae.get("block_out_channels", ()))
+        # named attention_head_dim by a historical slip; it counts heads in every v1 model
+        unet_heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
+        if not isinstance(unet_heads, int | None):
+            raise CheckpointError(
+                f"a UNet with {unet_heads} heads by level is not Stable Diffusion v1's"
+            )
         return cls(
-            # named attention_head_dim by a historical slip; it counts heads in every v1 model
-            unet_heads=unet.get("num_attention_heads") or unet.get("attention_head_dim"),
+            unet_heads=unet_heads,
             vision_heads=vision.get("num_attention_heads"),
             text_heads=text.get("num_attention_heads"),
             latent_scale=vae.get("scaling_factor"),
