@@ -45,9 +45,7 @@ class Hints:
         # named attention_head_dim by a historical slip; it counts heads in every v1 model
         unet_heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
         if not isinstance(unet_heads, int | None):
-            raise CheckpointError(
-                f"a UNet with {unet_heads} heads by level is not Stable Diffusion v1's"
-            )
+            raise CheckpointError(f"a UNet with {unet_heads} heads by level is not Stable Diffusion v1's")
         return cls(
             unet_heads=unet_heads,
             vision_heads=vision.get("num_attention_heads"),
