@@ -1,6 +1,7 @@
 """From files in every layout to models: recognised, sized, strict, converted tensor by tensor."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +124,7 @@ def test_entry_tells_what_shapes_cannot(tmp_path):
             model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=4, context_dim=24
         ),
         vae=VAEConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, latent_scale=0.7),
-        exemplar=CONFIG.exemplar,
+        exemplar=replace(CONFIG.exemplar, tokens="all"),
         resolution=96,
     )
     torch.save({"state_dict": seeded_state(config, 0), "pbe": pbe_entry(config)}, tmp_path / "model.ckpt")

@@ -1,5 +1,7 @@
 """What every network promises beside its numbers: any size, any precision, any memory format, no graph breaks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY
@@ -114,6 +116,21 @@ def test_timestep_embedding_is_float32_whatever_the_network():
     assert timestep_embedding(t, 32).dtype == torch.float32
     exact = torch.tensor([999.0], dtype=torch.float64) * 10_000 ** (-torch.arange(16, dtype=torch.float64) / 16)
     assert torch.allclose(timestep_embedding(t, 32)[0, :16].double(), exact.cos(), atol=1e-4)
+
+
+@torch.no_grad()
+def test_all_tokens_as_context(model):
+    """The bottleneck's ablation: the class token's neighbours pass too, and with one mapper block change it."""
+    config = replace(TINY, exemplar=replace(TINY.exemplar, tokens="all"))
+    wide = PaintByExample(config)
+    wide.load_state_dict(model.state_dict())
+    exemplar = noise("exemplar", 2, 3, 28, 28)
+    narrow_context, context = model.encode_exemplar(exemplar), wide.encode_exemplar(exemplar)
+    assert narrow_context.shape == (2, 1, 64)
+    assert context.shape == (2, 5, 64)
+    assert not torch.allclose(context[:, :1], narrow_context, atol=1e-3)
+    x = noise("x", 2, 9, 8, 8)
+    assert wide.unet(x, torch.tensor([3, 4]), context).shape == (2, 4, 8, 8)
 
 
 def test_heads_must_divide_the_channels():

@@ -28,6 +28,7 @@ class Hints:
     vision_heads: int | None = None
     text_heads: int | None = None
     mapper_heads: int | None = None
+    exemplar_tokens: str | None = None
     latent_scale: float | None = None
     resolution: int | None = None
 
@@ -145,6 +146,7 @@ def paint_by_example_config(shapes: Shapes, hints: Hints) -> PaintByExampleConfi
             vision=vision_config(shapes, hints, "cond_stage_model.transformer.vision_model."),
             mapper_layers=count(shapes, "cond_stage_model.mapper.resblocks.*."),
             mapper_heads=hints.mapper_heads or ExemplarConfig.mapper_heads,
+            tokens=hints.exemplar_tokens or ExemplarConfig.tokens,
         ),
         resolution=hints.resolution or PaintByExampleConfig.resolution,
     )
@@ -167,11 +169,11 @@ def clip_config(shapes: Shapes, hints: Hints) -> CLIPConfig:
     )
 
 
-def pbe_entry(config: PaintByExampleConfig | StableDiffusionConfig | CLIPConfig) -> dict[str, int | float]:
+def pbe_entry(config: PaintByExampleConfig | StableDiffusionConfig | CLIPConfig) -> dict[str, int | float | str]:
     """The entry that files written by this library carry, from which `Hints.from_entry` reads the sizes back."""
     if isinstance(config, CLIPConfig):
         return {"vision_heads": config.vision.num_heads, "text_heads": config.text.num_heads}
-    entry: dict[str, int | float] = {
+    entry: dict[str, int | float | str] = {
         "unet_heads": config.unet.num_heads,
         "latent_scale": config.vae.latent_scale,
         "resolution": config.resolution,
@@ -179,6 +181,7 @@ def pbe_entry(config: PaintByExampleConfig | StableDiffusionConfig | CLIPConfig)
     if isinstance(config, PaintByExampleConfig):
         entry["vision_heads"] = config.exemplar.vision.num_heads
         entry["mapper_heads"] = config.exemplar.mapper_heads
+        entry["exemplar_tokens"] = config.exemplar.tokens
     else:
         entry["text_heads"] = config.text.num_heads
     return entry

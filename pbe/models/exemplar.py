@@ -6,6 +6,7 @@ stand at the top of the original file, and so in `pbe.models.paint_by_example`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,11 +16,16 @@ from pbe.models.clip import CLIPVisionConfig, CLIPVisionTower
 
 @dataclass(frozen=True)
 class ExemplarConfig:
-    """Sizes of `ExemplarEncoder`; the defaults are those of Paint by Example."""
+    """Sizes of `ExemplarEncoder`; the defaults are those of Paint by Example.
+
+    `tokens` is what passes of CLIP's tokens: "class" alone, the paper's information bottleneck, or "all" of them, its
+    ablation, with which a model can copy the exemplar.
+    """
 
     vision: CLIPVisionConfig = CLIPVisionConfig()
     mapper_layers: int = 5
     mapper_heads: int = 1
+    tokens: Literal["class", "all"] = "class"
 
 
 class MapperAttention(nn.Module):
@@ -78,7 +84,7 @@ class Mapper(nn.Module):
 
 
 class ExemplarEncoder(nn.Module):
-    """CLIP's class token through the mapper and a LayerNorm."""
+    """CLIP's class token, or all its tokens, through the mapper and a LayerNorm."""
 
     def __init__(self, config: ExemplarConfig):
         super().__init__()
@@ -94,6 +100,8 @@ class ExemplarEncoder(nn.Module):
         return self.transformer["vision_model"]
 
     def forward(self, exemplar: Tensor) -> Tensor:
-        """One token (B, 1, width) for CLIP-normalised exemplars (B, 3, S, S)."""
-        token = self.vision(exemplar).unsqueeze(1)
-        return self.final_ln(self.mapper(token))
+        """Tokens (B, T, width) for CLIP-normalised exemplars (B, 3, S, S); T = 1 for the class token alone."""
+        tokens = self.vision.tokens(exemplar)
+        if self.config.tokens == "class":
+            tokens = tokens[:, :1]
+        return self.final_ln(self.mapper(self.vision.post_layernorm(tokens)))

@@ -75,7 +75,7 @@ class PaintByExample(nn.Module):
         return self.learnable_vector.dtype
 
     def encode_exemplar(self, exemplar: Tensor) -> Tensor:
-        """The context (B, 1, context_dim) of CLIP-normalised exemplars (B, 3, 224, 224)."""
+        """The context (B, T, context_dim) of CLIP-normalised exemplars (B, 3, 224, 224); T = 1 by default."""
         return self.proj_out(self.cond_stage_model(exemplar))
 
     def encode_masked(
