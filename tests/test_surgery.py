@@ -14,8 +14,9 @@ from pbe.checkpoints.loading import open_source
 from pbe.checkpoints.seeding import seeded_state
 from pbe.checkpoints.sizes import pbe_entry
 from pbe.checkpoints.surgery import FIRST_CONVOLUTION, expand
-from pbe.checkpoints.writing import replacing, save_checkpoint
+from pbe.checkpoints.writing import save_checkpoint
 from pbe.cli.checkpoint import main
+from pbe.files import replacing
 from pbe.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig

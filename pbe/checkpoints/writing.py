@@ -4,10 +4,7 @@ Everything is written beside its destination and renamed, so that a crash leaves
 """
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pbe.checkpoints.layouts import table_of_diffusers
+from pbe.files import replacing
 from pbe.models.clip import CLIP_MEAN, CLIP_STD, CLIPVisionConfig
 from pbe.models.paint_by_example import PaintByExampleConfig
 from pbe.models.unet import UNetConfig
@@ -57,29 +55,6 @@ def compact(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-@contextmanager
-def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A name to write a file or folder to, which becomes `path` once all is written."""
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; --force (overwrite=True) replaces it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.touch()
-    mode = part.stat().st_mode  # as the umask has it; safetensors makes private files
-    part.unlink()
-    try:
-        yield part
-        for file in [part] if part.is_file() else part.rglob("*.*"):
-            file.chmod(mode)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(part, path)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
 
 
 def save_diffusers(

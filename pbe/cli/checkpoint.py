@@ -59,6 +59,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     sub.add_argument("checkpoints", type=Path, nargs="+")
     sub.add_argument("--weights", type=float, nargs="+", required=True, help="one a checkpoint, adding up to 1")
 
+    sub = add("merge-lora", merge_lora, "make adapters part of the weights they were trained on")
+    sub.add_argument("checkpoint", type=Path)
+    sub.add_argument("adapter", type=Path)
+    sub.add_argument("--weight", type=float, default=1.0, help="how much of the adapters shows (default 1)")
+
     sub = add("seed", seed, "write random weights in the original layout, for trials and timings", out="a .ckpt file")
     sub.add_argument("--size", choices=("full", "small"), default="small", help="the released model's, or small")
     sub.add_argument("--seed", type=int, default=0)
@@ -192,12 +197,27 @@ def merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def merge_lora(args: argparse.Namespace) -> int:
+    from pbe import lora
+    from pbe.checkpoints.loading import load_model, open_source
+    from pbe.checkpoints.surgery import entry_of
+    from pbe.checkpoints.writing import save_checkpoint
+
+    check_output(args)
+    entry = entry_of(open_source(args.checkpoint))
+    model = load_model(args.checkpoint, device="cpu", dtype="float32")
+    lora.load_lora(model, args.adapter, args.weight)
+    lora.merge_lora(model)
+    save_checkpoint(model.state_dict(), args.out, entry, overwrite=args.force)
+    return 0
+
+
 def seed(args: argparse.Namespace) -> int:
     import torch
 
     from pbe.checkpoints.loading import DTYPES
     from pbe.checkpoints.seeding import seeded_checkpoint
-    from pbe.checkpoints.writing import replacing
+    from pbe.files import replacing
 
     check_output(args)
     with replacing(args.out, args.force) as part:

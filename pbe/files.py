@@ -1,0 +1,34 @@
+"""Writing files so that a crash leaves no half file."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A name beside `path` to write a file or folder to, which becomes `path` once all is written.
+
+    Raises `FileExistsError` for a `path` that exists, unless `overwrite` is set; whatever fails, it is kept.
+    """
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; --force (overwrite=True) replaces it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("part", "old"))
+    part.touch()
+    mode = part.stat().st_mode  # as the umask has it; some libraries make private files
+    part.unlink()
+    try:
+        yield part
+        for file in [part] if part.is_file() else filter(Path.is_file, part.rglob("*")):
+            file.chmod(mode)
+        if path.is_dir():  # a folder cannot be replaced in one step
+            os.replace(path, old)
+        os.replace(part, path)
+    finally:
+        for left in (part, old):
+            if left.is_dir():
+                shutil.rmtree(left)
+            left.unlink(missing_ok=True)
