@@ -28,6 +28,8 @@ def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(part, path)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         for left in (part, old):
             if left.is_dir():
                 shutil.rmtree(left)

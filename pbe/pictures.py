@@ -37,8 +37,8 @@ _TIFF_STORAGE_TAGS = {*range(254, 260), 262, 263, 264, 265, 266, 273, *range(277
 _TIFF_STORAGE_TAGS |= {*range(322, 326), 330, 332, 334, 336, 338, 339, 340, 341, 347, *range(512, 522)}
 _TIFF_STORAGE_TAGS |= {529, 530, 532, 700, 33723, 34377, 34675}
 # What Pillow's decoders raise on damaged files.
-_UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, TypeError, RuntimeError, IndexError)
-_UNREADABLE += (OverflowError, struct.error, zlib.error)
+UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, TypeError, RuntimeError, IndexError)
+UNREADABLE += (OverflowError, struct.error, zlib.error)
 _GRAY_SHARE = 0.05  # a mask picture with more gray than this is not just smoothed along its edges
 
 
@@ -139,7 +139,7 @@ def _open(file: BinaryIO, label: str) -> Image.Image:
         raise ValueError(
             f"{label} is refused as too large ({error}); raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{label} is damaged: {error}") from error
 
 
@@ -170,7 +170,7 @@ def _from_pil(image: Image.Image, label: str, ends_at_8_bits: bool) -> Picture:
         if image.format not in ("MPO", "PSD") and getattr(image, "n_frames", 1) > 1:
             _warn(f"{label} has {image.n_frames} frames; only number {image.tell() + 1} is used")
         image.load()
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{label} is damaged: {error}") from error
     if image.mode not in _PIL_MODES:
         raise ValueError(f"{label} has Pillow's mode {image.mode!r}; convert it to RGB, RGBA, L or LA")
@@ -207,7 +207,7 @@ def _clean_exif(image: Image.Image, label: str) -> bytes | None:
     exif = Image.Exif()
     try:
         exif.load(image.getexif().tobytes())
-    except _UNREADABLE:
+    except UNREADABLE:
         _warn(f"{label} has a damaged EXIF block: it is left out, an orientation in it is not applied")
         return None
     for tag in _TIFF_STORAGE_TAGS & set(exif):
@@ -337,20 +337,22 @@ def _draw(source: MaskLike, size: tuple[int, int], name: str) -> np.ndarray:
         raise ValueError(f"{name}: {source} reaches outside the photo of {width}x{height} pixels (width x height)")
     if numbers.max() <= 1 and (numbers % 1).any():
         raise ValueError(f"{name}: {source} looks like shares of the size; give pixels, the photo is {width}x{height}")
-    return _fill_polygon(numbers, size)
+    return fill_polygon(numbers, size)
 
 
-def _fill_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def fill_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The pixels whose centres lie inside a polygon (N, 2) of (x, y), by the even-odd rule: bool (H, W)."""
     height, width = size
+    (xa, ya), (xb, yb) = points.T[..., None], np.roll(points, -1, axis=0).T[..., None]  # (N, 1) each
     centre_y = np.arange(height) + 0.5
-    crossings = np.zeros((height, width + 1), dtype=np.int32)
-    for (xa, ya), (xb, yb) in zip(points, np.roll(points, -1, axis=0), strict=True):
-        rows = np.flatnonzero((centre_y >= min(ya, yb)) & (centre_y < max(ya, yb)))
-        if rows.size:
-            x = xa + (centre_y[rows] - ya) * (xb - xa) / (yb - ya)
-            crossings[rows, np.ceil(x - 0.5).astype(int).clip(0, width)] += 1  # first centre at or right of the edge
-    return (np.cumsum(crossings[:, :-1], axis=1) % 2).astype(bool)
+    crossed = (centre_y >= np.minimum(ya, yb)) & (centre_y < np.maximum(ya, yb))  # (N, H)
+    edge, row = np.nonzero(crossed)
+    xa, ya, xb, yb = (value[edge, 0] for value in (xa, ya, xb, yb))
+    x = xa + (centre_y[row] - ya) * (xb - xa) / (yb - ya)
+    column = np.ceil(x - 0.5).clip(0, width).astype(np.int64)  # the first centre at or right of the edge
+    crossings = np.bincount(row * (width + 1) + column, minlength=height * (width + 1)).astype(np.uint8)
+    inside = np.bitwise_xor.accumulate(crossings.reshape(height, width + 1)[:, :-1] & 1, axis=1)
+    return inside.astype(bool)
 
 
 # --- exemplars --------------------------------------------------------------------------------------------

@@ -42,6 +42,11 @@ class Box(NamedTuple):
         """Rows and columns, to index an array with."""
         return slice(self.y0, self.y1), slice(self.x0, self.x1)
 
+    def grown(self, by: int, size: tuple[int, int]) -> Box:
+        """The box with a margin on each side, less at the edges of a photo of `size` (height, width)."""
+        height, width = size
+        return Box(max(self.x0 - by, 0), max(self.y0 - by, 0), min(self.x1 + by, width), min(self.y1 + by, height))
+
 
 def mask_bounding_box(repaint: np.ndarray) -> Box:
     """The smallest box around the True pixels of a bool (H, W) mask; ValueError if there are none."""
@@ -123,7 +128,7 @@ def connected_regions(repaint: np.ndarray, gap: int = 8) -> list[np.ndarray]:
     Parts within about `gap` pixels of each other count as one region: one object painted in several strokes.
     ValueError for an empty mask and for more than 100 regions.
     """
-    box = _grow(mask_bounding_box(repaint), gap, repaint.shape)
+    box = mask_bounding_box(repaint).grown(gap, repaint.shape)
     joined = repaint[box.slices]
     for _ in range((gap + 1) // 2):
         joined = _dilate(joined, square=True)
@@ -206,7 +211,7 @@ def feather_weights(repaint: np.ndarray, width: int) -> np.ndarray:
     if width < 0:
         raise ValueError(f"the feather width must be 0 or more pixels, got {width}")
     width = max(width, 1)
-    box = _grow(mask_bounding_box(repaint), 1, repaint.shape)
+    box = mask_bounding_box(repaint).grown(1, repaint.shape)
     inside = repaint[box.slices]
     radii = {max(width >> level, 1) for level in range(width.bit_length())}  # width, width / 2, ..., 1
 
@@ -295,11 +300,6 @@ def _dilate(mask: np.ndarray, square: bool) -> np.ndarray:
     grown[:, 1:] |= across[:, :-1]
     grown[:, :-1] |= across[:, 1:]
     return grown
-
-
-def _grow(box: Box, by: int, size: tuple[int, int]) -> Box:
-    height, width = size
-    return Box(max(box.x0 - by, 0), max(box.y0 - by, 0), min(box.x1 + by, width), min(box.y1 + by, height))
 
 
 def _check_inside(window: Box, size: tuple[int, int]) -> None:

@@ -9,6 +9,9 @@ import pbe
 COMMANDS = {
     "edit": ("pbe.cli.inference", "repaint the masked part of a photo, or of a batch of photos"),
     "checkpoint": ("pbe.cli.checkpoint", "look into checkpoints and change them"),
+    "train": ("pbe.cli.train", "train or fine-tune, as a YAML file says"),
+    "index-boxes": ("pbe.cli.index_boxes", "make the boxes of OpenImages quick to look up"),
+    "show-data": ("pbe.cli.show_data", "see what becomes of training pictures, stage by stage"),
 }
 
 

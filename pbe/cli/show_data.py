@@ -1,0 +1,129 @@
+"""`pbe show-data`: write pictures of training examples at every stage, to be looked at before training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from pbe.data.recipe import Stages
+    from pbe.windows import Box
+
+STAGES = ("photo", "window", "mask", "masked", "reference", "exemplar")
+COLOURS = {"box": (230, 30, 30), "grown": (255, 170, 0), "reference": (30, 160, 60), "window": (30, 90, 255)}
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog=prog, description=__doc__)
+    p.add_argument(
+        "config",
+        nargs="+",
+        help="YAML files and settings as for training, such as data.source.path=boxes.csv",
+    )
+    p.add_argument("--out", type=Path, required=True, help="folder for grid.png and a picture a stage and example")
+    p.add_argument("-n", type=int, default=16, help="how many examples (default 16)")
+    p.add_argument("--epoch", type=int, default=0, help="whose draws are shown (default 0)")
+    p.add_argument("--val", action="store_true", help="show validation examples")
+    return p
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Writes the pictures; returns the exit code."""
+    args = parser(prog).parse_args(argv)
+    from pbe.config import load_config
+    from pbe.data.datamodule import ExampleDataModule
+
+    try:
+        data = ExampleDataModule(load_config(args.config).data)
+        data.setup("fit")
+        dataset = data.val if args.val else data.train
+        if dataset is None:
+            raise ValueError("there are no validation examples: set data.val_source or data.val_size")
+        dataset.set_epoch(args.epoch)
+        # Spread over the source, whose neighbours are often alike.
+        n = min(args.n, len(dataset))
+        write([dataset.stages(i * len(dataset) // n) for i in range(n)], args.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    skipped = {reason: count for reason, count in dataset.skipped.items() if count}
+    print(f"{args.out / 'grid.png'}: {n} examples" + (f"; skipped: {skipped}" if skipped else ""))
+    return 0
+
+
+def write(samples: list[Stages], out: Path) -> None:
+    """Writes `grid.png`, a row an example, and each of its pictures as `<number>_<stage>.png`."""
+    from pbe.grids import grid
+    from pbe.pictures import save_picture
+
+    rows = [stage_pictures(stages) for stages in samples]
+    for number, row in enumerate(rows):
+        for stage, picture in zip(STAGES, row, strict=True):
+            save_picture(picture, out / f"{number:02}_{stage}.png")
+    captions = [captions_of(stages) for stages in samples]
+    labels = [f"{name}" for name in STAGES]
+    save_picture(grid(rows, captions, column_labels=labels, cell_height=224), out / "grid.png")
+
+
+def stage_pictures(stages: Stages) -> list[Image.Image]:
+    """One picture for each of STAGES."""
+    import torch
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    from pbe.models.clip import CLIP_MEAN, CLIP_STD
+
+    example = stages.example
+    image, masked = example.image / 2 + 0.5, example.masked_image / 2 + 0.5
+    tinted = image + (1 - example.mask) * 0.5 * (torch.tensor([1.0, 0.2, 0.2])[:, None, None] - image)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    exemplar = (example.exemplar * std + mean).clamp(0, 1)
+    tensors = (image, tinted, masked, stages.pixels.reference, exemplar)
+    return [photo_with_boxes(stages), *map(to_pil_image, tensors)]
+
+
+def photo_with_boxes(stages: Stages, side: int = 640) -> Image.Image:
+    """The whole photo with the boxes and the outline of the plan drawn in."""
+    from PIL import ImageDraw
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    from pbe.data.crop import Photo
+    from pbe.windows import Box
+
+    plan = stages.plan
+    with Photo(stages.record.image) as photo:
+        height, width = photo.size
+        scale = side / max(height, width)
+        size = (round(height * scale), round(width * scale))
+        picture = to_pil_image(photo.read([Box(0, 0, width, height)], [size], antialias=True)[0])
+    draw = ImageDraw.Draw(picture)
+
+    def frame(box: Box, colour: tuple[int, int, int]) -> None:
+        x0, y0, x1, y1 = (round(value * scale) for value in box)
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=3)
+
+    for name, colour in COLOURS.items():
+        frame(getattr(plan, name), colour)
+    if plan.outline is not None:
+        points = [tuple(point) for point in (plan.outline * scale).tolist()]
+        draw.line([*points, points[0]], fill=(255, 255, 255), width=2)
+    return picture
+
+
+def captions_of(stages: Stages) -> list[str]:
+    """What is worth saying about each of STAGES."""
+    record, plan = stages.record, stages.plan
+    label = record.labels[plan.object] if record.labels else record.image.name
+    shape = "object" if plan.outline is None else "box" if len(plan.outline) == 4 else "Bezier"
+    repainted = 1 - stages.example.mask.mean().item()
+    return [
+        label,
+        f"{plan.window.width}x{plan.window.height} at {plan.window.x0},{plan.window.y0}",
+        f"{shape}, {repainted:.0%}",
+        "",
+        f"{plan.reference.width}x{plan.reference.height}" if record.reference is None else record.reference.name,
+        "",
+    ]

@@ -1,0 +1,153 @@
+"""COCO's annotations (https://cocodataset.org/#format-data): boxes, and segmentations as masks."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pbe.data.records import (
+    DataWarning,
+    MaskArray,
+    MaskSource,
+    Record,
+    Texts,
+    check_shape,
+    clip_boxes,
+    in_area,
+    upright_size,
+)
+from pbe.pictures import fill_polygon
+
+
+class Polygons(NamedTuple):
+    """The union of polygons, each (N, 2) x, y as fractions of the picture."""
+
+    rings: tuple[np.ndarray, ...]
+
+    def draw(self, size: tuple[int, int]) -> np.ndarray:
+        height, width = size
+        mask = np.zeros(size, dtype=bool)
+        for ring in self.rings:
+            mask |= fill_polygon(ring * (width, height), size)
+        return mask
+
+
+def decode_counts(text: str) -> np.ndarray:
+    """The run lengths (N,) int64 of a compressed RLE, as in the COCO API's `rleFrString`.
+
+    A number is one to several characters of 5 bits each, the lowest first: character - 48 = bits, + 32 if more
+    characters follow; bit 16 of the last is the sign. From the fourth number on each is a difference to the last but
+    one. ValueError for another text.
+    """
+    codes = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes < 32) + 1
+    if ((codes < 0) | (codes > 63)).any() or not len(ends) or ends[-1] != len(codes):
+        raise ValueError(f"{text[:40]!r} is not a compressed RLE")
+    starts = np.append(0, ends[:-1])
+    if (ends - starts).max() > 7:  # 35 bits; no picture has so many pixels
+        raise ValueError(f"{text[:40]!r} is not a compressed RLE")
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts))
+    numbers = np.add.reduceat((codes & 31) << shifts, starts)
+    numbers -= (codes[ends - 1] >> 4 & 1) << 5 * (ends - starts)
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers
+
+
+def decode_rle(rle: dict[str, Any]) -> np.ndarray:
+    """bool (h, w) of an RLE {"size": [h, w], "counts": list or compressed text}: lengths of runs down the columns, of
+    pixels outside and inside the object by turns. ValueError if they do not fill the size."""
+    height, width = rle["size"]
+    counts = rle["counts"]
+    counts = decode_counts(counts) if isinstance(counts, str) else np.array(counts, dtype=np.int64)
+    if (counts < 0).any() or counts.sum() != height * width:
+        raise ValueError(
+            f"the runs of an RLE add up to {counts.sum()}, not to the {height * width} of {width}x{height}"
+        )
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+def read_segmentation(segmentation: Any, size: tuple[int, int]) -> MaskSource:
+    """A COCO `segmentation` (list of polygons x, y, x, y, ... or an RLE) of a picture of `size` (height, width)."""
+    if isinstance(segmentation, dict):
+        return MaskArray(decode_rle(segmentation))
+    return Polygons(tuple(np.reshape(ring, (-1, 2)) / (size[1], size[0]) for ring in segmentation))
+
+
+class Coco:
+    """The pictures of an annotation file that have a box within `area` (least and most share of the picture).
+
+    annotations: such as `instances_train2017.json`; read whole at the start. images: the folder of its `file_name`s.
+    Crowds (`iscrowd`) are no single objects and left out. Records have masks where every object of a picture has a
+    segmentation. ValueError or FileNotFoundError where the file is no such file, or none of its pictures is there.
+    """
+
+    def __init__(self, annotations: str | Path, images: str | Path, area: tuple[float, float] = (0.0, 1.0)) -> None:
+        path = Path(annotations)
+        self.name, self._images = str(path), Path(images)
+        content = json.loads(path.read_bytes())
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(content, dict) or key not in content:
+                raise ValueError(f"{path} has no entry {key!r}, as COCO's files of instances have")
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        objects = defaultdict(list)
+        for annotation in content["annotations"]:
+            if not annotation.get("iscrowd"):
+                objects[annotation["image_id"]].append(annotation)
+
+        files, sizes, boxes, labels, segmentations, ends, bad = [], [], [], [], [], [0], []
+        for image in content["images"]:
+            # Taken out one by one, so that the parsed file and what is made of it never stand in memory together.
+            found = objects.pop(image["id"], [])
+            x, y, w, h = np.array([annotation["bbox"] for annotation in found], dtype=np.float64).reshape(-1, 4).T
+            corners = np.stack([x, y, x + w, y + h], axis=1) / np.tile([image["width"], image["height"]], 2)
+            clipped, sound = clip_boxes(corners)
+            bad += [found[k]["id"] for k in np.flatnonzero(~sound)]
+            chosen = np.flatnonzero(sound & in_area(clipped, area))
+            if not chosen.size:
+                continue
+            files.append(image["file_name"])
+            sizes.append((image["height"], image["width"]))
+            boxes.append(clipped[chosen])
+            ends.append(ends[-1] + len(chosen))
+            for annotation in (found[k] for k in chosen):
+                labels.append(names[annotation["category_id"]])
+                segmentation = annotation.get("segmentation")
+                segmentations.append(json.dumps(segmentation) if segmentation else "")
+        if objects:
+            raise ValueError(f"{path}: annotations name image {next(iter(objects))}, which is not among the images")
+        if bad:
+            warnings.warn(
+                f"{path}: {len(bad)} boxes have no area inside their picture and are left out; the first is "
+                f"annotation {bad[0]}",
+                DataWarning,
+                stacklevel=2,
+            )
+        if not files:
+            raise ValueError(f"{path}: no picture has a box of {area[0]:g} to {area[1]:g} of its area")
+        if not any((self._images / file).is_file() for file in files):
+            raise FileNotFoundError(f"none of the {len(files)} pictures of {path}, such as {files[0]}, is in {images}")
+        self._files, self._sizes, self._ends = Texts(files), np.array(sizes), np.array(ends)
+        self._boxes, self._labels = np.concatenate(boxes), Texts(labels)
+        # As texts and not as objects: those of COCO's 860,000 objects would take some gigabytes in every worker.
+        self._segmentations = Texts(segmentations)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, i: int) -> Record:
+        path = self._images / self._files[i]
+        height, width = self._sizes[i].tolist()
+        check_shape(path, upright_size(path), (height, width))
+        objects = range(*self._ends[i : i + 2].tolist())
+        masks = None
+        if all(self._segmentations[k] for k in objects):
+            masks = tuple(read_segmentation(json.loads(self._segmentations[k]), (height, width)) for k in objects)
+        return Record(
+            path, self._boxes[objects.start : objects.stop], masks, labels=tuple(self._labels[k] for k in objects)
+        )

@@ -1,0 +1,44 @@
+"""COCOEE, the benchmark of Paint by Example (arXiv 2211.13227, section 4.1): 3,500 edits with given exemplars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pbe.data.records import MaskFile, Record
+
+
+class CocoEE:
+    """A folder of `GT_3500/<id>_GT.png`, `Ref_3500/<id>_ref.png`, `Mask_bbox_3500/<id>_mask.png` and `id_list.npy`.
+
+    The ids are zero-filled to 12 digits; masks are white where to repaint. Each record has one box and the mask it
+    was taken from. FileNotFoundError where any file is missing: results on a part of it compare with none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.name, self._folder = str(folder), Path(folder)
+        listed = self._folder / "id_list.npy"
+        if not listed.is_file():
+            raise FileNotFoundError(f"{listed}: there is no such file, and COCOEE has it")
+        ids = np.load(listed, allow_pickle=False)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"{listed} must hold a list of integers, got {ids.dtype} {ids.shape}")
+        self._ids = ids
+        missing = [path for i in range(len(ids)) for path in self._paths(i) if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{len(missing)} files of {folder} are missing; the first is {missing[0]}")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, i: int) -> Record:
+        image, reference, mask_file = self._paths(i)
+        mask = MaskFile(mask_file).read()
+        return Record(image, mask.box(), (mask,), reference)
+
+    def _paths(self, i: int) -> tuple[Path, Path, Path]:
+        name = f"{self._ids[i]:012d}"
+        parts = (("GT_3500", "GT"), ("Ref_3500", "ref"), ("Mask_bbox_3500", "mask"))
+        image, reference, mask = (self._folder / folder / f"{name}_{end}.png" for folder, end in parts)
+        return image, reference, mask

@@ -1,0 +1,121 @@
+"""Examples of a source by index, each the same wherever and whenever it is made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from pbe.data.crop import UnusablePicture, usable
+from pbe.data.example import Example, hash64, make_generator
+from pbe.data.recipe import RecipeConfig, Stages, make_example
+from pbe.data.records import Record, Source
+
+REASONS = ("missing", "unreadable", "no box")
+MAX_ATTEMPTS = 100  # pictures in a row that cannot be used before it is an error
+MAX_WARNINGS = 20  # a process; the counts go on
+_MAX_WORKERS = 256
+_EXAMPLE, _STEP, _REPLACEMENT = range(3)  # what a hash is for
+
+
+class UnusablePictureWarning(UserWarning):
+    """Another picture was taken in place of one that is missing, unreadable or without a fitting box."""
+
+
+class ExampleDataset(Dataset):
+    """One example a picture of the source and epoch.
+
+    All that is random about example `i` follows from `seed`, the epoch and `i`. Where its picture cannot be used,
+    one that these numbers choose takes its place; that is counted (`skipped`), and warned of once a file and process.
+
+    `set_epoch` also reaches workers that are already running.
+    """
+
+    def __init__(self, source: Source, recipe: RecipeConfig, seed: int = 0):
+        """ValueError if the source is empty."""
+        if not len(source):
+            raise ValueError(f"{source.name} holds no picture")
+        self.source, self.recipe, self.seed = source, recipe, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # A row a worker, since workers cannot add to one number at once.
+        self._skipped = torch.zeros(_MAX_WORKERS, len(REASONS), dtype=torch.int64).share_memory_()
+        self._warned: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Examples are drawn for this epoch from now on, in all workers."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How often a picture could not be used, by reason, in all workers together."""
+        return dict(zip(REASONS, self._skipped.sum(dim=0).tolist(), strict=True))
+
+    def __getitem__(self, i: int) -> Example:
+        """Example `i` of the epoch. ValueError if 100 pictures in a row cannot be used; it names the first."""
+        return self.stages(i).example
+
+    def stages(self, i: int) -> Stages:
+        """Example `i` of the epoch and how it came about, to be looked at. Errors as above."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"example {i} of {len(self)}")
+        key, first = (self.seed, self.epoch, i), None
+        seed = hash64(_STEP, *key) >> 1  # 63 bits: what a signed integer holds
+        for attempt in range(MAX_ATTEMPTS):
+            number = i if attempt == 0 else hash64(_REPLACEMENT, *key, attempt) % len(self)
+            generator = make_generator(_EXAMPLE, *key, attempt)
+            try:
+                return make_example(self._record(number), self.recipe, generator, seed)
+            except UnusablePicture as problem:
+                self._skip(number, problem)
+                first = first or problem
+        raise ValueError(f"{self.source.name}: {MAX_ATTEMPTS} pictures in a row cannot be used; the first: {first}")
+
+    def _record(self, number: int) -> Record:
+        with usable(f"{self.source.name}[{number}]"):
+            return self.source[number]
+
+    def _skip(self, number: int, problem: UnusablePicture) -> None:
+        worker = get_worker_info()
+        self._skipped[worker.id % _MAX_WORKERS if worker else 0, REASONS.index(problem.reason)] += 1
+        if str(problem) in self._warned or len(self._warned) == MAX_WARNINGS:
+            return
+        self._warned.add(str(problem))
+        last = "; further ones are only counted" if len(self._warned) == MAX_WARNINGS else ""
+        # stacklevel: the caller of `stages`
+        warnings.warn(f"{problem}; another picture takes its place{last}", UnusablePictureWarning, stacklevel=3)
+
+
+class Part:
+    """Some of a source's pictures, as a source: a share held out for validation, or the rest."""
+
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray, name: str):
+        self.source, self.name = source, name
+        self._indices = np.asarray(indices, dtype=np.int32)  # an array: workers share it, where lists would be copied
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: int) -> Record:
+        return self.source[int(self._indices[i])]
+
+
+def hold_out(source: Source, n: int) -> tuple[Source, Source]:
+    """(the rest, n pictures) of a source, chosen at random but always the same ones.
+
+    ValueError unless 0 < n < len(source).
+    """
+    if not 0 < n < len(source):
+        raise ValueError(f"{n} pictures cannot be held out of the {len(source)} of {source.name}")
+    order = torch.randperm(len(source), generator=make_generator(len(source))).numpy()
+    held, rest = np.sort(order[:n]), np.sort(order[n:])
+    return Part(source, rest, f"{source.name} (training)"), Part(source, held, f"{source.name} (held out)")

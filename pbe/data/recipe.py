@@ -1,0 +1,290 @@
+"""From a record to an example: the recipe of Paint by Example (arXiv 2211.13227, section 3; the released code).
+
+What is drawn at random is drawn first, from the photo's size alone (`draw_plan`); then the pixels are read
+(`read_pixels`), the exemplar is augmented and all is put into the networks' ranges (`finish`).
+
+Numbers in pixels are those of the paper, whose photos have a long side of about 1024 and whose exemplars are 224
+wide. Others are treated alike: a number in photo pixels is multiplied by (the photo's long side) / 1024, one in
+exemplar pixels by (the exemplar's side) / 224.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as T
+
+from pbe.data.augment import augment
+from pbe.data.crop import Photo, UnusablePicture, coverage_window, paper_window, place, usable
+from pbe.data.example import Example, draw_integers, happens
+from pbe.data.masks import bezier_outline, box_outline, grow_box
+from pbe.data.records import MaskSource, Record, in_area
+from pbe.models.clip import CLIP_MEAN, CLIP_STD
+from pbe.pictures import fill_polygon, read_exemplar
+from pbe.windows import Box, extract_repaint
+
+PHOTO_SIDE, EXEMPLAR_SIDE = 1024, 224  # of the photos and exemplars that numbers in pixels are given for
+
+
+@dataclass
+class RecipeConfig:
+    """How examples are made; the defaults are the paper's.
+
+    resolution, exemplar_size: sides in pixels of what the UNet and the exemplar's encoder see.
+    antialias: resample with antialiasing, as editing does; the original did not.
+    draft: decode a JPEG at 1/2, 1/4 or 1/8 where that still has all the pixels wanted.
+
+    min_area, max_area: shares of the photo; smaller and larger boxes are not used.
+    shrink: of the smallest margin between window and grown box, the most that the window shrinks by.
+    coverage: [least, most] share of the window that the grown box takes, drawn anew each time, so that context is left
+        around it; None: the paper's windows, which follow the photo's short side.
+    fit: what becomes of a photo where no square holds the box (or leaves the context that `coverage` asks for), and
+        all of it is taken: "squash" distorts it, "letterbox" keeps its shape between two gray bars.
+
+    grow: of the free space on a side of the box, the most that the box to repaint grows by.
+    arbitrary_mask: probability of a Bezier shape in place of the grown box; jitter: of its points, in photo pixels.
+    object_mask: probability of the object's own outline in place of both, where it is known; object_mask_margin:
+        what it is grown by, in photo pixels.
+
+    augment: False switches off what the paper's ablation calls augmentation: every change of the exemplar, and the
+        Bezier shapes.
+    reference_margin: what the box grows by on each side, in photo pixels, before the exemplar is cut out.
+    flip, rotation, blur, warp: probabilities of each change of the exemplar; rotation_degrees to either side;
+        blur_kernels [smallest, largest] and warp_shift (of each corner, in x and y) in exemplar pixels.
+    """
+
+    resolution: int = 512
+    exemplar_size: int = 224
+    antialias: bool = False
+    draft: bool = True
+
+    min_area: float = 0.02
+    max_area: float = 0.8
+    shrink: float = 0.6
+    coverage: list[float] | None = None
+    fit: Literal["squash", "letterbox"] = "squash"
+
+    grow: float = 0.4
+    arbitrary_mask: float = 0.5
+    jitter: float = 5.0
+    object_mask: float = 0.0
+    object_mask_margin: float = 0.0
+
+    augment: bool = True
+    reference_margin: float = 10.0
+    flip: float = 0.5
+    rotation: float = 0.5
+    rotation_degrees: float = 20.0
+    blur: float = 0.3
+    blur_kernels: list[int] = field(default_factory=lambda: [3, 7])
+    warp: float = 0.3
+    warp_shift: float = 50.0
+
+    def __post_init__(self) -> None:
+        shares = ("min_area", "max_area", "shrink", "grow", "arbitrary_mask", "object_mask")
+        for name in (*shares, "flip", "rotation", "blur", "warp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"recipe.{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("jitter", "object_mask_margin", "reference_margin", "rotation_degrees", "warp_shift"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"recipe.{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("resolution", "exemplar_size"):
+            if getattr(self, name) < 8:
+                raise ValueError(f"recipe.{name} must be at least 8 pixels, got {getattr(self, name)}")
+        if not self.min_area < self.max_area:
+            raise ValueError(f"recipe.min_area {self.min_area} must be below max_area {self.max_area}")
+        if self.coverage is not None and not (
+            len(self.coverage) == 2 and 0 < self.coverage[0] <= self.coverage[1] <= 1
+        ):
+            raise ValueError(f"recipe.coverage must be [least, most] with 0 < least <= most <= 1, got {self.coverage}")
+        if self.fit not in ("squash", "letterbox"):
+            raise ValueError(f"recipe.fit must be 'squash' or 'letterbox', got {self.fit!r}")
+        kernels = self.blur_kernels
+        if not (len(kernels) == 2 and 1 <= kernels[0] <= kernels[1] and all(kernel % 2 for kernel in kernels)):
+            raise ValueError(f"recipe.blur_kernels must be [smallest, largest], odd numbers, got {kernels}")
+
+
+class Plan(NamedTuple):
+    """Where everything is, in pixels of the upright photo."""
+
+    box: Box  # the object
+    grown: Box  # what a box mask repaints; the window holds it
+    reference: Box  # what the exemplar is cut from
+    window: Box  # what becomes the example
+    place: Box  # where the window goes in the example, in the example's pixels
+    outline: np.ndarray | None  # (N, 2) polygon to repaint; None: the object's own mask
+    object: int  # which of the record's boxes
+
+
+class Pixels(NamedTuple):
+    """What was read and drawn, before augmentation: uint8 (3, h, w) pictures."""
+
+    image: Tensor  # what the edit should give
+    source: Tensor  # the photo to edit; the same unless the record has a target
+    repaint: Tensor  # bool (1, h, w)
+    reference: Tensor  # (3, S, S)
+
+
+class Stages(NamedTuple):
+    """An example and how it came about."""
+
+    record: Record
+    plan: Plan
+    pixels: Pixels
+    example: Example
+
+
+def make_example(record: Record, config: RecipeConfig, generator: torch.Generator, seed: int = 0) -> Stages:
+    """An example of one of the record's objects, drawn at random; `seed` is handed on to the training step.
+
+    UnusablePicture if a picture of it is missing or unreadable, or no box has an area within the config's bounds.
+    """
+    with Photo(record.image) as photo:
+        plan = draw_plan(record, photo.size, config, generator)
+        pixels = read_pixels(record, plan, photo, config)
+    return Stages(record, plan, pixels, finish(record, plan, pixels, config, generator, seed))
+
+
+def draw_plan(record: Record, size: tuple[int, int], config: RecipeConfig, generator: torch.Generator) -> Plan:
+    """Draws the object, its mask and its window for a photo of `size` (height, width)."""
+    number = choose_box(record, config, generator)
+    box = to_pixels(record.boxes[number], size)
+    grown = grow_box(box, size, config.grow, generator)
+    px = max(size) / PHOTO_SIDE
+
+    if record.masks is not None and happens(config.object_mask, generator):
+        outline = None
+    elif config.augment and happens(config.arbitrary_mask, generator):
+        outline = bezier_outline(box, grown, config.jitter * px, generator)
+    else:
+        outline = box_outline(grown)
+
+    if config.coverage is None:
+        window = paper_window(grown, size, config.shrink, config.fit == "letterbox", generator)
+    else:
+        window = coverage_window(grown, size, tuple(config.coverage), generator)
+    if window is None:
+        window = Box(0, 0, size[1], size[0])
+    reference = box.grown(round(config.reference_margin * px), size)
+    return Plan(box, grown, reference, window, place(window, config.resolution, config.fit), outline, number)
+
+
+def choose_box(record: Record, config: RecipeConfig, generator: torch.Generator) -> int:
+    """The number of one of the boxes with an area within bounds, each as likely; UnusablePicture if there is none."""
+    fitting = np.flatnonzero(in_area(record.boxes, (config.min_area, config.max_area)))
+    if not fitting.size:
+        raise UnusablePicture(
+            "no box", f"{record.image} has no box of {config.min_area:.0%} to {config.max_area:.0%} of its area"
+        )
+    (choice,) = draw_integers([fitting.size - 1], generator)
+    return int(fitting[choice])
+
+
+def to_pixels(box: np.ndarray, size: tuple[int, int]) -> Box:
+    """A box in fractions as whole pixels of a photo of `size` (height, width); at least one pixel."""
+    height, width = size
+    x0, y0, x1, y1 = (round(float(v) * n) for v, n in zip(box, (width, height, width, height), strict=True))
+    x0, y0 = min(x0, width - 1), min(y0, height - 1)
+    return Box(x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))
+
+
+def read_pixels(record: Record, plan: Plan, photo: Photo, config: RecipeConfig) -> Pixels:
+    """Reads and resamples what the plan names; the letterbox is not yet around it."""
+    size = (plan.place.height, plan.place.width)
+    reference_size = (config.exemplar_size,) * 2
+    options = {"antialias": config.antialias, "draft": config.draft}
+    if record.reference is None:
+        source, reference = photo.read([plan.window, plan.reference], [size, reference_size], **options)
+    else:
+        (source,) = photo.read([plan.window], [size], **options)
+        reference = read_reference(record.reference, config)
+    image = source
+    if record.target is not None:
+        with Photo(record.target) as target:
+            if target.size != photo.size:
+                (height, width), (photo_height, photo_width) = target.size, photo.size
+                raise UnusablePicture(
+                    "unreadable",
+                    f"target {record.target} is {width}x{height}, its photo {photo_width}x{photo_height}; "
+                    "they must be of one size",
+                )
+            (image,) = target.read([plan.window], [size], **options)
+    if plan.outline is None:
+        repaint = draw_object(record.masks[plan.object], record.image, plan, photo.size, config)
+    else:
+        repaint = draw_outline(plan.outline, plan)
+    return Pixels(image, source, repaint, reference)
+
+
+def read_reference(path: Path, config: RecipeConfig) -> Tensor:
+    """A picture of its own as the exemplar, squashed to uint8 (3, S, S); an alpha channel is its object's mask."""
+    with usable(path):
+        picture = read_exemplar(path)
+    return T.resize(T.pil_to_tensor(picture), [config.exemplar_size] * 2, antialias=config.antialias)
+
+
+def draw_outline(outline: np.ndarray, plan: Plan) -> Tensor:
+    """The inside of an outline in photo pixels, as it falls into the window: bool (1, h, w)."""
+    window, size = plan.window, (plan.place.height, plan.place.width)
+    scale = np.array([size[1] / window.width, size[0] / window.height])
+    return torch.from_numpy(fill_polygon((outline - (window.x0, window.y0)) * scale, size))[None]
+
+
+def draw_object(mask: MaskSource, name: Path, plan: Plan, size: tuple[int, int], config: RecipeConfig) -> Tensor:
+    """The object's own mask in the window, with the config's margin: bool (1, h, w)."""
+    window, target = plan.window, (plan.place.height, plan.place.width)
+    with usable(f"the mask of {name}"):
+        drawn = mask.draw(size)
+    repaint = extract_repaint(drawn, window, target)
+    px = max(size) / PHOTO_SIDE * target[1] / window.width
+    margin = round(config.object_mask_margin * px)
+    repaint = F.max_pool2d(repaint, 2 * margin + 1, stride=1, padding=margin)[0] > 0
+    if not repaint.any():
+        raise UnusablePicture("no box", f"the mask of {name} is empty in the window {tuple(window)}")
+    return repaint
+
+
+def finish(
+    record: Record, plan: Plan, pixels: Pixels, config: RecipeConfig, generator: torch.Generator, seed: int
+) -> Example:
+    """Augments the exemplar, puts the letterbox around and brings everything to the networks' ranges."""
+    image, source = to_unit_range(pixels.image), to_unit_range(pixels.source)
+    mask = (~pixels.repaint).float()
+    around = plan.place
+    if (around.width, around.height) != (config.resolution,) * 2:
+        sides = (around.x0, config.resolution - around.x1, around.y0, config.resolution - around.y1)
+        image, source = F.pad(image, sides), F.pad(source, sides)
+        mask = F.pad(mask, sides, value=1.0)
+    exemplar = pixels.reference.contiguous().float() / 255
+    if config.augment:
+        exemplar = augment_exemplar(exemplar, config, generator)
+    exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
+    return Example(image, source * mask, mask, exemplar, torch.tensor(seed, dtype=torch.int64), str(record.image))
+
+
+def to_unit_range(picture: Tensor) -> Tensor:
+    """uint8 as float32 in [-1, 1]."""
+    return picture.contiguous().float().mul_(2 / 255).sub_(1)
+
+
+def augment_exemplar(exemplar: Tensor, config: RecipeConfig, generator: torch.Generator) -> Tensor:
+    """The config's changes of an exemplar (3, S, S), its numbers in pixels brought to this size."""
+    px = exemplar.shape[-1] / EXEMPLAR_SIDE
+    smallest, largest = (1 + 2 * round((kernel - 1) / 2 * px) for kernel in config.blur_kernels)
+    return augment(
+        exemplar,
+        generator,
+        flip=config.flip,
+        rotation=config.rotation,
+        rotation_degrees=config.rotation_degrees,
+        blur=config.blur,
+        blur_kernels=(smallest, largest),
+        warp=config.warp,
+        warp_shift=config.warp_shift / EXEMPLAR_SIDE,
+    )

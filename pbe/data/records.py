@@ -1,0 +1,166 @@
+"""What a source of training pictures gives: records, and the boxes, masks and texts they are made of.
+
+Boxes are (N, 4) float32 x0, y0, x1, y1 as fractions of the width and height of the upright picture (its EXIF
+orientation applied), so that they fit the picture at any size it is decoded to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from pbe.pictures import read_mask, read_picture
+from pbe.windows import mask_bounding_box
+
+
+class DataWarning(UserWarning):
+    """A data set can be used, but not all of what it lists."""
+
+
+class MaskSource(Protocol):
+    """Where an object is, drawn when it is wanted."""
+
+    def draw(self, size: tuple[int, int]) -> np.ndarray:
+        """bool (H, W) at `size` = (H, W) of the whole picture, True = object. ValueError or OSError if unreadable."""
+
+
+class Record(NamedTuple):
+    """One picture with its objects.
+
+    boxes: (N, 4) float32, fractions. masks: one a box, or None where only boxes are known. reference: a picture to
+    take as the exemplar in place of the crop. target: what the edited picture should be, in place of itself.
+    labels: one a box, or None.
+    """
+
+    image: Path
+    boxes: np.ndarray
+    masks: tuple[MaskSource, ...] | None = None
+    reference: Path | None = None
+    target: Path | None = None
+    labels: tuple[str, ...] | None = None
+
+
+class Source(Protocol):
+    """A data set as a sequence of records, cheap to hand to worker processes.
+
+    Reading an item may raise OSError or ValueError where that one picture is missing, unreadable or has no object.
+    """
+
+    name: str
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+
+    def __getitem__(self, i: int) -> Record: ...
+
+
+# --- boxes ------------------------------------------------------------------------------------------------
+
+EDGE_TOLERANCE = 0.05  # annotators' boxes reach a little over the edge; further out, the unit or the picture is wrong
+
+
+def clip_boxes(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (N, 4) cut off at the picture's edges, and which of them (N,) are sound: finite, not far outside of the
+    picture, with an area inside it."""
+    near = (boxes >= -EDGE_TOLERANCE) & (boxes <= 1 + EDGE_TOLERANCE)  # False for NaN
+    clipped = np.clip(boxes, 0, 1).astype(np.float32)
+    return clipped, near.all(axis=1) & (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
+
+
+def box_areas(boxes: np.ndarray) -> np.ndarray:
+    """(N,) areas of (N, 4) boxes: shares of the picture."""
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def in_area(boxes: np.ndarray, area: tuple[float, float]) -> np.ndarray:
+    """(N,) bool: which boxes take a share of the picture within `area` = (least, most)."""
+    shares = box_areas(boxes)
+    return (shares >= area[0]) & (shares <= area[1])
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(height, width) of a picture once its EXIF orientation is applied, from the file's header alone."""
+    with Image.open(path) as image:
+        # Pillow decodes a whole PNG to look for EXIF behind its pixels, where next to none has any.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        width, height = image.size
+    return (width, height) if turned else (height, width)
+
+
+def check_shape(path: Path, size: tuple[int, int], annotated: tuple[int, int]) -> None:
+    """ValueError unless a picture of `size` (height, width) is one of the `annotated` size, up to its scale."""
+    if not _same_shape(size, annotated):
+        raise ValueError(
+            f"{path} is {size[1]}x{size[0]} (upright), but was annotated as {annotated[1]}x{annotated[0]} "
+            "(width x height)"
+        )
+
+
+def _same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two sizes differ only in scale, but for rounding to whole pixels."""
+    return abs(a[0] * b[1] - a[1] * b[0]) <= max(*a, *b)  # one pixel of the smaller one
+
+
+# --- masks ------------------------------------------------------------------------------------------------
+
+
+class MaskArray(NamedTuple):
+    """A mask at hand: bool (h, w) of the whole picture at any scale, True = object."""
+
+    mask: np.ndarray
+
+    def draw(self, size: tuple[int, int]) -> np.ndarray:
+        if not _same_shape(size, self.mask.shape):
+            raise ValueError(
+                f"a mask of {self.mask.shape[1]}x{self.mask.shape[0]} does not fit a picture of "
+                f"{size[1]}x{size[0]} (width x height)"
+            )
+        # Nearest: the source pixel under each target pixel's centre.
+        rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, self.mask.shape, strict=True))
+        return self.mask[rows[:, None], columns]
+
+    def box(self) -> np.ndarray:
+        """(1, 4) float32: the object's bounding box. ValueError if the mask is empty."""
+        height, width = self.mask.shape
+        return np.array([mask_bounding_box(self.mask)], dtype=np.float32) / np.float32([width, height, width, height])
+
+
+class MaskFile(NamedTuple):
+    """A mask picture of the whole picture: white = object, cut at 50 %."""
+
+    path: Path
+
+    def read(self) -> MaskArray:
+        picture = read_picture(self.path, name="mask")
+        return MaskArray(read_mask(picture.source, picture.size, name=f"mask {self.path}"))
+
+    def draw(self, size: tuple[int, int]) -> np.ndarray:
+        try:
+            return self.read().draw(size)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+
+# --- texts ------------------------------------------------------------------------------------------------
+
+
+class Texts(Sequence):
+    """A list of strings in two arrays: worker processes share them, where touching a list's items would copy them."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        encoded = [text.encode() for text in texts]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < len(self):
+            raise IndexError(f"text {i} of {len(self)}")
+        return self._bytes[self._ends[i] : self._ends[i + 1]].tobytes().decode()
