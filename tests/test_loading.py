@@ -203,6 +203,9 @@ def test_clip_with_another_activation_is_refused(tmp_path):
 def test_wrong_devices_and_precisions():
     with pytest.raises(ValueError, match="'gpu'"):
         choose_device("gpu")
+    with pytest.raises(ValueError, match="'cuda:99' is not there"):
+        choose_device("cuda:99")
+    assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match=r"'half'.*float16"):
         choose_dtype("half", torch.device("cpu"))
     with pytest.raises(ValueError, match="int64"):

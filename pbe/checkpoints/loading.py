@@ -142,17 +142,17 @@ def check_names_and_shapes(source: Source, expected: Mapping[str, tuple[int, ...
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """A device by name; "auto" is CUDA where there is one, else MPS, else the CPU."""
-    if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"device={device!r} is not a device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    """A device by name; "auto" is CUDA where there is one, else MPS, else the CPU. `ValueError` if it is not there."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if device == "auto":
+        return torch.device(next(name for name, count in counts.items() if count))
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is not a device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …") from None
+    if (chosen.index or 0) >= counts.get(chosen.type, 1):
+        raise ValueError(f"device={str(device)!r} is not there: torch sees {counts[chosen.type]} of type {chosen.type}")
+    return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
