@@ -101,6 +101,8 @@ def inspect(args: argparse.Namespace) -> int:
     for name in ("averaged copies", "optimizer"):
         print(f"  {name}: {'yes' if facts.pop(name) else 'no'}")
     for name, value in facts.pop("also").items():
+        if isinstance(value, dict):  # a run's whole config would bury the rest
+            value = {key: x for key, x in value.items() if not isinstance(x, dict)}
         print(f"  {name}: {value}")
     for reason, n in facts.pop("not loaded").items():
         print(f"  not loaded: {n} tensors ({reason})")

@@ -32,6 +32,8 @@ class UNetConfig:
     context_dim: int = 768
 
     def __post_init__(self) -> None:
+        if not all(0 <= i < len(self.channel_mult) for i in self.attention_levels):
+            raise ValueError(f"attention_levels {self.attention_levels} must index channel_mult {self.channel_mult}")
         for i in {*self.attention_levels, len(self.channel_mult) - 1}:
             width = self.model_channels * self.channel_mult[i]
             if width % self.num_heads:

@@ -1,0 +1,345 @@
+"""What happens beside the training steps: metrics, sample grids, checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as T
+
+from pbe.data.example import Example, collate
+from pbe.files import replacing
+from pbe.grids import grid
+from pbe.models.clip import CLIP_MEAN, CLIP_STD
+from pbe.models.paint_by_example import Condition, PaintByExample, latent_mask
+from pbe.sampling import NoiseSchedule, ddim, guided_eps, make_generators, randn
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+class TrainingMetrics(Callback):
+    """Logs, every `trainer.log_every_n_steps` optimiser steps, means over the samples of all processes since last time.
+
+    What is averaged are the 1-D tensors in `metrics` of a training step's result, which may be empty. Beside them: the
+    learning rate, pictures per second outside of validation, and the highest memory use in GiB (the device's on CUDA,
+    else the process's).
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self.last_step = trainer.global_step
+        self.begin()
+
+    def begin(self) -> None:
+        self.sums: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.num_pictures = 0
+        self.since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for name, values in outputs["metrics"].items():
+            self.sums[name] += values.sum().item()
+            self.counts[name] += len(values)
+        self.num_pictures += len(outputs["metrics"]["loss"])
+        step = trainer.global_step
+        if step == self.last_step or step % trainer.log_every_n_steps:
+            return
+        self.last_step = step
+        totals = torch.tensor([*self.sums.values(), *self.counts.values(), self.num_pictures], dtype=torch.float64)
+        if trainer.world_size > 1:
+            totals = trainer.strategy.reduce(totals.to(pl_module.device), reduce_op="sum")
+        *totals, num_pictures = totals.tolist()
+        means = zip(self.sums, totals[: len(self.sums)], totals[len(self.sums) :], strict=True)
+        metrics = {f"train/{name}": total / count for name, total, count in means if count}
+        metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["pictures_per_second"] = num_pictures / (time.monotonic() - self.since)
+        metrics["peak_memory_gib"] = peak_memory(pl_module.device)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+        self.begin()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self.paused = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.since += time.monotonic() - self.paused
+
+
+def peak_memory(device: torch.device) -> float:
+    """The highest use of memory so far in GiB: of the CUDA device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class JSONLinesLogger(Logger):
+    """Appends metrics to a file, one JSON object a line, with `step`.
+
+    Lines of steps after `step` are removed first: a run that continues from a checkpoint takes those steps again.
+    """
+
+    def __init__(self, path: Path, step: int):
+        super().__init__()
+        self.path = path
+        self._trim(step)
+
+    @rank_zero_only
+    def _trim(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        # The last line may be cut where a process was killed.
+        lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        with replacing(self.path, overwrite=True) as part:
+            part.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+    @property
+    def name(self) -> None:
+        return None
+
+    @property
+    def version(self) -> None:
+        return None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": int(step), **metrics}) + "\n")
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Nothing: the run's settings lie beside the file."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sample grids
+
+
+@dataclass
+class SamplesConfig:
+    """Pictures of what the model makes of validation examples, every `every_n_steps` (None: never)."""
+
+    every_n_steps: int | None = 1000
+    count: int = 4
+    steps: int = 50
+    guidance: float = 5.0
+    seed: int = 0
+
+
+class SampleGrids(Callback):
+    """Writes `step-00001000.png` into `folder`: masked | exemplar | result | target, the same examples each time."""
+
+    def __init__(self, folder: Path, config: SamplesConfig):
+        self.folder, self.config = folder, config
+        self.examples: Example | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self.last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, every = trainer.global_step, self.config.every_n_steps
+        if step == self.last_step or every is None or step % every:
+            return
+        self.last_step = step
+        if trainer.is_global_zero:
+            if self.examples is None:
+                self.examples = first_examples(trainer.datamodule.val_dataloader(), self.config.count)
+            average = pl_module.model_ema
+            if average:
+                average.swap()
+            with trainer.precision_plugin.forward_context():
+                picture = sample_grid(pl_module.model, self.examples, self.config)
+            if average:
+                average.swap()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            picture.save(self.folder / f"step-{step:08}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image("samples", T.pil_to_tensor(picture), step)
+        trainer.strategy.barrier("samples")
+
+
+def first_examples(loader: Iterable[Example], count: int) -> Example:
+    """The first `count` examples that a loader gives, or as many as it has, as one batch."""
+    examples = (Example(*one) for batch in loader for one in zip(*batch, strict=True))
+    return collate(list(itertools.islice(examples, count)))
+
+
+@torch.no_grad()
+def sample_grid(model: PaintByExample, examples: Example, config: SamplesConfig) -> Image.Image:
+    """A row for each example (on any device): masked | exemplar | result | target. The result is the model's own
+    picture, before any compositing."""
+    masked_image, mask, exemplar = (x.to(model.device) for x in examples[1:4])
+    condition = Condition(
+        z_masked=model.vae.encode(masked_image).mean.float(),
+        mask=latent_mask(mask, model.config.vae.downsampling),
+        context=model.encode_exemplar(exemplar),
+    )
+    generators = make_generators(config.seed, len(masked_image))
+    x_T = randn(condition.z_masked.shape[1:], generators, model.device)
+    eps = guided_eps(model, condition, config.guidance)
+    z_0 = ddim(eps, x_T, NoiseSchedule.scaled_linear(), config.steps)
+    H, W = masked_image.shape[-2:]
+    result = model.vae.decode(z_0)[..., :H, :W]
+    mean, std = (exemplar.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    columns = (masked_image / 2 + 0.5, exemplar * std + mean, result / 2 + 0.5, examples.image / 2 + 0.5)
+    rows = [[to_picture(one) for one in row] for row in zip(*columns, strict=True)]
+    return grid(rows, column_labels=["masked", "exemplar", "result", "target"], cell_height=max(128, min(H, 320)))
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A PIL picture of (3, H, W) values in [0, 1]."""
+    return T.to_pil_image(image.float().clamp(0, 1).mul(255).round().byte().cpu())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
+
+
+@dataclass
+class CheckpointConfig:
+    """How often checkpoints are written, in optimiser steps, and how many of the last are kept."""
+
+    every_n_steps: int = 1000
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Checkpoints(Checkpoint):
+    """Writes `step-00001000.ckpt` into `folder`, one more at the end, and removes those before the last `keep`.
+
+    They also hold how much of the epoch's data was consumed, from where the data module continues.
+
+    Raises `FloatingPointError` in place of writing parameters that are not finite.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        self.folder, self.config = folder, config
+
+        self.position = (0, 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self.last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        global_batch = trainer.datamodule.config.batch_size * trainer.world_size
+        self.position = (trainer.current_epoch, (batch_idx + 1) * global_batch)
+        step = trainer.global_step
+        # The end is saved here too: later, Lightning counts an epoch that max_steps cut short as a whole one, from
+        # where a longer run could not continue.
+        ends = step == trainer.max_steps or trainer.should_stop
+        ends |= trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        if step != self.last_step and (ends or step % self.config.every_n_steps == 0):
+            self.save(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["data_position"] = self.position
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.position = checkpoint["data_position"]
+        trainer.datamodule.set_position(*self.position)
+
+    def save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        step = self.last_step = trainer.global_step
+        bad = [name for name, p in pl_module.named_parameters() if p.requires_grad and not p.isfinite().all()]
+        if bad:
+            raise FloatingPointError(
+                f"after step {step} {len(bad)} parameters are not finite, as {bad[0]}; the checkpoints are older"
+            )
+        trainer.save_checkpoint(self.folder / f"step-{step:08}.ckpt")
+        if trainer.is_global_zero:
+            for path in list_checkpoints(self.folder)[: -self.config.keep]:
+                trainer.strategy.remove_checkpoint(path)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that training wrote, from the first step to the last."""
+    found = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in folder.glob("step-*.ckpt")}
+    return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimiser steps after which a checkpoint was written, from its name."""
+    return int(CHECKPOINT_NAME.fullmatch(checkpoint.name)[1])
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, waits until it is on the disk, and renames it: what has the name is whole.
+
+    Lightning's own holds all of it in memory once more, and writes it into a temporary folder that may be on another
+    disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        try:
+            with replacing(path, overwrite=True) as part, part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            free = shutil.disk_usage(path.parent).free
+            raise OSError(f"cannot write {path} ({free / 1e9:.1f} GB free): {error}") from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        # to the CPU: the state is copied to where the parameters are; and never a pickle that runs code
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def prepare_folder(folder: Path, num_bytes: int) -> None:
+    """Makes a run's folder, removes what writing was interrupted in its `checkpoints`, and tries whether `num_bytes`
+    more can be written there. Raises `OSError` if not."""
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        trial = folder / f".{os.getpid()}.trial"
+        trial.write_bytes(b"x")
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"the run's folder {folder} cannot be written: {error.strerror or error}") from error
+    for part in (folder / "checkpoints").glob(".step-*.part"):
+        part.unlink()
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            f"the disk of {folder} has {free / 1e9:.1f} GB free, and the checkpoints to keep there need about "
+            f"{num_bytes / 1e9:.1f} GB: free some, choose another run=, or keep fewer with checkpoint.keep"
+        )

@@ -1,0 +1,161 @@
+"""`pbe train`: train Paint by Example, or the autoencoder of a small one, as a YAML file says."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import sys
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import lightning
+
+    from pbe.config import PaintByExampleRun, VAERun
+
+EPILOG = """\
+examples:
+  %(prog)s configs/paint_by_example.yaml trainer.devices=8 trainer.num_nodes=8 trainer.strategy=ddp
+  %(prog)s configs/finetune.yaml model.init=model.ckpt data.source.path=mine.csv run=runs/mine
+  %(prog)s configs/finetune.yaml model.init=model.ckpt data.source.path=mine.csv run=runs/mine --resume
+
+A run's folder gets config.yaml, metrics.jsonl, samples/ and checkpoints/step-….ckpt, which `pbe edit` takes.
+"""
+
+
+# arguments of lightning.Trainer that are no business of a config
+OURS = ("callbacks", "logger", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing")
+
+# what Lightning warns of without reason
+UNTRUE_HERE = (
+    ".*dataloader is not resumable",  # its sampler is
+    ".*overridden `on_before_batch_transfer` in `LightningModule`",
+    ".*does not have many workers",  # their number is the user's choice
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, as those of the library are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help says more)\n")
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    p = Parser(prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("settings", nargs="+", metavar="SETTING", help="YAML files and overrides key=value; later ones win")
+    p.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
+    return p
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Trains; returns the exit code."""
+    args = parser(prog).parse_args(argv)
+    from pbe.config import load_config
+
+    try:
+        train(load_config(args.settings), args.resume)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(config: PaintByExampleRun | VAERun, resume: bool = False) -> None:
+    """Runs the training that `config` describes, in its folder, to its end.
+
+    Raises before training: `ValueError` for settings that do not fit, `FileExistsError` for a folder with checkpoints
+    and without `resume`, `OSError` where the folder cannot hold the run. `FloatingPointError` where training diverges.
+    """
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from pbe.callbacks import list_checkpoints, prepare_folder, step_of
+    from pbe.config import save_config
+    from pbe.data.datamodule import ExampleDataModule
+
+    folder = Path(config.run)
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    if checkpoints and not resume:
+        raise FileExistsError(
+            f"{folder} has a run that came to step {step_of(checkpoints[-1])}: "
+            "--resume continues it, run= begins another"
+        )
+    last = checkpoints[-1] if checkpoints else None
+    check_trainer(config.trainer)
+    module = make_module(config)
+    # Lightning starts the other processes later, from the same command: they find the folder as it is now.
+    if rank_zero_only.rank == 0:
+        prepare_folder(folder, checkpoint_bytes(module) * (config.checkpoint.keep + 1 - len(checkpoints)))
+        save_config(config, folder / "config.yaml")
+    data = ExampleDataModule(config.data)
+    trainer = make_trainer(config, folder, step_of(last) if last else 0)
+    with warnings.catch_warnings():
+        for message in UNTRUE_HERE:
+            warnings.filterwarnings("ignore", message=message)
+        trainer.fit(module, data, ckpt_path=last)
+    if trainer.is_global_zero and any(data.skipped.values()):
+        counts = ", ".join(f"{n} {reason}" for reason, n in data.skipped.items() if n)
+        print(f"pictures that could not be used and were replaced by others: {counts}")
+
+
+def make_module(config: PaintByExampleRun | VAERun) -> lightning.LightningModule:
+    from pbe.config import PaintByExampleRun, to_dict
+    from pbe.initialization import starting_model, starting_vae
+    from pbe.training import PaintByExampleTraining
+    from pbe.vae_training import VAETraining
+
+    about = {"trained_on": f"{config.data.source.kind} {config.data.source.path}", "config": to_dict(config)}
+    if isinstance(config, PaintByExampleRun):
+        model = starting_model(config.model, config.seed)
+        return PaintByExampleTraining(model, config.training, config.optimizer, about)
+    return VAETraining(starting_vae(config.size, config.seed), config.training, config.optimizer, about)
+
+
+def checkpoint_bytes(module: lightning.LightningModule) -> int:
+    """About how large a checkpoint is: the state, and AdamW's two moments of what trains."""
+    return sum(x.nbytes for x in module.state_dict().values()) + sum(
+        2 * p.nbytes for p in module.parameters() if p.requires_grad
+    )
+
+
+def check_trainer(arguments: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for what `lightning.Trainer` does not take, or is decided by this program."""
+    from lightning.pytorch import Trainer
+
+    known = inspect.signature(Trainer).parameters.keys()
+    for name in arguments:
+        if name in OURS:
+            raise ValueError(f"trainer.{name} is decided by this program, not by the config")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean trainer.{close[0]}?" if close else ""
+            raise ValueError(f"trainer.{name} is no argument of lightning.Trainer{hint}")
+
+
+def make_trainer(config: PaintByExampleRun | VAERun, folder: Path, step: int) -> lightning.Trainer:
+    """The trainer of a run that begins after `step` optimiser steps."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from pbe.callbacks import AtomicCheckpointIO, Checkpoints, JSONLinesLogger, SampleGrids, TrainingMetrics
+    from pbe.config import PaintByExampleRun
+
+    callbacks = [TrainingMetrics(), Checkpoints(folder / "checkpoints", config.checkpoint)]
+    if isinstance(config, PaintByExampleRun) and config.samples.every_n_steps:
+        callbacks.append(SampleGrids(folder / "samples", config.samples))
+    loggers = [JSONLinesLogger(folder / "metrics.jsonl", step)]
+    if find_spec("tensorboard"):  # the extra `log`
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    shards = str(config.trainer.get("strategy", "")).startswith(("fsdp", "deepspeed"))  # which write files of their own
+    return Trainer(
+        **config.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[] if shards else [AtomicCheckpointIO()],
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+    )

@@ -1,0 +1,318 @@
+"""Training Paint by Example: the step and the validation loss (arXiv 2211.13227, section 3)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import lightning
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from pbe.checkpoints.sizes import pbe_entry
+from pbe.data.example import Example
+from pbe.ema import ParameterAverage, average_name
+from pbe.initialization import PARTS, Part
+from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig, latent_mask
+from pbe.models.unet import ResBlock, SpatialTransformer, TransformerBlock, UNet
+from pbe.optimizer import OptimizerConfig, make_optimizer
+from pbe.sampling import NoiseSchedule, randn
+
+NUM_BANDS = 4  # of timesteps, whose losses are logged apart: they differ by orders of magnitude
+
+
+@dataclass
+class TrainingConfig:
+    """How Paint by Example is trained; the defaults are the paper's recipe.
+
+    train: the parts that learn.
+    drop_exemplar: the probability with which the learned null context stands in for the exemplar's, so that guidance
+        has an unconditional prediction; drawn for each sample, or as in the original for a whole batch.
+    ema_decay: of the parameters' moving average; None: no average.
+    gradient_checkpointing: compute the UNet's activations again in the backward pass: more time, far less memory.
+    val_timesteps: where the validation loss is measured.
+    """
+
+    train: list[Part] = field(default_factory=lambda: ["unet", "mapper", "final_ln", "proj_out", "null_context"])
+    drop_exemplar: float = 0.2
+    drop_exemplar_by: Literal["sample", "batch"] = "sample"
+    ema_decay: float | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    val_timesteps: list[int] = field(default_factory=lambda: [100, 300, 500, 700, 900])
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError(f"training.train is empty; it lists parts to train, of {', '.join(PARTS)}")
+        if not 0 <= self.drop_exemplar <= 1:
+            raise ValueError(f"training.drop_exemplar is a probability, got {self.drop_exemplar}")
+        if not self.val_timesteps or not all(0 <= t < 1000 for t in self.val_timesteps):
+            raise ValueError(f"training.val_timesteps must be timesteps from 0 to 999, got {self.val_timesteps}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step's random numbers
+
+
+class Draws(NamedTuple):
+    """The random numbers of one step. Each sample's follow from its own seed: not from its batch or its process."""
+
+    t: Tensor  # (B,) long, 0 <= t < T
+    noise: Tensor  # (B, 4, h, w)
+    posterior_noise: Tensor  # (B, 2, 4, h, w), for the latents of the image and of the masked image
+    drop: Tensor  # (B,) uniform in [0, 1): below the probability, the exemplar is dropped
+
+
+class Batch(NamedTuple):
+    """Examples and what was drawn for them."""
+
+    example: Example
+    draws: Draws
+
+
+def make_draws(seeds: Sequence[int], latent_shape: Sequence[int], num_timesteps: int) -> Draws:
+    """The draws of the samples with these seeds, on the CPU; `latent_shape` is (4, h, w)."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return Draws(
+        drop=torch.cat([torch.rand(1, generator=g) for g in generators]),
+        t=torch.cat([torch.randint(num_timesteps, (1,), generator=g) for g in generators]),
+        noise=randn(latent_shape, generators),
+        posterior_noise=randn((2, *latent_shape), generators),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What trains
+
+
+def trained_names(model: PaintByExample, parts: Sequence[Part]) -> set[str]:
+    """The names of the parameters of these parts that a gradient can reach."""
+    prefixes = tuple(PARTS[part] for part in parts)
+    names = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    if context_length(model.config) > 1:
+        return names
+    return names - {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, TransformerBlock)
+        for name, _ in module.named_parameters()
+        # The softmax over a single token is 1, whatever query and key are.
+        if name.startswith(("norm2.", "attn2.to_q.", "attn2.to_k."))
+    }
+
+
+def context_length(config: PaintByExampleConfig) -> int:
+    """How many tokens the exemplar's context has."""
+    size = config.exemplar.vision.image_size
+    with torch.device("meta"):
+        return PaintByExample(config).encode_exemplar(torch.empty(1, 3, size, size)).shape[1]
+
+
+def checkpoint_blocks(unet: UNet) -> None:
+    """Makes each block of the network keep its inputs alone for the backward pass, and run again there."""
+    for block in unet.modules():
+        if isinstance(block, (ResBlock, SpatialTransformer)):
+            # nothing in a block is random
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The task
+
+
+class PaintByExampleTraining(lightning.LightningModule):
+    """Trains the parts of `model` that `config.train` names, on batches of `Example`.
+
+    Its checkpoints have the original keys at the top of `state_dict`, averages as `model_ema.…`, and an entry `pbe`
+    with what shapes cannot tell and `about`: `pbe.load_model` reads them.
+
+    Raises `FloatingPointError` in the step whose loss is not finite, naming the batch's files.
+    """
+
+    def __init__(
+        self,
+        model: PaintByExample,
+        config: TrainingConfig,
+        optimizer: OptimizerConfig,
+        about: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.model, self.config, self.optimizer_config, self.about = model, config, optimizer, dict(about or {})
+        self.schedule = NoiseSchedule.scaled_linear()
+        trained = trained_names(model, config.train)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        self.model_ema = None
+        if config.ema_decay is not None:
+            parameters = {name: parameter for name, parameter in model.named_parameters() if name in trained}
+            self.model_ema = ParameterAverage(parameters, config.ema_decay)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model.unet)
+        if config.compile:
+            model.unet.compile()
+
+    def setup(self, stage: str) -> None:
+        if self.model_ema and not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ValueError(
+                f"training.ema_decay needs whole parameters in every process, which the strategy "
+                f"{type(self.trainer.strategy).__name__} divides: use ddp, or ema_decay=null"
+            )
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return make_optimizer(self, self.optimizer_config)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.model_ema:
+            self.model_ema.update(self.global_step + 1)
+
+    # --- the step -----------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> Batch:
+        # Here the seeds are still on the CPU, where reading them keeps no device waiting.
+        H, W = batch.image.shape[-2:]
+        vae = self.model.config.vae
+        latent_shape = (vae.latent_channels, -(-H // vae.downsampling), -(-W // vae.downsampling))
+        return Batch(batch, make_draws(batch.seed.tolist(), latent_shape, self.schedule.num_timesteps))
+
+    @torch.no_grad()
+    def encode(self, example: Example, posterior_noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Sampled latents z_0 and z_masked, float32 (B, 4, h, w) each, in one pass through the autoencoder."""
+        posterior = self.model.vae.encode(torch.cat([example.image, example.masked_image]))
+        noise = posterior_noise.transpose(0, 1).flatten(0, 1)  # (2B, 4, h, w)
+        return posterior.sample(noise).float().chunk(2)
+
+    def drop_exemplars(self, context: Tensor, u: Tensor) -> Tensor:
+        """The context (B, T, C) with the null context where the uniform draw `u` (B,) is below the probability."""
+        if self.config.drop_exemplar_by == "batch":
+            u = u[:1].expand_as(u)
+        dropped = (u < self.config.drop_exemplar)[:, None, None]
+        return torch.where(dropped, self.model.null_context.to(context), context)
+
+    def losses(self, z_0: Tensor, z_masked: Tensor, mask: Tensor, context: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Each sample's mean squared error (B,) of the predicted noise; `mask` is at latent size."""
+        z_t = self.schedule.add_noise(z_0, noise, t)
+        if self.model.config.unet.in_channels == z_t.shape[1]:
+            unet_in = z_t  # a prior without the task's inputs, which `expand` adds
+        else:
+            unet_in = torch.cat([z_t, z_masked, mask], dim=1)  # (B, 9, h, w)
+        eps = self.model.unet(unet_in, t, context)
+        return (eps.float() - noise).square().flatten(1).mean(dim=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        example, draws = batch
+        z_0, z_masked = self.encode(example, draws.posterior_noise)
+        mask = latent_mask(example.mask, self.model.config.vae.downsampling)
+        context = self.drop_exemplars(self.model.encode_exemplar(example.exemplar), draws.drop)
+        losses = self.losses(z_0, z_masked, mask, context, draws.t, draws.noise)
+        loss = losses.mean()
+        check_finite(loss, self.global_step + 1, example.file)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return {"loss": loss, "metrics": {"loss": losses.detach(), **self.by_band(losses.detach(), draws.t)}}
+
+    def by_band(self, losses: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """The losses (B,) by bands of timesteps; a band may have none."""
+        T = self.schedule.num_timesteps
+        edges = [T * i // NUM_BANDS for i in range(NUM_BANDS + 1)]
+        return {f"loss_t{a:03}-{b - 1:03}": losses[(t >= a) & (t < b)] for a, b in itertools.pairwise(edges)}
+
+    # --- validation ---------------------------------------------------------------------------------------
+    # The same noise at the same timesteps each time, so that a difference is the model's; the averages, where there
+    # are any, since they are what is used in the end.
+
+    def on_validation_start(self) -> None:
+        if self.model_ema:
+            self.model_ema.swap()
+
+    def on_validation_end(self) -> None:
+        if self.model_ema:
+            self.model_ema.swap()
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_losses: list[Tensor] = []  # (B, K) each, at the K timesteps
+        self.val_pairs: list[Tensor] = []  # (B, 2) each, with the right and with a wrong exemplar
+        self.last_context: Tensor | None = None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        example, draws = batch
+        z_0, z_masked = self.encode(example, draws.posterior_noise)
+        mask = latent_mask(example.mask, self.model.config.vae.downsampling)
+        context = self.model.encode_exemplar(example.exemplar)
+
+        def losses(context: Tensor) -> Tensor:
+            at = [torch.full_like(draws.t, t) for t in self.config.val_timesteps]
+            return torch.stack([self.losses(z_0, z_masked, mask, context, t, draws.noise) for t in at], dim=1)
+
+        right = losses(context)
+        self.val_losses.append(right)
+        # The wrong exemplar is that of the sample before; a first sample that is alone has none.
+        if self.last_context is not None or len(context) > 1:
+            before = context[-1:] if self.last_context is None else self.last_context
+            wrong = losses(torch.cat([before, context[:-1]]))
+            self.val_pairs.append(torch.stack([right.mean(dim=1), wrong.mean(dim=1)], dim=1))
+        self.last_context = context[-1:]
+
+    def on_validation_epoch_end(self) -> None:
+        losses = torch.cat(self.val_losses).double().cpu()
+        pairs = torch.cat([*self.val_pairs, self.val_losses[0].new_empty(0, 2)]).double().cpu()
+        gain = pairs[:, 1] - pairs[:, 0]
+        counts = torch.tensor([len(losses), len(pairs)]).double()
+        sums = torch.cat([losses.sum(dim=0), pairs.sum(dim=0), gain.square().sum()[None], counts])
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
+        *at_timesteps, right, wrong, squares, n, pairs_n = sums.tolist()
+
+        metrics = {f"val/loss_t{t:03}": x / n for t, x in zip(self.config.val_timesteps, at_timesteps, strict=True)}
+        metrics["val/loss"] = sum(metrics.values()) / len(metrics)
+        if pairs_n > 1:
+            gain = (wrong - right) / pairs_n
+            variance = max(squares / pairs_n - gain**2, 0.0) * pairs_n / (pairs_n - 1)
+            metrics["val/loss_wrong_exemplar"] = wrong / pairs_n
+            metrics["val/exemplar_gain"] = gain  # how much worse a wrong exemplar is, and the standard error of that
+            metrics["val/exemplar_gain_se"] = (variance / pairs_n) ** 0.5
+        log_validation(self, metrics)
+
+    # --- checkpoints --------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # contiguous: channels-last is this run's choice, not the file's
+        state = {name.removeprefix("model."): x.contiguous() for name, x in checkpoint["state_dict"].items()}
+        if self.model_ema:  # the convention is an average for every parameter of the UNet
+            unet = [name for name in state if name.startswith(PARTS["unet"])]
+            state = {**{f"model_ema.{average_name(name)}": state[name] for name in unet}, **state}
+        checkpoint["state_dict"] = state
+        checkpoint["pbe"] = {**pbe_entry(self.model.config), **self.about}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["state_dict"]
+        if bool(self.model_ema) != any(name.startswith("model_ema.") for name in saved):
+            raise ValueError(
+                "the checkpoint was made with another training.ema_decay: averages can be neither begun nor dropped "
+                "in the middle of a run"
+            )
+        own = self.state_dict()
+        missing = [name for name in own if name.removeprefix("model.") not in saved]
+        if missing:
+            raise ValueError(f"the checkpoint is of another model: it lacks {len(missing)} tensors, as {missing[0]}")
+        checkpoint["state_dict"] = {name: saved[name.removeprefix("model.")] for name in own}
+
+
+def check_finite(loss: Tensor, step: int, files: Sequence[str]) -> None:
+    """Raises `FloatingPointError` that names the step and the batch's files."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()} in step {step}, on {', '.join(files)}")
+
+
+def log_validation(module: lightning.LightningModule, metrics: Mapping[str, float]) -> None:
+    """Logs metrics at the number of optimiser steps taken, which in validation Lightning would count one less."""
+    # sync_dist: all processes have the same values, and Lightning warns where it is not told
+    module.log_dict({**metrics, "step": float(module.global_step)}, sync_dist=True)

@@ -1,0 +1,94 @@
+"""A run that was killed and resumed is, bit for bit, the run that was not."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import toy_run
+
+# 10 pictures in batches of 2: epochs of 5 steps. Checkpoints at every third step come both within epochs and, at the
+# 15th, at the end of one; the kill may come at any step between.
+SETTINGS = ("trainer.max_steps=24", "checkpoint.every_n_steps=3", "checkpoint.keep=20")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return toy_run.write(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def whole(toy):
+    """The run that nothing interrupts."""
+    run = toy.parent / "whole"
+    toy_run.run(toy, f"run={run}", *SETTINGS)
+    return run
+
+
+def same(a, b):
+    """Whether nested containers hold equal values, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(run, whole):
+    for name in ("train/loss", "val/loss", "val/exemplar_gain", "lr"):
+        assert toy_run.metrics(run, name) == toy_run.metrics(whole, name), name
+    last, expected = toy_run.checkpoint(run, 24), toy_run.checkpoint(whole, 24)
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "data_position"):
+        assert same(last[name], expected[name]), name
+
+
+def test_uninterrupted(whole):
+    losses = toy_run.metrics(whole, "train/loss")
+    assert list(losses) == list(range(1, 25))
+    assert len(set(losses.values())) == 24
+
+
+def test_killed_and_resumed(toy, whole):
+    run = toy.parent / "killed"
+    process = toy_run.start(toy, f"run={run}", *SETTINGS)
+    log = run / "metrics.jsonl"
+    while not (log.exists() and len(log.read_bytes().splitlines()) > 8):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (run / "checkpoints" / "step-00000024.ckpt").exists(), "the kill came too late to test anything"
+
+    toy_run.run(toy, f"run={run}", *SETTINGS, "--resume")
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("step", [9, 12, 15], ids=["within an epoch", "before a validation", "at an epoch's end"])
+def test_resumed_from(toy, whole, step):
+    """As if it had been killed after this checkpoint, while the next one was being written."""
+    run = toy.parent / f"from{step}"
+    (run / "checkpoints").mkdir(parents=True)
+    name = f"step-{step:08}.ckpt"
+    (run / "checkpoints" / name).write_bytes((whole / "checkpoints" / name).read_bytes())
+    (run / "checkpoints" / f".step-{step + 3:08}.ckpt.1.part").write_bytes(b"half a checkpoint")
+    (run / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + '{"step": 24, "cut')
+
+    toy_run.run(toy, f"run={run}", *SETTINGS, "--resume")
+    assert_same_run(run, whole)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "length",
+    [["trainer.max_steps=7"], ["trainer.max_steps=10"], ["trainer.max_steps=-1", "trainer.max_epochs=2"]],
+    ids=["within an epoch", "at an epoch's end", "by epochs"],
+)
+def test_finished_and_made_longer(toy, whole, length, request):
+    run = toy.parent / request.node.callspec.id.replace(" ", "_")
+    toy_run.run(toy, f"run={run}", *SETTINGS, *length)
+    toy_run.run(toy, f"run={run}", *SETTINGS, "--resume")
+    assert_same_run(run, whole)

@@ -1,0 +1,561 @@
+"""The training step, what it trains and where from, and what a run leaves behind."""
+
+import shutil
+from types import SimpleNamespace
+
+import golden_file
+import pytest
+import torch
+import toy_run
+from conftest import TINY
+from PIL import Image
+
+import pbe
+from pbe import callbacks
+from pbe.callbacks import AtomicCheckpointIO, JSONLinesLogger, list_checkpoints, prepare_folder, sample_grid
+from pbe.checkpoints.loading import open_source
+from pbe.checkpoints.reading import CheckpointError
+from pbe.checkpoints.surgery import expand, extract_ema
+from pbe.cli.train import main, make_module
+from pbe.config import load_config
+from pbe.data.datamodule import ExampleDataModule
+from pbe.data.example import Example
+from pbe.ema import ParameterAverage
+from pbe.initialization import PARTS, ModelConfig, initial_weights, read_vae, starting_model
+from pbe.models.paint_by_example import PaintByExample, latent_mask
+from pbe.optimizer import OptimizerConfig, lr_factor
+from pbe.training import PaintByExampleTraining, TrainingConfig, check_finite, make_draws, trained_names
+
+
+def tiny_model() -> PaintByExample:
+    """A small model in which no parameter is zero."""
+    with torch.device("meta"):
+        model = PaintByExample(TINY)
+    state = {name: golden_file.parameter(name, list(x.shape)) for name, x in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def training(**settings) -> PaintByExampleTraining:
+    module = PaintByExampleTraining(tiny_model(), TrainingConfig(**settings), OptimizerConfig())
+    module.log = lambda *args, **kwargs: None  # it has no trainer here
+    return module
+
+
+def example(n: int = 3, side: int = 32) -> Example:
+    images = golden_file.noise("images", n, 3, side, side).clamp(-1, 1)
+    mask = torch.ones(n, 1, side, side)
+    mask[:, :, 8:24, 8:24] = 0
+    exemplar = golden_file.noise("exemplar", n, 3, 28, 28)
+    return Example(images, images * mask, mask, exemplar, torch.arange(n) + 5, [f"{i}.png" for i in range(n)])
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return toy_run.write(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def finished(toy):
+    """A finished run of 10 steps with averages, and with sample grids."""
+    run = toy.parent / "finished"
+    toy_run.run(toy, f"run={run}", "samples={every_n_steps: 5, steps: 2, count: 3}", "data.batch_size=2")
+    return run
+
+
+# --- the step -------------------------------------------------------------------------------------------------
+
+
+def test_golden_loss_and_gradients():
+    """The module's own loss, on the original code's inputs, gives its loss and gradients to 1e-4."""
+    golden, inputs = golden_file.outputs(), golden_file.inputs()
+    module = PaintByExampleTraining(golden_file.model(), TrainingConfig(), OptimizerConfig())
+    with torch.no_grad():
+        z_masked, mask = module.model.encode_masked(inputs["image"], inputs["mask"])
+    names = [name.removeprefix("grad_norm:") for name in golden if name.startswith("grad_norm:")]
+    contexts = {
+        "train_loss": module.drop_exemplars(module.model.encode_exemplar(inputs["reference"]), torch.ones(2)),
+        "train_loss_uncond": module.drop_exemplars(torch.zeros(2, 1, 768), torch.zeros(2)),
+    }
+    losses = {}
+    for name, context in contexts.items():
+        losses[name] = module.losses(inputs["x0"], z_masked, mask, context, inputs["t"], inputs["train_noise"]).mean()
+        assert losses[name].item() == pytest.approx(golden[name].item(), rel=1e-4)
+    gradients = torch.autograd.grad(losses["train_loss"], [module.model.get_parameter(name) for name in names])
+    for name, gradient in zip(names, gradients, strict=True):
+        assert gradient.norm().item() == pytest.approx(golden[f"grad_norm:{name}"].item(), rel=1e-4), name
+
+
+def test_draws_follow_from_the_seed_alone():
+    together = make_draws([3, 4, 5], (4, 8, 8), 1000)
+    alone = make_draws([4], (4, 8, 8), 1000)
+    assert all(torch.equal(x[1:2], y) for x, y in zip(together, alone, strict=True))
+    assert all(not torch.equal(x[0], x[1]) for x in together)
+
+
+def test_draws_are_distributed_as_they_should():
+    draws = make_draws(range(4000), (4, 2, 2), 1000)
+    # of 4000 uniform draws the mean is within 5 standard errors (1000 / sqrt(12 * 4000) = 4.6) of the middle
+    assert draws.t.double().mean().item() == pytest.approx(499.5, abs=23)
+    assert draws.t.min() < 10
+    assert draws.t.max() > 990
+    assert (draws.drop < 0.2).double().mean().item() == pytest.approx(0.2, abs=0.032)
+    # independent of one another: a correlation of 4000 pairs has the standard error 0.016
+    columns = torch.stack([draws.t.double(), draws.drop.double(), draws.noise[:, 0, 0, 0].double()])
+    columns = torch.cat([columns, draws.posterior_noise[:, :, 0, 0, 0].double().T])
+    assert (torch.corrcoef(columns) - torch.eye(5)).abs().max() < 0.08
+
+
+def test_latents_are_samples_of_both_pictures():
+    module, batch = training(), example()
+    draws = module.on_before_batch_transfer(batch, 0).draws
+    z_0, z_masked = module.encode(batch, draws.posterior_noise)
+    for i, (z, image) in enumerate(((z_0, batch.image), (z_masked, batch.masked_image))):
+        with torch.no_grad():
+            posterior = module.model.vae.encode(image)
+        assert torch.allclose(z, posterior.mean + posterior.std * draws.posterior_noise[:, i], atol=1e-5)
+
+
+def test_exemplars_are_dropped_by_sample_or_by_batch():
+    context, u = torch.zeros(4, 1, 64), torch.tensor([0.1, 0.3, 0.19, 0.9])
+    module = training(drop_exemplar=0.2)
+    null = module.model.null_context[0]
+    assert [torch.equal(c, null) for c in module.drop_exemplars(context, u)] == [True, False, True, False]
+    module = training(drop_exemplar=0.2, drop_exemplar_by="batch")
+    assert [torch.equal(c, null) for c in module.drop_exemplars(context, u)] == [True] * 4
+    assert [torch.equal(c, null) for c in module.drop_exemplars(context, u.flip(0))] == [False] * 4
+    module = training(drop_exemplar=0.0)
+    assert torch.equal(module.drop_exemplars(context, torch.zeros(4)), context)
+
+
+def test_a_sample_s_loss_does_not_depend_on_its_batch():
+    module, batch = training(), example()
+    whole = module.training_step(module.on_before_batch_transfer(batch, 0), 0)["metrics"]["loss"]
+    one = Example(*(x[1:2] for x in batch))
+    alone = module.training_step(module.on_before_batch_transfer(one, 0), 0)["metrics"]["loss"]
+    assert alone.item() == pytest.approx(whole[1].item(), rel=1e-5)
+
+
+def test_losses_by_band():
+    bands = training().by_band(torch.arange(5.0), torch.tensor([0, 249, 250, 749, 999]))
+    assert {name: x.tolist() for name, x in bands.items()} == {
+        "loss_t000-249": [0, 1],
+        "loss_t250-499": [2],
+        "loss_t500-749": [3],
+        "loss_t750-999": [4],
+    }
+
+
+def test_loss_that_is_not_finite_names_step_and_files():
+    check_finite(torch.tensor(1.0), 1, ["a.png"])
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in step 12, on a.png, b.png"):
+            check_finite(torch.tensor(bad), 12, ["a.png", "b.png"])
+
+
+# --- what trains ----------------------------------------------------------------------------------------------
+
+
+def test_every_trained_parameter_has_a_gradient_and_no_other_could():
+    module = training(train=list(PARTS), drop_exemplar=0.55)
+    trained = {name for name, p in module.model.named_parameters() if p.requires_grad}
+    module.model.requires_grad_(True)
+    batch = module.on_before_batch_transfer(example(), 0)
+    assert 0 < (batch.draws.drop < 0.55).sum() < 3  # both contexts are used
+    module.training_step(batch, 0)["loss"].backward()
+    reached = {name for name, p in module.model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-9}
+    # GroupNorm with one channel a group takes a constant away: the layer's bias before it, zero but for rounding
+    assert reached <= trained
+    assert {n for n in trained - reached if not n.endswith(".bias")} == set()
+    left_out = {n.split("transformer_blocks.0.")[1] for n in set(names_of(module, "unet")) - trained}
+    assert left_out == {"norm2.weight", "norm2.bias", "attn2.to_q.weight", "attn2.to_k.weight"}
+
+
+def names_of(module: PaintByExampleTraining, part: str) -> list[str]:
+    return [name for name, _ in module.model.named_parameters() if name.startswith(PARTS[part])]
+
+
+def test_parts_are_chosen():
+    module = training()
+    frozen = {name for name, p in module.model.named_parameters() if not p.requires_grad}
+    assert set(names_of(module, "clip")) < frozen
+    assert {name for name in frozen if name.startswith("first_stage_model.")}
+    assert not frozen & {*names_of(module, "mapper"), *names_of(module, "proj_out"), "learnable_vector"}
+    module = training(train=["proj_out"])
+    assert {n for n, p in module.model.named_parameters() if p.requires_grad} == {"proj_out.weight", "proj_out.bias"}
+
+
+def test_gradient_checkpointing_and_memory_format_change_nothing():
+    gradients = []
+    for settings in ({}, {"gradient_checkpointing": True}, {"channels_last": True}):
+        module = training(**settings)
+        module.training_step(module.on_before_batch_transfer(example(), 0), 0)["loss"].backward()
+        assert module.state_dict().keys() == training().state_dict().keys()
+        gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad]))
+    plain, checkpointed, channels_last = gradients
+    assert torch.equal(plain, checkpointed)
+    # other kernels, other orders of sums
+    assert (plain - channels_last).norm() < 1e-4 * plain.norm()
+
+
+def test_learning_rate():
+    config = OptimizerConfig(warmup_steps=10_000, warmup_start=1e-6)
+    # the original's: (1 - start) / warm-up * n + start
+    assert [lr_factor(n, config) for n in (0, 5000, 10_000, 10**6)] == pytest.approx([1e-6, 0.5000005, 1, 1], rel=1e-12)
+    config = OptimizerConfig(warmup_steps=10, decay_steps=100)
+    assert [lr_factor(n, config) for n in (10, 60, 110, 500)] == pytest.approx([1, 0.5, 0, 0], abs=1e-12)
+
+
+def test_average():
+    p = torch.nn.Parameter(torch.tensor([1.0]))
+    average = ParameterAverage({"model.diffusion_model.out.2.bias": p}, decay=0.9)
+    assert list(average.state_dict()) == ["diffusion_modelout2bias"]
+    expected = 1.0
+    for n in range(1, 200):
+        p.data.fill_(n)
+        average.update(n)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    assert average.diffusion_modelout2bias.item() == pytest.approx(expected, rel=1e-5)
+    average.swap()
+    assert p.item() == pytest.approx(expected, rel=1e-5)
+    average.swap()
+    assert p.item() == 199
+    with pytest.raises(ValueError, match="between 0 and 1, got 1"):
+        ParameterAverage({}, decay=1)
+
+
+# --- where it starts ------------------------------------------------------------------------------------------
+
+
+def test_scratch_is_seeded_and_the_unet_starts_at_zero(toy):
+    config = load_config([str(toy)]).model
+    model, again, other = starting_model(config, 0), starting_model(config, 0), starting_model(config, 1)
+    states = [m.state_dict() for m in (model, again, other)]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    for name in states[0]:
+        is_drawn = states[0][name].unique().numel() > 1 and not name.startswith("first_stage_model.")
+        assert torch.equal(states[0][name], states[2][name]) != is_drawn, name
+    assert model.config.vae.latent_scale == 0.5  # of the autoencoder's file
+    x, t, context = torch.randn(2, 9, 8, 8), torch.tensor([5, 900]), torch.randn(2, 1, 32)
+    assert model.unet(x, t, context).abs().max() == 0
+    # unit gain within the exemplar's encoder: neither vanishing nor exploding
+    assert 0.1 < model.encode_exemplar(torch.randn(8, 3, 16, 16)).std() < 3
+
+
+def test_reset_draws_parts_anew(toy):
+    path = toy_run.write_model(toy.parent)
+    kept = starting_model(ModelConfig(init=str(path)), 0).state_dict()
+    reset = starting_model(ModelConfig(init=str(path), reset=["unet", "proj_out"]), 0).state_dict()
+    prefixes = (PARTS["unet"], PARTS["proj_out"])
+    changed = {name for name in kept if not torch.equal(kept[name], reset[name])}
+    assert {name.startswith(prefixes) for name in changed} == {True}
+    assert changed == {name for name in kept if name.startswith(prefixes)}
+
+
+def test_tokens_of_the_exemplar_are_chosen(toy):
+    """With all tokens as context, query and key train too."""
+    path = toy_run.write_model(toy.parent)
+    choices = (None, "class", "all")
+    models = {tokens: starting_model(ModelConfig(init=str(path), tokens=tokens), 0) for tokens in choices}
+    exemplar = torch.randn(2, 3, 16, 16)
+    assert [m.encode_exemplar(exemplar).shape[1] for m in models.values()] == [1, 1, 5]
+    trained = {tokens: trained_names(model, ["unet"]) for tokens, model in models.items()}
+    assert {name.split(".")[-2] for name in trained["all"] - trained["class"]} == {"norm2", "to_q", "to_k"}
+    assert trained["all"] == {name for name, _ in models["all"].named_parameters() if name.startswith(PARTS["unet"])}
+
+
+def test_starting_from_a_file_leaves_the_file_alone(toy):
+    path = toy_run.write_model(toy.parent)
+    before = path.read_bytes()
+    model = starting_model(ModelConfig(init=str(path)), 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert path.read_bytes() == before
+    assert starting_model(ModelConfig(init=str(path)), 0).learnable_vector.abs().max() > 0
+
+
+def test_starts_that_cannot_be(toy):
+    config = load_config([str(toy)]).model
+    path = str(toy_run.write_model(toy.parent))
+    for bad, message in (
+        (ModelConfig(size=config.size), r"model\.init=scratch needs model\.vae"),
+        (ModelConfig(vae=config.vae), r"model\.init=scratch needs model\.size"),
+        (ModelConfig(init=path, vae=config.vae), r"model\.vae is for model\.init=scratch"),
+        (ModelConfig(init=config.vae), r"fits no known model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            starting_model(bad, 0)
+    (toy.parent / "no_vae.ckpt").unlink(missing_ok=True)
+    torch.save({"state_dict": {"proj_out.weight": torch.zeros(2, 2)}}, toy.parent / "no_vae.ckpt")
+    with pytest.raises(CheckpointError, match="holds no autoencoder"):
+        read_vae(toy.parent / "no_vae.ckpt")
+
+
+def test_every_parameter_has_an_initial_weight():
+    with torch.device("meta"):
+        model = PaintByExample(TINY)
+    weights = dict(initial_weights(model, torch.Generator().manual_seed(0)))
+    assert {n: x.shape for n, x in weights.items()} == {n: p.shape for n, p in model.named_parameters()}
+    assert all(x.isfinite().all() for x in weights.values())
+
+
+# --- what a run leaves ----------------------------------------------------------------------------------------
+
+
+def test_checkpoints_load_straight(finished, toy):
+    path = finished / "checkpoints" / "step-00000010.ckpt"
+    model = pbe.load_model(path, "cpu")
+    saved = toy_run.checkpoint(finished, 10)
+    assert all(torch.equal(x, saved["state_dict"][name]) for name, x in model.state_dict().items())
+    assert model.config.vae.latent_scale == 0.5
+    assert (model.config.unet.num_heads, model.config.exemplar.vision.num_heads) == (4, 2)
+    assert saved["pbe"]["trained_on"] == f"manifest {toy.parent / 'boxes.csv'}"
+    assert saved["pbe"]["config"]["optimizer"]["lr"] == 1e-3
+    photo = Image.new("RGB", (48, 40), "gray")
+    (edited,) = pbe.edit(model, photo, (10, 10, 30, 30), photo, steps=4, sampler="ddim")
+    assert edited.size == photo.size
+
+
+def test_averages_are_in_the_checkpoint_and_extracted(finished):
+    source = open_source(finished / "checkpoints" / "step-00000010.ckpt")
+    averaged, last = extract_ema(source), source.tensor
+    saved = toy_run.checkpoint(finished, 10)["state_dict"]
+    for name, x in averaged.items():
+        if name.startswith("first_stage_model."):
+            assert torch.equal(x, last(name))
+    for name in ("model.diffusion_model.out.2.weight", "cond_stage_model.final_ln.weight", "learnable_vector"):
+        assert not torch.equal(averaged[name], last(name))
+        assert torch.equal(averaged[name], saved["model_ema." + name.removeprefix("model.").replace(".", "")])
+
+
+def test_frozen_parts_stay_and_the_others_move(finished, toy):
+    start = starting_model(load_config([str(toy)]).model, 0).state_dict()
+    end = toy_run.checkpoint(finished, 10)["state_dict"]
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert not {name for name in moved if name.startswith("first_stage_model.")}
+    assert {part for part, prefix in PARTS.items() if any(n.startswith(prefix) for n in moved)} == set(PARTS)
+
+
+def test_the_last_checkpoints_are_kept(toy):
+    run = toy.parent / "kept"
+    toy_run.run(toy, f"run={run}", "checkpoint.every_n_steps=2", "trainer.max_steps=7", "trainer.limit_val_batches=0")
+    names = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert names == ["step-00000006.ckpt", "step-00000007.ckpt"]
+
+
+def test_metrics_and_samples(finished):
+    assert list(toy_run.metrics(finished, "train/loss")) == list(range(1, 11))
+    assert list(toy_run.metrics(finished, "val/loss")) == [4, 8]
+    assert toy_run.metrics(finished, "lr")[10] == 1e-3
+    assert all(
+        x > 0 for name in ("pictures_per_second", "peak_memory_gib") for x in toy_run.metrics(finished, name).values()
+    )
+    assert sorted(path.name for path in (finished / "samples").iterdir()) == ["step-00000005.png", "step-00000010.png"]
+    assert load_config([str(finished / "config.yaml")]).data.batch_size == 2
+
+
+def test_metrics_are_means_over_samples(toy):
+    """Three steps' metrics in one line are the mean of those of the three."""
+    every, third = toy.parent / "every", toy.parent / "third"
+    settings = ("trainer.max_steps=3", "trainer.limit_val_batches=0")
+    toy_run.run(toy, f"run={every}", *settings)
+    toy_run.run(toy, f"run={third}", *settings, "trainer.log_every_n_steps=3")
+    losses = toy_run.metrics(every, "train/loss")
+    assert toy_run.metrics(third, "train/loss") == {3: pytest.approx(sum(losses.values()) / 3, rel=1e-6)}
+
+
+def test_accumulation_is_a_larger_batch(toy):
+    """The first loss logged of 2 x 2 samples is that of 4: the same samples in the same order."""
+    one, two = toy.parent / "batch4", toy.parent / "batch2x2"
+    settings = ("trainer.max_steps=1", "trainer.limit_val_batches=0", "optimizer.warmup_steps=0")
+    toy_run.run(toy, f"run={one}", *settings, "data.batch_size=4")
+    toy_run.run(toy, f"run={two}", *settings, "data.batch_size=2", "trainer.accumulate_grad_batches=2")
+    a, b = toy_run.metrics(one, "train/loss"), toy_run.metrics(two, "train/loss")
+    assert b == {1: pytest.approx(a[1], rel=1e-5)}
+
+
+def test_precision(toy):
+    """Under autocast the loss is float32's to bfloat16's three digits, and the parameters stay float32."""
+    run, plain = toy.parent / "bf16", toy.parent / "fp32"
+    start = (f"model.init={toy_run.write_model(toy.parent)}", "model.size=null", "model.vae=null")
+    settings = (*start, "trainer.max_steps=1", "trainer.limit_val_batches=0")
+    toy_run.run(toy, f"run={run}", *settings, "trainer.precision=bf16-mixed")
+    toy_run.run(toy, f"run={plain}", *settings)
+    losses = [toy_run.metrics(path, "train/loss")[1] for path in (run, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+    assert losses[0] != losses[1]
+    assert {x.dtype for x in toy_run.checkpoint(run, 1)["state_dict"].values()} == {torch.float32}
+
+
+# --- validation -----------------------------------------------------------------------------------------------
+
+
+def validate(module: PaintByExampleTraining, examples: Example, batch_size: int) -> dict[str, float]:
+    """The metrics of a validation over `examples`."""
+    metrics: dict[str, float] = {}
+    module.log_dict = lambda values, sync_dist: metrics.update(values)
+    module._trainer = SimpleNamespace(world_size=1, global_step=7)
+    module.on_validation_epoch_start()
+    for first in range(0, len(examples.file), batch_size):
+        batch = Example(*(x[first : first + batch_size] for x in examples))
+        with torch.no_grad():
+            module.validation_step(module.on_before_batch_transfer(batch, 0), 0)
+    module.on_validation_epoch_end()
+    return metrics
+
+
+def test_validation_compares_with_the_exemplar_of_the_sample_before():
+    module, examples = training(val_timesteps=[100, 800]), example(4)
+    metrics = validate(module, examples, batch_size=4)
+    draws = module.on_before_batch_transfer(examples, 0).draws
+    with torch.no_grad():
+        z_0, z_masked = module.encode(examples, draws.posterior_noise)
+        mask = latent_mask(examples.mask, 4)
+        context = module.model.encode_exemplar(examples.exemplar)
+        right, wrong = (
+            torch.stack([module.losses(z_0, z_masked, mask, c, torch.full((4,), t), draws.noise) for t in (100, 800)])
+            for c in (context, context.roll(1, 0))
+        )
+    gain = (wrong - right).mean(dim=0)
+    assert metrics["val/loss"] == pytest.approx(right.mean().item(), rel=1e-5)
+    assert metrics["val/loss_t800"] == pytest.approx(right[1].mean().item(), rel=1e-5)
+    assert metrics["val/loss_wrong_exemplar"] == pytest.approx(wrong.mean().item(), rel=1e-5)
+    # differences of losses: rounding is relative to the losses
+    tolerance = 1e-5 * right.mean().item()
+    assert metrics["val/exemplar_gain"] == pytest.approx(gain.mean().item(), abs=tolerance)
+    assert metrics["val/exemplar_gain_se"] == pytest.approx(gain.std().item() / 2, abs=tolerance)
+    assert metrics["step"] == 7
+
+
+def test_validation_does_not_depend_on_the_batch_size():
+    module, examples = training(val_timesteps=[500]), example(4)
+    whole, halves, singly = (validate(module, examples, n) for n in (4, 2, 1))
+    assert halves["val/loss"] == pytest.approx(whole["val/loss"], rel=1e-5)
+    assert singly["val/loss"] == pytest.approx(whole["val/loss"], rel=1e-5)
+    assert singly["val/exemplar_gain_se"] > 0
+    assert "val/exemplar_gain" not in validate(module, example(1), 1)  # nothing to compare with
+
+
+# --- when something is wrong ----------------------------------------------------------------------------------
+
+
+def test_a_run_is_not_overwritten(finished, toy, capsys):
+    assert main([str(toy), f"run={finished}"]) == 2
+    assert f"{finished} has a run that came to step 10: --resume continues it" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(toy, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([str(toy), f"run={tmp_path / 'file' / 'run'}"]) == 2
+    assert f"error: the run's folder {tmp_path / 'file' / 'run'} cannot be written" in capsys.readouterr().err
+
+
+def test_a_disk_too_small_for_the_checkpoints(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    prepare_folder(tmp_path / "run", usage.free // 2)
+    monkeypatch.setattr(callbacks.shutil, "disk_usage", lambda path: usage._replace(free=3 * 10**9))
+    with pytest.raises(OSError, match=r"has 3\.0 GB free, and the checkpoints to keep there need about 50\.0 GB"):
+        prepare_folder(tmp_path / "run", 50 * 10**9)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "step-00000001.ckpt"
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"x": torch.ones(3)}, path)
+    monkeypatch.setattr(callbacks.torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("write failed")))
+    with pytest.raises(OSError, match=rf"cannot write {path} \([\d.]+ GB free\): write failed"):
+        writer.save_checkpoint({"x": torch.zeros(3)}, path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert torch.equal(writer.load_checkpoint(path)["x"], torch.ones(3))
+
+
+def test_divergence_stops_the_run(toy, capsys):
+    """A learning rate of 1e30 makes the second step's loss infinite; nothing of it is saved."""
+    run = toy.parent / "diverged"
+    settings = (
+        "optimizer.lr=1e30",
+        "optimizer.warmup_steps=0",
+        "checkpoint.every_n_steps=1",
+        "samples.every_n_steps=null",
+    )
+    assert main([str(toy), f"run={run}", *settings]) == 2
+    error = capsys.readouterr().err
+    assert "error: the loss is" in error or "parameters are not finite" in error
+    for path in list_checkpoints(run / "checkpoints"):
+        assert all(x.isfinite().all() for x in torch.load(path, weights_only=True)["state_dict"].values())
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    module = training()
+    module.model.proj_out.bias.data[3] = float("nan")
+    writer = callbacks.Checkpoints(tmp_path, callbacks.CheckpointConfig())
+    with pytest.raises(FloatingPointError, match=r"after step 3 1 parameters are not finite, as model\.proj_out\.bias"):
+        writer.save(SimpleNamespace(global_step=3), module)
+
+
+def test_averages_cannot_begin_in_the_middle(finished, toy, capsys, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    settings = ("training.ema_decay=null", "trainer.max_steps=12")
+    assert main([str(toy), f"run={tmp_path / 'run'}", *settings, "--resume"]) == 2
+    assert "another training.ema_decay" in capsys.readouterr().err
+
+
+def test_log_is_cut_where_the_run_continues(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
+    logger = JSONLinesLogger(path, step=2)
+    logger.log_metrics({"a": 9.0}, step=3)
+    assert path.read_text() == '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 9.0}\n'
+
+
+# --- small parts ----------------------------------------------------------------------------------------------
+
+
+def test_sample_grid_shows_all_columns():
+    settings = callbacks.SamplesConfig(steps=2, count=2)
+    picture = sample_grid(tiny_model(), example(2), settings)
+    again = sample_grid(tiny_model(), example(2), settings)
+    assert picture.tobytes() == again.tobytes()
+    assert picture.width > 4 * 128
+    assert picture.height > 2 * 128
+
+
+def test_prior_of_four_channels_trains_and_expands(toy):
+    """A UNet without the task's inputs, for the ablation's prior: its checkpoint becomes one of nine inputs."""
+    run = toy.parent / "prior"
+    settings = ("model.size.unet.in_channels=4", "training.drop_exemplar=1", "training.train=[unet,null_context]")
+    toy_run.run(toy, f"run={run}", *settings, "trainer.max_steps=2", "trainer.limit_val_batches=0")
+    source = open_source(run / "checkpoints" / "step-00000002.ckpt")
+    weight = expand(source)["model.diffusion_model.input_blocks.0.0.weight"]
+    assert weight.shape[1] == 9
+    assert weight[:, 4:].abs().max() == 0
+
+
+def test_autoencoder_s_run(toy):
+    """It learns, and its file gives latents of unit variance to the model that starts from it."""
+    run = toy.parent / "vae"
+    settings = {
+        "task": "vae",
+        "run": str(run),
+        "size": "{channels: 32, channel_mult: [1, 1], num_res_blocks: 1, latent_scale: 1.0}",
+        "optimizer": "{lr: 0.003, warmup_steps: 0}",
+    }
+    data = f"data={{val_size: 4, batch_size: 4, workers: 0, source: {{path: {toy.parent / 'boxes.csv'}}}}}"
+    recipe = "data.recipe={resolution: 32, exemplar_size: 16}"
+    trainer = "trainer={accelerator: cpu, max_steps: 40, log_every_n_steps: 1, enable_progress_bar: false}"
+    toy_run.run(*(f"{k}={v}" for k, v in settings.items()), data, recipe, trainer)
+    l1 = toy_run.metrics(run, "train/l1")
+    assert l1[40] < 0.6 * l1[1]
+    path = run / "checkpoints" / "step-00000040.ckpt"
+    config, state = read_vae(path)
+    module = make_module(load_config([str(toy), f"model.vae={path}"]))
+    assert module.model.config.vae == config
+    assert all(torch.equal(module.model.state_dict()[name], x) for name, x in state.items())
+    data = ExampleDataModule(load_config([str(toy), "data.val_size=4"]).data)
+    data.setup("fit")
+    examples = next(iter(data.train_dataloader()))
+    z_0, _ = module.encode(examples, module.on_before_batch_transfer(examples, 0).draws.posterior_noise)
+    # two other pictures than the four it was measured on
+    assert 0.5 < z_0.std() < 2
