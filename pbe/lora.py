@@ -6,8 +6,8 @@ adapters holds those tensors alone, a few megabytes, and can be laid over any ch
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,17 @@ from pbe.checkpoints.rules import shorten
 from pbe.checkpoints.writing import save_checkpoint
 
 # With a context of one token, the cross-attention's (attn2) query and key get no gradient: only value and output learn.
-TARGETS = (r".*\.attn1\.to_(q|k|v)", r".*\.attn1\.to_out\.0", r".*\.attn2\.to_v", r".*\.attn2\.to_out\.0")
+TARGETS = [r".*\.attn1\.to_(q|k|v)", r".*\.attn1\.to_out\.0", r".*\.attn2\.to_v", r".*\.attn2\.to_out\.0"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoRAConfig:
     """How a model is adapted: by matrices of `rank`, scaled by alpha / rank, in the linear layers whose names match one
     of `targets` (regular expressions)."""
 
     rank: int = 16
     alpha: float = 16.0
-    targets: Sequence[str] = TARGETS
+    targets: list[str] = field(default_factory=lambda: list(TARGETS))
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -74,7 +74,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -
         if isinstance(module, nn.Linear) and any(re.fullmatch(target, name) for target in config.targets)
     ]
     if not names:
-        raise ValueError(f"no linear layer's name matches lora.targets {list(config.targets)}")
+        raise ValueError(f"no linear layer's name matches lora.targets {config.targets}")
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), config, generator))
     return [parameter for name, parameter in model.named_parameters() if is_adapter(name)]
@@ -104,8 +104,7 @@ def save_lora(
     adapters = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
     if not adapters:
         raise ValueError(f"{path}: there are no adapters to save")
-    lora = {**asdict(config), "targets": list(config.targets)}
-    save_checkpoint(adapters, path, {**about, "lora": lora}, overwrite=overwrite)
+    save_checkpoint(adapters, path, {**about, "lora": asdict(config)}, overwrite=overwrite)
 
 
 def load_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from pbe.checkpoints.sizes import pbe_entry
 from pbe.data.example import Example
 from pbe.ema import ParameterAverage, average_name
 from pbe.initialization import PARTS, Part
+from pbe.lora import LoRAConfig, add_lora, is_adapter
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig, latent_mask
 from pbe.models.unet import ResBlock, SpatialTransformer, TransformerBlock, UNet
 from pbe.optimizer import OptimizerConfig, make_optimizer
@@ -32,6 +33,8 @@ class TrainingConfig:
     """How Paint by Example is trained; the defaults are the paper's recipe.
 
     train: the parts that learn.
+    lora: adapters on the UNet's attention learn, and nothing else: `train` is then empty. Checkpoints hold the adapters
+        alone, for `pbe.lora.load_lora` and `tools/checkpoint.py merge-lora`.
     drop_exemplar: the probability with which the learned null context stands in for the exemplar's, so that guidance
         has an unconditional prediction; drawn for each sample, or as in the original for a whole batch.
     ema_decay: of the parameters' moving average; None: no average.
@@ -40,6 +43,7 @@ class TrainingConfig:
     """
 
     train: list[Part] = field(default_factory=lambda: ["unet", "mapper", "final_ln", "proj_out", "null_context"])
+    lora: LoRAConfig | None = None
     drop_exemplar: float = 0.2
     drop_exemplar_by: Literal["sample", "batch"] = "sample"
     ema_decay: float | None = None
@@ -49,7 +53,9 @@ class TrainingConfig:
     val_timesteps: list[int] = field(default_factory=lambda: [100, 300, 500, 700, 900])
 
     def __post_init__(self) -> None:
-        if not self.train:
+        if self.lora and (self.train or self.ema_decay is not None):
+            raise ValueError("training.lora trains adapters alone, without averages: set train=[] and ema_decay=null")
+        if not self.train and not self.lora:
             raise ValueError(f"training.train is empty; it lists parts to train, of {', '.join(PARTS)}")
         if not 0 <= self.drop_exemplar <= 1:
             raise ValueError(f"training.drop_exemplar is a probability, got {self.drop_exemplar}")
@@ -147,6 +153,9 @@ class PaintByExampleTraining(lightning.LightningModule):
         self.model, self.config, self.optimizer_config, self.about = model, config, optimizer, dict(about or {})
         self.schedule = NoiseSchedule.scaled_linear()
         trained = trained_names(model, config.train)
+        if config.lora:
+            add_lora(model, config.lora, torch.Generator().manual_seed(0))
+            trained = {name for name, _ in model.named_parameters() if is_adapter(name)}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         self.model_ema = None
@@ -289,8 +298,11 @@ class PaintByExampleTraining(lightning.LightningModule):
         if self.model_ema:  # the convention is an average for every parameter of the UNet
             unet = [name for name in state if name.startswith(PARTS["unet"])]
             state = {**{f"model_ema.{average_name(name)}": state[name] for name in unet}, **state}
-        checkpoint["state_dict"] = state
         checkpoint["pbe"] = {**pbe_entry(self.model.config), **self.about}
+        if self.config.lora:  # the rest is as in the checkpoint that training started from
+            state = {name: x for name, x in state.items() if is_adapter(name)}
+            checkpoint["pbe"]["lora"] = asdict(self.config.lora)
+        checkpoint["state_dict"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["state_dict"]
@@ -300,6 +312,8 @@ class PaintByExampleTraining(lightning.LightningModule):
                 "in the middle of a run"
             )
         own = self.state_dict()
+        if self.config.lora:
+            saved = {name.removeprefix("model."): x for name, x in own.items() if not is_adapter(name)} | saved
         missing = [name for name in own if name.removeprefix("model.") not in saved]
         if missing:
             raise ValueError(f"the checkpoint is of another model: it lacks {len(missing)} tensors, as {missing[0]}")

@@ -22,6 +22,7 @@ from pbe.data.datamodule import ExampleDataModule
 from pbe.data.example import Example
 from pbe.ema import ParameterAverage
 from pbe.initialization import PARTS, ModelConfig, initial_weights, read_vae, starting_model
+from pbe.lora import LoRAConfig, is_adapter, load_lora
 from pbe.models.paint_by_example import PaintByExample, latent_mask
 from pbe.optimizer import OptimizerConfig, lr_factor
 from pbe.training import PaintByExampleTraining, TrainingConfig, check_finite, make_draws, trained_names
@@ -316,6 +317,40 @@ def test_checkpoints_load_straight(finished, toy):
     photo = Image.new("RGB", (48, 40), "gray")
     (edited,) = pbe.edit(model, photo, (10, 10, 30, 30), photo, steps=4, sampler="ddim")
     assert edited.size == photo.size
+
+
+def test_adapters_alone_are_trained_and_saved(toy, tmp_path):
+    """Their run goes on where it stopped, and the last file lies over the checkpoint it started from."""
+    start = toy_run.write_model(toy.parent)
+    settings = [
+        f"model={{init: {start}, size: null, vae: null}}",
+        "training={train: [], lora: {rank: 2}, ema_decay: null}",
+        "trainer.val_check_interval=5",
+    ]
+    toy_run.run(toy, *settings, f"run={tmp_path / 'whole'}")
+    toy_run.run(toy, *settings, f"run={tmp_path / 'parts'}", "trainer.max_steps=5")
+    toy_run.run(toy, *settings, f"run={tmp_path / 'parts'}", "--resume")
+    whole, parts = (toy_run.checkpoint(tmp_path / name, 10)["state_dict"] for name in ("whole", "parts"))
+    assert all(map(is_adapter, whole))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(x, parts[name]) for name, x in whole.items())
+
+    path = tmp_path / "whole" / "checkpoints" / "step-00000010.ckpt"
+    with pytest.raises(CheckpointError, match="adapters alone"):
+        pbe.load_model(path, "cpu")
+    model, plain = pbe.load_model(start, "cpu"), pbe.load_model(start, "cpu")
+    load_lora(model, path)
+    adapted = model.state_dict()
+    assert all(torch.equal(x, adapted[name]) for name, x in plain.state_dict().items())
+    assert all(torch.equal(x, adapted[name]) for name, x in whole.items())
+    ups = [x for name, x in whole.items() if name.endswith("lora_up")]
+    assert all(x.abs().max() > 0 for x in ups)
+
+
+@pytest.mark.parametrize("settings", [{"train": ["unet"]}, {"train": [], "ema_decay": 0.9}])
+def test_adapters_train_alone(settings):
+    with pytest.raises(ValueError, match=r"training\.lora"):
+        TrainingConfig(lora=LoRAConfig(), **settings)
 
 
 def test_averages_are_in_the_checkpoint_and_extracted(finished):

@@ -91,6 +91,11 @@ def view(checkpoint: Checkpoint) -> Source:
     """A checkpoint under our names; `CheckpointError` if it is of no known layout."""
     path, names = checkpoint.path, list(checkpoint.names())
     layout = recognise(names)
+    entry = checkpoint.extras.get("pbe")
+    if isinstance(entry, dict) and "lora" in entry:
+        raise CheckpointError(
+            f"{path} holds adapters alone; `pbe checkpoint merge-lora` and pbe.lora.load_lora lay them over a model"
+        )
     if layout is None:
         known = "; ".join(layout.description for layout in LAYOUTS)
         raise CheckpointError(

@@ -89,7 +89,9 @@ def train(config: PaintByExampleRun | VAERun, resume: bool = False) -> None:
     module = make_module(config)
     # Lightning starts the other processes later, from the same command: they find the folder as it is now.
     if rank_zero_only.rank == 0:
-        prepare_folder(folder, checkpoint_bytes(module) * (config.checkpoint.keep + 1 - len(checkpoints)))
+        adapters_only = getattr(config.training, "lora", None) is not None
+        nbytes = checkpoint_bytes(module, adapters_only)
+        prepare_folder(folder, nbytes * (config.checkpoint.keep + 1 - len(checkpoints)))
         save_config(config, folder / "config.yaml")
     data = ExampleDataModule(config.data)
     trainer = make_trainer(config, folder, step_of(last) if last else 0)
@@ -115,11 +117,11 @@ def make_module(config: PaintByExampleRun | VAERun) -> lightning.LightningModule
     return VAETraining(starting_vae(config.size, config.seed), config.training, config.optimizer, about)
 
 
-def checkpoint_bytes(module: lightning.LightningModule) -> int:
-    """About how large a checkpoint is: the state, and AdamW's two moments of what trains."""
-    return sum(x.nbytes for x in module.state_dict().values()) + sum(
-        2 * p.nbytes for p in module.parameters() if p.requires_grad
-    )
+def checkpoint_bytes(module: lightning.LightningModule, adapters_only: bool) -> int:
+    """About how large a checkpoint is: what trains with AdamW's two moments of it, and the rest of the state."""
+    trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    rest = sum(x.nbytes for x in module.state_dict().values()) - trained
+    return 3 * trained + (0 if adapters_only else rest)
 
 
 def check_trainer(arguments: Mapping[str, Any]) -> None:
