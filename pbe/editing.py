@@ -54,7 +54,8 @@ def edit(
     """The photo with the masked region repainted as the exemplar's object, `num_images` times.
 
     Each result has the photo's own size, kind and bit depth: a PIL image for a path or PIL image, an array for an
-    array, a tensor for a tensor. Outside the mask every pixel is bit-identical to the photo's.
+    array, a tensor for a tensor. Outside the mask every pixel is bit-identical to the photo's; what Pillow cannot give
+    back (palettes, CMYK, 16-bit colour files) becomes 8-bit RGB, with a warning where depth is lost.
 
     Args:
         image: the photo.
@@ -69,7 +70,7 @@ def edit(
         window: the part of the photo that the model sees: "auto" (around the mask, so that it is neither tiny nor
             without context), "full" (the whole photo), or a box.
         regions: "together" edits the whole mask in one window, "each" its separate regions one after the other.
-        composite: put only the masked pixels into the photo; False gives the model's own picture of the window.
+        composite: put only the masked pixels into the photo; False puts in the model's own picture of all the window.
         feather: width in photo pixels of the soft seam, which lies inside the mask (default: a 64th of the window).
         margin: the share of an automatic window's side that is kept free on each side of the mask.
         resolution: side in pixels at which the model works (default: the one it was trained on).
@@ -81,15 +82,24 @@ def edit(
     """
     if not isinstance(model, PaintByExample):
         raise ValueError(f"editing needs a Paint by Example model, not a {type(model).__name__}")
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if regions not in ("together", "each"):
-        raise ValueError(f"regions must be 'together' or 'each', got {regions!r}")
+    check_settings(
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        eta=eta,
+        num_images=num_images,
+        batch_size=batch_size,
+        window=window,
+        regions=regions,
+        feather=feather,
+        margin=margin,
+        resolution=resolution,
+    )
     schedule = NoiseSchedule.scaled_linear()
     warn_of_low_start(schedule, steps)
     draw = partial(choose_sampler(sampler, eta), schedule=schedule, steps=steps, callback=callback)
-    resolution = resolution or model.config.resolution
+    if resolution is None:
+        resolution = model.config.resolution
 
     picture = read_picture(image)
     repaint = read_mask(mask, picture.size)
@@ -108,11 +118,58 @@ def edit(
             x_T = randn(condition.z_masked.shape[1:], generators, model.device)
             z_0 = draw(eps, x_T, generators=generators)
             edited = model.vae.decode(z_0.to(model.dtype))[..., : size[0], : size[1]]
+            check_finite(edited)
             results[first : first + batch_size] = [
                 replace(photo, pixels=windows.composite(photo.pixels, one[None], box, weights))
                 for photo, one in zip(batch, edited, strict=True)
             ]
     return [result.with_pixels(result.pixels) for result in results]
+
+
+def check_settings(
+    *,
+    steps: int,
+    guidance: float,
+    sampler: str,
+    eta: float,
+    num_images: int,
+    batch_size: int,
+    window: Literal["auto", "full"] | tuple[int, int, int, int],
+    regions: str,
+    feather: int | None,
+    margin: float,
+    resolution: int | None,
+) -> None:
+    """Raises `ValueError` for settings of `edit` that no model and no photo could make right."""
+    NoiseSchedule.scaled_linear().timesteps(steps)
+    choose_sampler(sampler, eta)
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise ValueError(f"guidance must be 0 or more, got {guidance}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, got {eta}")
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if regions not in ("together", "each"):
+        raise ValueError(f"regions must be 'together' or 'each', got {regions!r}")
+    if isinstance(window, str):
+        is_window = window in ("auto", "full")
+    else:
+        is_window = isinstance(window, Sequence | np.ndarray) and len(window) == 4 and all(x == int(x) for x in window)
+    if not is_window:
+        raise ValueError(f"window must be 'auto', 'full' or a box (x0, y0, x1, y1) of whole pixels, got {window!r}")
+    if feather is not None and feather < 0:
+        raise ValueError(f"feather must be 0 or more pixels, got {feather}")
+    if not 0 <= margin < 0.5:
+        raise ValueError(f"margin must be at least 0 and below 0.5, got {margin}")
+    if resolution is not None and (resolution < 8 or resolution % 8):
+        raise ValueError(f"resolution must be a positive multiple of 8, got {resolution}")
+
+
+def check_finite(edited: Tensor) -> None:
+    """Raises `ValueError` for a picture with NaN or infinity, which 16 bits can bring about."""
+    if not edited.isfinite().all():
+        raise ValueError(f"the model's picture is not finite in {edited.dtype}: use bfloat16 or float32")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,7 +235,7 @@ def window_condition(
     """What the UNet needs to know to repaint one window of each photo, seen at `size` (height, width)."""
     keep = 1 - windows.extract_repaint(repaint, box, size).to(model.device, model.dtype)  # (1, 1, H, W)
     different = photos if any(photo is not photos[0] for photo in photos) else photos[:1]
-    pixels = torch.cat([windows.extract(photo.rgb(), box, size) for photo in different]).to(model.device, model.dtype)
+    pixels = torch.cat([windows.resample(photo.rgb(box), size) for photo in different]).to(model.device, model.dtype)
     z_masked, mask = model.encode_masked(pixels, keep.expand(len(pixels), -1, -1, -1))
     check_visible(mask)
     return Condition(*(x.expand(len(photos), *x.shape[1:]) for x in (z_masked, mask, context)))
@@ -207,12 +264,9 @@ def place_window(
 ) -> Box:
     """The window of the photo to edit; raises `ValueError` for one outside the photo or not around the mask."""
     height, width = repaint.shape
-    if window == "auto":
-        return windows.choose_window(repaint, resolution, margin=margin)
-    if window == "full":
-        return Box(0, 0, width, height)
-    if isinstance(window, str) or len(window) != 4 or any(x != int(x) for x in window):
-        raise ValueError(f"window must be 'auto', 'full' or a box (x0, y0, x1, y1) of whole pixels, got {window!r}")
+    if isinstance(window, str):
+        whole = Box(0, 0, width, height)
+        return whole if window == "full" else windows.choose_window(repaint, resolution, margin=margin)
     box, inner = Box(*map(int, window)), windows.mask_bounding_box(repaint)
     across = 0 <= box.x0 <= inner.x0 and inner.x1 <= box.x1 <= width
     down = 0 <= box.y0 <= inner.y0 and inner.y1 <= box.y1 <= height

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import re
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from pbe.files import replacing
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
-from pbe.windows import LUMINANCE, mask_bounding_box, white_level
+from pbe.windows import LUMINANCE, Box, mask_bounding_box, white_level
 
 PictureLike = str | Path | Image.Image | np.ndarray | torch.Tensor
 MaskLike = PictureLike | Sequence[float] | Sequence[Sequence[float]]  # a picture, a box or a polygon
@@ -67,12 +68,14 @@ class Picture:
         """(height, width)"""
         return self.pixels.shape[:2]
 
-    def rgb(self) -> torch.Tensor:
-        """The colours for the networks: float32 (1, 3, H, W) in [-1, 1]; gray is repeated.
+    def rgb(self, window: Box | None = None) -> torch.Tensor:
+        """The colours of the picture or a window of it for the networks: float32 (1, 3, H, W) in [-1, 1]; gray is
+        repeated.
 
         Alpha is left out: the colours stored under transparent pixels are what the networks see.
         """
-        colour = self.pixels[..., : 3 if self.pixels.shape[2] >= 3 else 1].astype(np.float32)
+        pixels = self.pixels if window is None else self.pixels[window.slices]
+        colour = pixels[..., : 3 if pixels.shape[2] >= 3 else 1].astype(np.float32)
         colour *= 2 / white_level(self.pixels.dtype)
         colour -= 1
         return torch.from_numpy(colour).permute(2, 0, 1)[None].expand(1, 3, -1, -1).clamp(-1, 1).contiguous()
@@ -408,18 +411,23 @@ _SAVE_MODES = {
     "TIFF": ("L", "LA", "RGB", "RGBA", "I;16", "F"),
     "WEBP": ("L", "LA", "RGB", "RGBA"),
 }
+_JPEG_EXIF_BYTES = 65533  # what one marker holds
 
 
 def save_picture(image: Image.Image, path: str | Path, info: dict[str, str] | None = None) -> None:
     """Save an image with its EXIF, ICC profile and resolution (`image.info`); missing folders are made.
 
     PNG, TIFF and WebP are lossless; JPEG (quality 95, full colour resolution) is not, and holds no alpha. `info`
-    goes into PNG text chunks, and as JSON into the EXIF user comment of the other formats. The file appears
-    whole or not at all, and replaces one of the same name.
+    goes into PNG text chunks, and as JSON into the EXIF block of the other formats: into the user comment, or the
+    image description where the photo has a comment of its own. The file appears whole or not at all, and replaces
+    one of the same name.
 
-    ValueError for a suffix or a mode of image that cannot be saved.
+    Warns (PictureWarning) where the EXIF block has no room for `info`, which is then left out. ValueError for a
+    folder, for a suffix or a mode of image that cannot be saved, and for EXIF too long for JPEG.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file name")
     file_format = _SAVE_FORMATS.get(path.suffix.lower())
     if file_format is None:
         raise ValueError(f"{path}: cannot save as {path.suffix!r}; choose one of {', '.join(_SAVE_FORMATS)}")
@@ -432,19 +440,77 @@ def save_picture(image: Image.Image, path: str | Path, info: dict[str, str] | No
     options |= {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
     exif = Image.Exif()
     exif.load(image.info.get("exif", b""))
+    _remove_info(exif, info or {})
+    block = _exif_bytes(exif)
+    limit = _JPEG_EXIF_BYTES if file_format == "JPEG" else math.inf
+    if len(block) > limit:
+        raise ValueError(
+            f"{path}: the photo's EXIF block has {len(block)} bytes, JPEG holds {limit}; save as PNG, TIFF or WEBP"
+        )
     if info and file_format == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         for key, value in info.items():
             options["pnginfo"].add_text(key, value)
     elif info:
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0" + json.dumps(info).encode()
-    if len(exif) or exif.get_ifd(ExifTags.IFD.Exif):
-        options["exif"] = exif.tobytes()
+        if _add_info(exif, info) and len(_exif_bytes(exif)) <= limit:
+            block = _exif_bytes(exif)
+        else:
+            warnings.warn(
+                f"{path} is saved without its settings: the photo's own EXIF block leaves no room for them",
+                PictureWarning,
+                stacklevel=2,
+            )
+    if block:
+        options["exif"] = block
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path, overwrite=True) as part:
         image.save(part, format=file_format, **options)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def read_info(image: Image.Image) -> dict[str, str]:
+    """The `info` that `save_picture` stored in the file of an open image, among other texts; empty without any."""
+    if image.format == "PNG":
+        return {key: value for key, value in image.info.items() if isinstance(value, str)}
+    found = {}
+    for directory, tag in _info_places(image.getexif()):
+        found |= _parse_info(directory.get(tag, ""))
+    return found
+
+
+def _exif_bytes(exif: Image.Exif) -> bytes:
+    return exif.tobytes() if len(exif) or exif.get_ifd(ExifTags.IFD.Exif) else b""
+
+
+def _info_places(exif: Image.Exif) -> tuple[tuple[MutableMapping, int], ...]:
+    return (exif.get_ifd(ExifTags.IFD.Exif), ExifTags.Base.UserComment), (exif, ExifTags.Base.ImageDescription)
+
+
+def _add_info(exif: Image.Exif, info: dict[str, str]) -> bool:
+    """Puts `info` into the first place that is free; False if none is."""
+    text = json.dumps(info)
+    for directory, tag in _info_places(exif):
+        if not _text_of(directory.get(tag, "")):
+            directory[tag] = b"ASCII\0\0\0" + text.encode() if tag == ExifTags.Base.UserComment else text
+            return True
+    return False
+
+
+def _remove_info(exif: Image.Exif, info: dict[str, str]) -> None:
+    """Takes out the info of an earlier edit, which no longer holds: what has the same keys."""
+    for directory, tag in _info_places(exif):
+        if info and _parse_info(directory.get(tag, "")).keys() == info.keys():
+            del directory[tag]
+
+
+def _parse_info(value: bytes | str) -> dict[str, str]:
+    try:
+        info = json.loads(_text_of(value))
+    except ValueError:
+        return {}  # a comment that the photo came with
+    return info if isinstance(info, dict) else {}
+
+
+def _text_of(value: bytes | str) -> str:
+    """An EXIF text without the name of its character set and the blanks that cameras fill it with."""
+    text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    return re.sub(r"^(ASCII|UNICODE|JIS)?\0+", "", text).strip("\0 ")

@@ -182,12 +182,6 @@ def _label(joined: np.ndarray) -> tuple[np.ndarray, int]:
 # --- into the model and back ------------------------------------------------------------------------------
 
 
-def extract(picture_rgb: torch.Tensor, window: Box, size: tuple[int, int]) -> torch.Tensor:
-    """The window of a (1, 3, H, W) picture in [-1, 1], resampled (antialiased bicubic) to `size` (h, w)."""
-    _check_inside(window, tuple(picture_rgb.shape[-2:]))
-    return _resample(picture_rgb[(..., *window.slices)], size)
-
-
 def extract_repaint(repaint: np.ndarray, window: Box, size: tuple[int, int]) -> torch.Tensor:
     """The window of a bool (H, W) mask at `size` (h, w): float32 (1, 1, h, w), 1 = repaint, 0 = keep.
 
@@ -259,7 +253,7 @@ def composite(pixels: np.ndarray, edited: torch.Tensor, window: Box, weights: np
     photo = pixels[window.slices]
     touched = inner > 0
     precision = np.promote_types(pixels.dtype, np.float32)
-    new = _resample(edited.detach().float().cpu(), (window.height, window.width))
+    new = resample(edited.detach().float().cpu(), (window.height, window.width))
     new = (new[0].permute(1, 2, 0).numpy()[touched].astype(precision) + 1) / 2  # (N, 3)
     old = photo[touched].astype(precision) / white_level(pixels.dtype)  # (N, C)
     w = inner[touched].astype(precision)[:, None]
@@ -286,7 +280,8 @@ def white_level(dtype: np.dtype) -> int:
     return int(np.iinfo(dtype).max) if np.dtype(dtype).kind == "u" else 1
 
 
-def _resample(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resample(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A (B, 3, H, W) picture in [-1, 1] at another size (h, w), by antialiased bicubic interpolation."""
     return F.interpolate(picture, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 

@@ -1,5 +1,8 @@
 """Editing end to end on a tiny model: what is kept, what is changed, what is refused."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -224,9 +227,12 @@ def test_half_precision_edits(tmp_path):
         ({"batch_size": 0}, "batch_size"),
         ({"regions": "both"}, "'both'"),
         ({"window": "half"}, "'half'"),
+        ({"window": None}, "None"),
+        ({"window": (0, 0, 40.5, 60)}, "whole pixels"),
         ({"window": (30, 0, 80, 60)}, "hold the mask"),
         ({"window": (0, 0, 80, 61)}, "lie inside the photo"),
         ({"resolution": 63}, "multiple"),
+        ({"resolution": 0}, "multiple"),
         ({"feather": -1}, "feather"),
         ({"margin": 0.6}, "margin"),
     ],
@@ -235,6 +241,40 @@ def test_wrong_inputs(model, changes, message):
     arguments = {"image": photo(80, 60), "mask": (20, 20, 60, 50), "exemplar": EXEMPLAR} | changes
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         edit(model, **arguments)
+
+
+def test_numpy_numbers_are_numbers(model):
+    image = photo(80, 60)
+    plain, numpy = (
+        edit(model, image, (20, 20, 60, 50), steps=steps, window=window)[0]
+        for steps, window in ((4, (10, 0, 70, 60)), (np.int64(4), np.array([10, 0, 70, 60])))
+    )
+    assert np.array_equal(plain, numpy)
+
+
+def test_a_picture_that_is_not_finite_is_an_error(model, monkeypatch):
+    """16 bits can overflow; a black patch would be taken for a result."""
+    monkeypatch.setattr(model.vae, "decode", lambda z: torch.full((len(z), 3, 64, 64), float("nan")))
+    with pytest.raises(ValueError, match="not finite"):
+        edit(model, photo(80, 60), (20, 20, 60, 50))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_readmes_parts_fit_together(dtype):
+    """The README's second Python block runs as it stands, in half precision too."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    model = PaintByExample(TINY)
+    model.load_state_dict(seeded_state(TINY, 0))
+    names = {
+        "model": model.to(dtype).eval(),
+        "image": torch.zeros(2, 3, 64, 64, dtype=dtype),
+        "mask": torch.ones(2, 1, 64, 64, dtype=dtype),
+        "exemplar": torch.zeros(2, 3, 28, 28, dtype=dtype),
+    }
+    exec(code, names)
+    assert names["picture"].shape == (2, 3, 64, 64)
+    assert names["picture"].isfinite().all()
 
 
 def test_needs_a_paint_by_example():

@@ -144,6 +144,37 @@ def test_stable_diffusion_with_either_text_tower_naming(tmp_path):
             assert model.unet(noise("z", 1, 4, 6, 6), torch.tensor([9]), context).shape == (1, 4, 6, 6)
 
 
+def test_what_fine_tunes_leave_behind_is_dropped(tmp_path):
+    state = fill(StableDiffusion, SMALL_SD)
+    flat = "first_stage_model.encoder.mid.attn_1.q.weight"
+    litter = ("scale_factor", "sigmas", "denoiser.log_sigmas", "cond_stage_model.model.logit_scale", "lvlb_weights")
+    torch.save(state | dict.fromkeys(litter, torch.ones(3)) | {flat: state[flat][:, :, 0, 0]}, tmp_path / "sd.ckpt")
+    loaded = pbe.load_model(tmp_path / "sd.ckpt", device="cpu").state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_averages_alone_are_named_as_such(tmp_path):
+    torch.save({"model_ema.diffusion_modelout2bias": torch.ones(4)}, tmp_path / "ema.ckpt")
+    with pytest.raises(CheckpointError, match="averaged copies without the parameters"):
+        pbe.load_model(tmp_path / "ema.ckpt", device="cpu")
+
+
+@pytest.mark.parametrize("entry", [{"unet_heads": "8"}, {"latent_scale": [1]}, {"exemplar_tokens": 3}])
+def test_an_entry_of_the_wrong_type_is_named(tmp_path, entry):
+    torch.save({"state_dict": seeded_state(CONFIG, 0), "pbe": pbe_entry(CONFIG) | entry}, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match=next(iter(entry))):
+        pbe.load_model(tmp_path / "model.ckpt", device="cpu")
+
+
+def test_heads_of_a_clip_folder_come_from_its_config(tmp_path):
+    config = CLIPConfig(CLIPVisionConfig(48, 1, 3, 32, mlp_width=96), CLIPTextConfig(64, 1, 2, 9, mlp_width=96), 8)
+    towers = {"vision_config": {"num_attention_heads": 3}, "text_config": {"num_attention_heads": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(towers))
+    torch.save(fill(CLIP, config), tmp_path / "pytorch_model.bin")
+    assert pbe.load_model(tmp_path, device="cpu").config == config
+
+
 def test_openai_clip_and_our_clip_agree(tmp_path):
     """OpenAI's fused and transposed tensors give the model they were made from."""
     config = CLIPConfig(

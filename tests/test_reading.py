@@ -228,7 +228,7 @@ def test_safetensors_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"pip install 'pbe\[safetensors\]'"):
+    with pytest.raises(ImportError, match=r"extra safetensors: pip install safetensors"):
         open_checkpoint(tmp_path / "x.safetensors")
 
 

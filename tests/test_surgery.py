@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -199,6 +200,53 @@ def test_merge_refuses_another_architecture(model, sd, tmp_path, capsys):
     assert main(["merge", str(model), str(sd), "--weights", "0.5", "0.5", "--out", str(out)]) == 2
     assert "sd.ckpt" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_merge_refuses_another_order_of_inputs(sd, tmp_path, capsys):
+    """An expanded model and SD-inpainting have the same shapes, and mean different things by them."""
+    inpainting = StableDiffusionConfig(unet=UNetConfig(**{**UNET.__dict__, "in_channels": 9}), vae=SD.vae, text=SD.text)
+    write(tmp_path / "inpainting.ckpt", fill(StableDiffusion, inpainting))
+    assert main(["expand", str(sd), "--out", str(tmp_path / "expanded.ckpt")]) == 0
+    paths = [str(tmp_path / name) for name in ("expanded.ckpt", "inpainting.ckpt", "merged.ckpt")]
+    assert main(["merge", *paths[:2], "--weights", "0.5", "0.5", "--out", paths[2]]) == 2
+    assert "expand brings them into one order" in capsys.readouterr().err
+
+
+def test_folders_that_are_no_checkpoint_are_never_replaced(model, tmp_path, capsys):
+    precious = tmp_path / "precious.ckpt"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    for command in (["slim", str(model)], ["convert", str(model)]):
+        for out in (precious, tmp_path):
+            assert main([*command, "--out", str(out), "--force"]) == 2
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    assert model.exists()
+
+
+def four_layers():
+    """A config that diffusers can express: one mapper block for four CLIP layers."""
+    return replace(CONFIG, exemplar=replace(CONFIG.exemplar, vision=replace(CONFIG.exemplar.vision, num_layers=4)))
+
+
+def test_a_diffusers_folder_is_replaced_whole(tmp_path):
+    config = four_layers()
+    path = write(tmp_path / "model.ckpt", seeded_state(config, 1), pbe=pbe_entry(config))
+    other = write(tmp_path / "other.ckpt", seeded_state(config, 2), pbe=pbe_entry(config))
+    folder = tmp_path / "v1.1"  # a dot makes no suffix
+    assert main(["convert", str(path), "--out", str(folder)]) == 0
+    assert main(["convert", str(other), "--out", str(folder)]) == 2
+    assert main(["diff", str(path), str(folder)]) == 0
+    assert main(["convert", str(other), "--out", str(folder), "--force"]) == 0
+    assert main(["diff", str(other), str(folder)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.ckpt", "other.ckpt", "v1.1"]
+
+
+def test_half_precision_variant_of_a_folder(tmp_path):
+    path = write(tmp_path / "model.ckpt", seeded_state(four_layers(), 1), pbe=pbe_entry(four_layers()))
+    assert main(["convert", str(path), "--out", str(tmp_path / "folder")]) == 0
+    for file in (tmp_path / "folder").rglob("*.safetensors"):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    assert main(["diff", str(path), str(tmp_path / "folder")]) == 0
 
 
 def test_inspect(model, capsys):

@@ -161,7 +161,7 @@ def read_safetensors(path: Path) -> Archive:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise ImportError(f"reading {path} needs safetensors: pip install 'pbe[safetensors]'") from error
+        raise ImportError(f"reading {path} needs the extra safetensors: pip install safetensors") from error
     try:
         with safe_open(path, framework="pt") as checked:
             extras = dict(checked.metadata() or {})

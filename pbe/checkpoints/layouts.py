@@ -17,25 +17,39 @@ from pbe.checkpoints.rules import Rule, Table, prefixes, same
 SCHEDULE_BUFFERS = (
     r"betas|alphas_cumprod(_prev)?|sqrt_.*alphas_cumprod|log_one_minus_alphas_cumprod|sqrt_recipm1_alphas_cumprod"
     r"|posterior_variance|posterior_log_variance_clipped|posterior_mean_coef[12]|lvlb_weights|logvar"
+    r"|(denoiser\.)?(log_)?sigmas"
 )
 ORIGINAL_DROPPED = {
     SCHEDULE_BUFFERS: "the noise schedule, computed by pbe.sampling",
     r".*\.position_ids": "0, 1, 2, …",
-    r"model_ema\..*": "averaged copies; `pbe checkpoint extract-ema` puts them in the parameters' place",
+    r"scale_factor": "the latents' scale, which the autoencoder knows",
+    r"(first_stage_model\.)?model_ema\..*": "averaged copies, which `pbe checkpoint extract-ema` puts in place",
     r"first_stage_model\.loss\..*": "the discriminator the autoencoder was trained with",
-    r"cond_stage_model\.(logit_scale|text_projection(\.weight)?)": "CLIP's contrastive head, which no context uses",
+    r"cond_stage_model\.((model|transformer)\.)?(logit_scale|text_projection(\.weight)?)": "CLIP's contrastive head",
     r"embedding_manager\..*": "textual inversion's training state",
 }
 
+# some converters left the autoencoder's attention projections as the linear layers they had made of them
+ORIGINAL_VAE = (
+    *same("first_stage_model"),
+    *(
+        Rule((name,), (name,), "linear")
+        for net in ("encoder", "decoder")
+        for projection in ("q", "k", "v", "proj_out")
+        for name in [f"first_stage_model.{net}.mid.attn_1.{projection}"]
+    ),
+)
+
 PAINT_BY_EXAMPLE = Table(
-    same("model.diffusion_model", "first_stage_model", "cond_stage_model", "proj_out", "learnable_vector"),
+    (*same("model.diffusion_model", "cond_stage_model", "proj_out", "learnable_vector"), *ORIGINAL_VAE),
     ORIGINAL_DROPPED,
 )
 
 SD_TEXT_MODEL = "cond_stage_model.transformer.text_model"
 STABLE_DIFFUSION = Table(
     (
-        *same("model.diffusion_model", "first_stage_model", SD_TEXT_MODEL),
+        *same("model.diffusion_model", SD_TEXT_MODEL),
+        *ORIGINAL_VAE,
         # some fine-tunes were saved by releases of transformers that left the tower's own name out
         *(
             Rule(

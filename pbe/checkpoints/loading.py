@@ -44,13 +44,18 @@ def load_model(
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     source = open_source(path)
-    model_class, infer = MODELS[source.layout.name]
-    config = infer(source.shapes, source.hints)
-    model = build_on_meta(model_class, config)
-    check_names_and_shapes(source, {name: tuple(p.shape) for name, p in model.state_dict().items()})
+    model = build(source)
     state = {name: source.tensor(name, device, dtype) for name in source.recipes}
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def build(source: "Source") -> nn.Module:
+    """The model that a checkpoint fits, on the meta device; `CheckpointError` where its tensors do not fit together."""
+    model_class, infer = MODELS[source.layout.name]
+    model = build_on_meta(model_class, infer(source.shapes, source.hints))
+    check_names_and_shapes(source, {name: tuple(p.shape) for name, p in model.state_dict().items()})
+    return model
 
 
 class Source(NamedTuple):
@@ -97,6 +102,8 @@ def view(checkpoint: Checkpoint) -> Source:
             f"{path} holds adapters alone; `pbe checkpoint merge-lora` and pbe.lora.load_lora lay them over a model"
         )
     if layout is None:
+        if any(name.startswith("model_ema.") for name in names):
+            raise CheckpointError(f"{path} holds averaged copies without the parameters they stand for")
         known = "; ".join(layout.description for layout in LAYOUTS)
         raise CheckpointError(
             f"{path} is a {checkpoint.kind} of {len(names)} tensors ({shorten(names, 4)}), "
@@ -121,7 +128,7 @@ def hints_of(checkpoint: Checkpoint) -> sizes.Hints:
     if isinstance(entry, dict):
         return sizes.Hints.from_entry(entry)
     configs = checkpoint.extras.get("configs", {})
-    whole = configs.get("", {})  # a Hugging Face CLIP's own folder
+    whole = configs.get("", {})
     towers = {"vision_config": whole.get("vision_config", {}), "text_config": whole.get("text_config", {})}
     for name, tower in {**configs, **towers}.items():
         if tower.get("hidden_act", "quick_gelu") != "quick_gelu":

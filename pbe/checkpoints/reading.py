@@ -200,11 +200,14 @@ def _is_listed(index: dict[str, Any], component: str) -> bool:
 
 def _read_component(folder: Path) -> Archive:
     """The weights in one folder: one file, or the shards that an index lists."""
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return _read_file(folder / name)
-        if (folder / f"{name}.index.json").is_file():
-            return _read_shards(folder / f"{name}.index.json")
+    for variant in ("", ".fp16"):  # hubs offer both; the full precision where both were fetched
+        for name in WEIGHT_FILES:
+            stem, suffix = name.rsplit(".", 1)
+            if (folder / f"{stem}{variant}.{suffix}").is_file():
+                return _read_file(folder / f"{stem}{variant}.{suffix}")
+            for index in (f"{stem}{variant}.{suffix}.index.json", f"{stem}.{suffix}.index{variant}.json"):
+                if (folder / index).is_file():
+                    return _read_shards(folder / index)
     raise CheckpointError(f"{folder} holds no weights; expected one of {', '.join(WEIGHT_FILES)}, or its .index.json")
 
 

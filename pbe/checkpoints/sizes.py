@@ -5,7 +5,7 @@ or stands in an entry `pbe` that files written by this library carry, or in the 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pbe.checkpoints.layouts import count
@@ -34,14 +34,21 @@ class Hints:
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "Hints":
-        """The hints in a file's `pbe` entry, whose other fields are ignored."""
-        return cls(**{name: entry[name] for name in cls.__dataclass_fields__ if entry.get(name) is not None})
+        """The hints in a file's `pbe` entry, whose other fields are ignored; `CheckpointError` for a wrong type."""
+        hints = {field.name: entry[field.name] for field in fields(cls) if entry.get(field.name) is not None}
+        for name, value in hints.items():
+            expected = {"latent_scale": (int, float), "exemplar_tokens": str}.get(name, int)
+            if not isinstance(value, expected):
+                raise CheckpointError(f"the entry 'pbe' has {name}={value!r}, which should be a number or a name")
+        return cls(**hints)
 
     @classmethod
     def from_diffusers(cls, configs: Mapping[str, Mapping[str, Any]]) -> "Hints":
-        """The hints in a diffusers folder's `config.json` files, by component."""
+        """The hints in the `config.json` files of a diffusers folder, by component, or of a CLIP's folder."""
         unet, vae = configs.get("unet", {}), configs.get("vae", {})
-        vision, text = configs.get("image_encoder", {}), configs.get("text_encoder", {})
+        clip = configs.get("", {})  # a Hugging Face CLIP's own folder
+        vision = configs.get("image_encoder") or clip.get("vision_config") or {}
+        text = configs.get("text_encoder") or clip.get("text_config") or {}
         sample_size, levels = unet.get("sample_size"), len(vae.get("block_out_channels", ()))
         # named attention_head_dim by a historical slip; it counts heads in every v1 model
         unet_heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")

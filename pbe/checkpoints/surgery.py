@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pbe.checkpoints.loading import MODELS, Source, check_names_and_shapes
+from pbe.checkpoints.loading import Source, build
 from pbe.checkpoints.meta import build_on_meta
 from pbe.checkpoints.reading import CheckpointError
 from pbe.checkpoints.rules import shorten
@@ -29,11 +29,7 @@ Tensors = dict[str, Tensor]
 
 def config_of(source: Source) -> PaintByExampleConfig | StableDiffusionConfig | CLIPConfig:
     """The sizes of the networks in a checkpoint; raises `CheckpointError` where they do not fit together."""
-    model_class, infer = MODELS[source.layout.name]
-    config = infer(source.shapes, source.hints)
-    model = build_on_meta(model_class, config)
-    check_names_and_shapes(source, {name: tuple(p.shape) for name, p in model.state_dict().items()})
-    return config
+    return build(source).config
 
 
 def entry_of(source: Source) -> dict[str, Any]:
@@ -190,12 +186,21 @@ def diff(a: Source, b: Source) -> Iterator[Difference]:
 
 
 def merge(sources: Sequence[Source], weights: Sequence[float]) -> Tensors:
-    """The weighted sum of checkpoints of one architecture, computed in float32, in the first one's dtypes."""
+    """The weighted sum of checkpoints, computed in float32, in the first one's dtypes.
+
+    Raises `CheckpointError` unless all have the same sizes and the same meaning of the UNet's inputs.
+    """
     if len(sources) != len(weights) or not sources:
         raise ValueError(f"{len(sources)} checkpoints and {len(weights)} weights: one weight each is needed")
     first = sources[0]
     for other in sources[1:]:
-        check_names_and_shapes(other, first.shapes)
+        if other.recipes.keys() != first.recipes.keys() or config_of(other) != config_of(first):
+            raise CheckpointError(f"{other.checkpoint.path} has other sizes than {first.checkpoint.path}")
+        if "clip" not in first.layout.name and input_order(other) != input_order(first):
+            raise CheckpointError(
+                f"{other.checkpoint.path} has the inputs {input_order(other)}, {first.checkpoint.path} has "
+                f"{input_order(first)}: expand brings them into one order"
+            )
     merged = {}
     for name in first.recipes:
         total = torch.zeros(first.shapes[name])

@@ -19,6 +19,7 @@ from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 
 
 def save_checkpoint(
@@ -32,9 +33,11 @@ def save_checkpoint(
     Raises `ValueError` for another suffix, `FileExistsError` for an existing file unless `overwrite` is set.
     """
     path = Path(path)
-    if path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
-        raise ValueError(f"{path}: a checkpoint's name ends in .safetensors, {', '.join(PICKLE_SUFFIXES)}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: a checkpoint's name ends in {', '.join(SUFFIXES)}")
     tensors = {name: compact(tensor) for name, tensor in tensors.items()}
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; it is not replaced by a file")
     with replacing(path, overwrite) as part:
         if path.suffix == ".safetensors":
             save_safetensors(tensors, part, {"pbe": json.dumps(entry)})
@@ -46,7 +49,7 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappin
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ImportError(f"writing {path} needs safetensors: pip install 'pbe[safetensors]'") from error
+        raise ImportError(f"writing {path} needs the extra safetensors: pip install safetensors") from error
     save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
 
 
@@ -66,9 +69,11 @@ def save_diffusers(
     folder gives it, the hub's too; docs/checkpoints.md has the two lines that help.
 
     `tensors` have the original keys. Raises `ValueError` where diffusers' classes cannot express `config`, and
-    `FileExistsError` for an existing folder unless `overwrite` is set.
+    `FileExistsError` for an existing folder, unless `overwrite` is set and it is a diffusers folder.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise FileExistsError(f"{folder} exists and is no diffusers folder; it is not replaced")
     configs = diffusers_configs(config)
     table = table_of_diffusers(
         unet_levels=len(config.unet.channel_mult),

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
-SUFFIXES = "a file ending in .safetensors or .ckpt"
+A_FILE = "a file ending in .safetensors or .ckpt"
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], help: str, out: str | None = SUFFIXES):
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str, out: str | None = A_FILE):
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
         if out:
@@ -46,7 +46,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         "convert",
         convert,
         "rewrite a checkpoint in another format",
-        out=f"{SUFFIXES}, or a name without a suffix: a diffusers folder",
+        out=f"{A_FILE}, or any other name: a diffusers folder",
     )
     sub.add_argument("checkpoint", type=Path)
 
@@ -158,13 +158,13 @@ def rewrite(args: argparse.Namespace, tensors_of: Callable) -> int:
 def convert(args: argparse.Namespace) -> int:
     from pbe.checkpoints import surgery
     from pbe.checkpoints.loading import open_source
-    from pbe.checkpoints.writing import save_checkpoint, save_diffusers
+    from pbe.checkpoints.writing import SUFFIXES, save_checkpoint, save_diffusers
     from pbe.models.paint_by_example import PaintByExampleConfig
 
     check_output(args)
     source = open_source(args.checkpoint)
     entry = surgery.entry_of(source)
-    if args.out.suffix:
+    if args.out.suffix in SUFFIXES:
         save_checkpoint(surgery.network(source), args.out, entry, overwrite=args.force)
         return 0
     config = surgery.config_of(source)
@@ -219,9 +219,12 @@ def seed(args: argparse.Namespace) -> int:
 
     from pbe.checkpoints.loading import DTYPES
     from pbe.checkpoints.seeding import seeded_checkpoint
+    from pbe.checkpoints.writing import PICKLE_SUFFIXES
     from pbe.files import replacing
 
     check_output(args)
+    if args.out.suffix not in PICKLE_SUFFIXES:
+        raise ValueError(f"{args.out}: the original layout is a pickle; its name ends in {', '.join(PICKLE_SUFFIXES)}")
     with replacing(args.out, args.force) as part:
         torch.save(seeded_checkpoint(args.size, args.seed, DTYPES[args.dtype]), part)
     return 0

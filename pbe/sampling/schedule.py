@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -75,10 +76,10 @@ class NoiseSchedule:
             ValueError: if `steps` is not an integer from 1 to T.
         """
         T = self.num_timesteps
-        if not isinstance(steps, int) or not 1 <= steps <= T:
+        if not isinstance(steps, Integral) or not 1 <= steps <= T:
             raise ValueError(f"steps must be an integer from 1 to {T}, got {steps!r}")
         offset = 0 if steps == T else 1
-        return [i * (T // steps) + offset for i in reversed(range(steps))]
+        return [i * int(T // steps) + offset for i in reversed(range(steps))]
 
     def grid(self, steps: int, alpha_bar_end: float | None = None) -> list[tuple[int, float, float]]:
         """One (t, alpha_bar_t, alpha_bar_prev) for each step, noisiest first, as Python numbers.
