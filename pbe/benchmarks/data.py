@@ -1,6 +1,6 @@
 """How fast training examples are made, against a plain version of the same recipe.
 
-    python -m pbe.benchmarks.data photos/boxes.csv --pairs 5
+    python tools/benchmark.py data photos/boxes.csv --pairs 5
 
 One process, one thread. Both versions make the same examples, with the same draws, in turns; the median over pairs of
 the ratio of their times does not suffer from what else the machine does.
