@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pbe.jobs import COLUMNS, Job, check_output, make_job, read_inputs, read_settings, run_job, save_result, settings_of
+from pbe.jobs import (
+    COLUMNS,
+    Job,
+    Weights,
+    check_job,
+    check_writable,
+    make_job,
+    read_inputs,
+    read_settings,
+    run_job,
+    save_result,
+    settings_of,
+)
 
 if TYPE_CHECKING:
-    import torch
-
     from pbe.models.paint_by_example import PaintByExample
     from pbe.sampling import Callback
 
@@ -29,7 +39,7 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
     """The jobs of a `.csv` file (with a header) or a `.jsonl` file (an object a line), and the rows that are none.
 
     Paths in the file are relative to its folder; where a row is silent, `defaults` holds. ValueError for another kind
-    of file, an unknown column, two rows with one `out`, and an `out` that is another row's input.
+    of file, an unknown column of a header, two rows with one `out`, and an `out` that is another row's input.
     """
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
     if path.suffix.lower() not in readers:
@@ -41,7 +51,9 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
                 if isinstance(row, ValueError):
                     raise row
                 given = {name: value for name, value in row.items() if value not in (None, "")}
-                jobs.append(make_job({**defaults, **given}, path.parent, line))
+                job = make_job({**defaults, **given}, path.parent, line)
+                check_job(job)
+                jobs.append(job)
             except ValueError as error:
                 failed.append(Outcome(line, "failed", str(error)))
     except UnicodeDecodeError as error:
@@ -56,12 +68,17 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | ValueError]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         names = list(reader.fieldnames or ())
-        _check_columns(path, names)
+        unknown = _unknown_column(names)
+        if unknown:
+            raise ValueError(f"{path}, line 1: {unknown}")
         if len(set(names)) < len(names):
             raise ValueError(f"{path} names a column twice: {', '.join(names)}")
-        for row in reader:
-            surplus = None in row
-            yield reader.line_num, ValueError("more cells than the header has columns") if surplus else row
+        try:
+            for row in reader:
+                surplus = None in row
+                yield reader.line_num, ValueError("more cells than the header has columns") if surplus else row
+        except csv.Error as error:  # where its row ends, and the next begins, is then unknown
+            raise ValueError(f"{path}, after line {reader.line_num}: {error}; .jsonl holds what .csv cannot") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
@@ -75,15 +92,13 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]
                 row = ValueError(f"not JSON: {error}")
             if not isinstance(row, dict | ValueError):
                 row = ValueError(f"not a JSON object: {text.strip()[:40]}")
-            if isinstance(row, dict):
-                _check_columns(path, list(row), line)
-            yield line, row
+            unknown = isinstance(row, dict) and _unknown_column(row)
+            yield line, ValueError(unknown) if unknown else row
 
 
-def _check_columns(path: Path, names: Sequence[str], line: int = 1) -> None:
+def _unknown_column(names: Iterable[str]) -> str | None:
     unknown = [name for name in names if name not in COLUMNS]
-    if unknown:
-        raise ValueError(f"{path}, line {line}: unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
+    return f"unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}" if unknown else None
 
 
 def _check_outputs_differ(path: Path, jobs: Sequence[Job]) -> None:
@@ -101,35 +116,31 @@ def _check_outputs_differ(path: Path, jobs: Sequence[Job]) -> None:
 _ABOUT_RESULT = ("pbe", "size")  # stored beside the settings, no part of them
 
 
-def is_finished(job: Job, checkpoint: Path, dtype: torch.dtype) -> bool:
-    """Whether the job's picture exists, is no older than its inputs and checkpoint, and has the job's settings."""
-    out = job.path(job.out)
-    sources = [*map(job.path, job.inputs), checkpoint]
-    if not out.is_file() or not all(source.exists() for source in sources):
-        return False
-    if max(map(_last_change, sources)) > out.stat().st_mtime:
-        return False
-    stored = read_settings(out) or {}
-    settings = {name: value for name, value in stored.items() if name not in _ABOUT_RESULT}
-    return settings == settings_of(job, checkpoint, dtype)
-
-
-def _last_change(path: Path) -> float:
-    files = [path, *path.rglob("*")] if path.is_dir() else [path]
-    return max(file.stat().st_mtime for file in files)
+def is_finished(job: Job, weights: Weights) -> bool:
+    """Whether the job's picture exists and was made with the job's settings from the same inputs and weights."""
+    try:
+        stored = read_settings(job.path(job.out)) or {}
+        settings = {name: value for name, value in stored.items() if name not in _ABOUT_RESULT}
+        return bool(stored) and settings == settings_of(job, weights)
+    except OSError:
+        return False  # an input cannot be read: running the job says so
 
 
 def run_row(
-    model: PaintByExample, job: Job, checkpoint: Path, redo: bool = False, callback: Callback | None = None
+    model: PaintByExample, job: Job, weights: Weights, redo: bool = False, callback: Callback | None = None
 ) -> Outcome:
     """Run one row and save its picture, unless that is done already; a row that cannot be run becomes an outcome."""
     try:
-        if not redo and is_finished(job, checkpoint, model.dtype):
+        if not redo and is_finished(job, weights):
             return Outcome(job.line, "skipped")
         inputs = read_inputs(job)
-        check_output(job.path(job.out), inputs.picture.source)
+        settings = settings_of(job, weights)
+        check_writable(job.path(job.out), inputs.picture.source, settings)
         (image,) = run_job(model, job, inputs, callback=callback)
-        save_result(image, job.path(job.out), settings_of(job, checkpoint, model.dtype))
+        save_result(image, job.path(job.out), settings)
     except (ValueError, OSError, MemoryError) as error:
         return Outcome(job.line, "failed", str(error))
+    except Exception as error:  # whatever befalls one row, hours into a batch, the rows after it may still be fine
+        message = str(error).partition("\n")[0]
+        return Outcome(job.line, "failed", f"{type(error).__name__}: {message}")
     return Outcome(job.line, "done")

@@ -24,6 +24,8 @@ def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
         yield part
         for file in [part] if part.is_file() else filter(Path.is_file, part.rglob("*")):
             file.chmod(mode)
+        if path.is_dir() and not part.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; a file does not replace it")
         if path.is_dir():  # a folder cannot be replaced in one step
             os.replace(path, old)
         os.replace(part, path)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
     from pbe.pictures import Picture
     from pbe.sampling import Callback
 
-Box = tuple[float, float, float, float]
+Corners = tuple[float, float, float, float]
+MAX_SEED = 2**63 - 1
+# What of a checkpoint tells it from another.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")  # in a folder
+NUM_SAMPLES, SAMPLE_BYTES = 256, 16384
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Job:
     reference: tuple[str, ...]
     out: str
     mask: str | None = None
-    box: Box | None = None
+    box: Corners | None = None
     polygon: tuple[tuple[float, float], ...] | None = None
     reference_mask: tuple[str, ...] | None = None
     reference_weights: tuple[float, ...] | None = None
@@ -47,7 +53,7 @@ class Job:
     steps: int = 50
     scale: float = 5.0
     seed: int = 321
-    window: Literal["auto", "full"] | Box = "auto"
+    window: Literal["auto", "full"] | Corners = "auto"
     regions: Literal["together", "each"] = "together"
     raw: bool = False
     feather: int | None = None
@@ -64,6 +70,8 @@ class Job:
             values = getattr(self, name)
             if values is not None and len(values) != len(self.reference):
                 raise ValueError(f"{name} has {len(values)} values for {len(self.reference)} reference pictures")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed must be between 0 and {MAX_SEED}, got {self.seed}")
         for name in self.inputs:
             if self.path(name).resolve() == self.path(self.out).resolve():
                 raise ValueError(f"out {self.out} is also an input: it would be overwritten")
@@ -95,16 +103,20 @@ def parse_texts(value: Any) -> tuple[str, ...]:
 
 
 def parse_int(value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value  # by way of a float, large seeds would change
     number = parse_float(value)
-    if number != int(number):
-        raise ValueError(f"{value!r} is not a whole number")
+    if not number.is_integer() or abs(number) >= 2**53:
+        raise ValueError(f"{value!r} is not a whole number (large ones are written without point and exponent)")
     return int(number)
 
 
 def parse_float(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{value!r} is not a number")
@@ -128,7 +140,7 @@ def parse_numbers(value: Any) -> tuple[float, ...]:
     return (parse_float(value),)
 
 
-def parse_box(value: Any) -> Box:
+def parse_box(value: Any) -> Corners:
     numbers = parse_numbers(value)
     if len(numbers) != 4:
         raise ValueError(f"{value!r} is not a box x0,y0,x1,y1")
@@ -142,7 +154,7 @@ def parse_polygon(value: Any) -> tuple[tuple[float, float], ...]:
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def parse_window(value: Any) -> str | Box:
+def parse_window(value: Any) -> str | Corners:
     if value in ("auto", "full"):
         return value
     try:
@@ -207,6 +219,25 @@ def make_job(values: Mapping[str, Any], folder: Path = Path(), line: int = 0) ->
 # --- running a job ----------------------------------------------------------------------------------------
 
 
+def check_job(job: Job) -> None:
+    """ValueError for settings that no model and no photo can make right."""
+    from pbe.editing import check_settings
+
+    check_settings(
+        steps=job.steps,
+        guidance=job.scale,
+        sampler=job.sampler,
+        eta=job.eta,
+        num_images=1,
+        batch_size=1,
+        window=job.window,
+        regions=job.regions,
+        feather=job.feather,
+        margin=job.margin,
+        resolution=job.resolution,
+    )
+
+
 class Inputs(NamedTuple):
     """What a job's files hold."""
 
@@ -216,12 +247,10 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(job: Job) -> Inputs:
-    """Read a job's pictures, and check what can be checked without a model; raises as `pbe.pictures` does."""
+    """Check a job's settings and read its pictures; raises as `check_job` and `pbe.pictures` do."""
     from pbe.pictures import read_exemplar, read_mask, read_picture
-    from pbe.sampling import NoiseSchedule, get_sampler
 
-    get_sampler(job.sampler)
-    NoiseSchedule.scaled_linear().timesteps(job.steps)
+    check_job(job)
     picture = read_picture(job.path(job.image))
     if job.mask is not None:
         repaint = read_mask(job.path(job.mask), picture.size, name=f"mask {job.mask}")
@@ -236,23 +265,25 @@ def read_inputs(job: Job) -> Inputs:
     return Inputs(picture, repaint, exemplars)
 
 
-def check_output(path: Path, image: Image.Image) -> None:
-    """Find out that a result of the kind of `image` cannot be saved at `path`, before it is computed.
+def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
+    """Find out that a result of the kind and size of `image` cannot be saved at `path`, before it is computed.
 
     The folder is made. ValueError for a suffix that cannot hold it, OSError where nothing can be written.
     """
-    from pbe.pictures import save_picture
-
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give a file name")
     trial = path.with_name(f".{path.stem}.trial{path.suffix}")
     try:
-        save_picture(image.crop((0, 0, 1, 1)), trial)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the result's own saving warns
+            for size in ((image.width, 1), (1, image.height)):  # some formats bound the sides
+                save_result(image.crop((0, 0, *size)), trial, settings)
     except ValueError as error:
         raise ValueError(str(error).replace(str(trial), str(path))) from None
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    trial.unlink()
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 def load_editor(checkpoint: Path, device: str | torch.device = "auto", dtype: str = "auto") -> PaintByExample:
@@ -274,7 +305,7 @@ def run_job(
     batch_size: int = 4,
     callback: Callback | None = None,
 ) -> list[Image.Image]:
-    """The results for the seeds `job.seed`, `job.seed + 1`, ...; raises as `pbe.edit`, MemoryError on a full device."""
+    """The results for the seeds `job.seed`, `job.seed + 1`, ...; raises as `pbe.edit`, MemoryError on full memory."""
     import torch
 
     from pbe.editing import edit
@@ -301,26 +332,61 @@ def run_job(
             resolution=job.resolution,
             callback=callback,
         )
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            "the device's memory is full; a smaller batch size, resolution or precision needs less"
-        ) from error
+    except RuntimeError as error:
+        # Only CUDA has an error class for it; "can't allocate" is the CPU's, "out of memory" that of MPS.
+        if isinstance(error, torch.OutOfMemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+            raise MemoryError(
+                "the device's memory is full; a smaller batch size, resolution or precision needs less"
+            ) from error
+        raise
 
 
-def settings_of(job: Job, checkpoint: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """What a result follows from, as JSON values by column name."""
+class Weights(NamedTuple):
+    """Which weights made a result."""
+
+    checkpoint: str  # the file's name
+    crc32: str
+    dtype: str
+
+
+def identify(checkpoint: Path, dtype: torch.dtype) -> Weights:
+    """The weights in a checkpoint, a file or a folder, as a model of `dtype` uses them; FileNotFoundError without it.
+
+    The checksum is over each file's size and evenly spaced samples of it, which takes no longer for large files.
+    """
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint}: there is no such checkpoint")
+    files = [checkpoint]
+    if checkpoint.is_dir():
+        inside = [*checkpoint.glob("*"), *checkpoint.glob("*/*")]
+        files = sorted(file for file in inside if file.suffix in WEIGHT_SUFFIXES)
+    crc = 0
+    for path in files:
+        size = path.stat().st_size
+        crc = zlib.crc32(f"{path.relative_to(checkpoint)} {size}".encode(), crc)
+        with path.open("rb", buffering=0) as file:
+            for start in sorted({i * max(size - SAMPLE_BYTES, 0) // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)}):
+                file.seek(start)
+                crc = zlib.crc32(file.read(SAMPLE_BYTES), crc)
+    return Weights(checkpoint.name, f"{crc:08x}", str(dtype).removeprefix("torch."))
+
+
+def settings_of(job: Job, weights: Weights) -> dict[str, Any]:
+    """What a result follows from, as JSON values by column name, with checksums of the files that were read."""
     fields = {name: value for name, value in asdict(job).items() if name in COLUMNS and value is not None}
     del fields["out"]
     return json.loads(json.dumps(fields)) | {
-        "checkpoint": checkpoint.name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "inputs_crc32": {name: f"{zlib.crc32(job.path(name).read_bytes()):08x}" for name in job.inputs},
+        "checkpoint": weights.checkpoint,
+        "checkpoint_crc32": weights.crc32,
+        "dtype": weights.dtype,
     }
 
 
 def save_result(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
     """Save a result with its settings: as JSON under the key `pbe` and as a line to read; see `save_picture`."""
     from pbe import __version__
-    from pbe.pictures import save_picture
+    from pbe.saving import save_picture
 
     about = {"pbe": __version__, "size": list(image.size)}
     shown = ("sampler", "steps", "scale", "seed", "window", "checkpoint", "dtype")
@@ -334,15 +400,14 @@ def save_result(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
     """The settings that `save_result` stored in a picture, or None where there are none."""
-    from PIL import ExifTags, Image
+    from PIL import Image
+
+    from pbe.pictures import UNREADABLE
+    from pbe.saving import read_info
 
     try:
         with Image.open(path) as image:
-            text = image.info.get("pbe")
-            if text is None:
-                comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-                text = json.loads(comment.removeprefix(b"ASCII\0\0\0"))["pbe"]
-            settings = json.loads(text)
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, AttributeError):
+            settings = json.loads(read_info(image)["pbe"])
+    except (*UNREADABLE, KeyError, Image.DecompressionBombError):
         return None  # not a picture, or not one of ours
     return settings if isinstance(settings, dict) else None

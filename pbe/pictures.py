@@ -1,4 +1,4 @@
-"""Reading and writing pictures, masks and exemplars: PIL images, files, numpy arrays and tensors.
+"""Reading pictures, masks and exemplars: PIL images, files, numpy arrays and tensors.
 
 A picture keeps its own depth, channels and kind, so that the result can be given back as the same kind of object.
 Masks come out as bool arrays called `repaint`: True where the photo is painted anew (white in a mask picture).
@@ -6,22 +6,19 @@ Masks come out as bool arrays called `repaint`: True where the photo is painted 
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import struct
 import warnings
 import zlib
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from pbe.files import replacing
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.windows import LUMINANCE, Box, mask_bounding_box, white_level
 
@@ -394,123 +391,3 @@ def exemplar_tensor(image: Image.Image, size: int = 224) -> torch.Tensor:
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
-
-
-# --- saving -----------------------------------------------------------------------------------------------
-
-_SAVE_OPTIONS = {
-    "PNG": {},
-    "JPEG": {"quality": 95, "subsampling": 0},
-    "TIFF": {},  # uncompressed: Pillow's compressed writer fails on EXIF sub-directories
-    "WEBP": {"lossless": True, "exact": True},  # exact: keeps the colours under transparent pixels
-}
-_SAVE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
-_SAVE_MODES = {
-    "PNG": ("L", "LA", "RGB", "RGBA", "I;16"),
-    "JPEG": ("L", "RGB"),
-    "TIFF": ("L", "LA", "RGB", "RGBA", "I;16", "F"),
-    "WEBP": ("L", "LA", "RGB", "RGBA"),
-}
-_JPEG_EXIF_BYTES = 65533  # what one marker holds
-
-
-def save_picture(image: Image.Image, path: str | Path, info: dict[str, str] | None = None) -> None:
-    """Save an image with its EXIF, ICC profile and resolution (`image.info`); missing folders are made.
-
-    PNG, TIFF and WebP are lossless; JPEG (quality 95, full colour resolution) is not, and holds no alpha. `info`
-    goes into PNG text chunks, and as JSON into the EXIF block of the other formats: into the user comment, or the
-    image description where the photo has a comment of its own. The file appears whole or not at all, and replaces
-    one of the same name.
-
-    Warns (PictureWarning) where the EXIF block has no room for `info`, which is then left out. ValueError for a
-    folder, for a suffix or a mode of image that cannot be saved, and for EXIF too long for JPEG.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a file name")
-    file_format = _SAVE_FORMATS.get(path.suffix.lower())
-    if file_format is None:
-        raise ValueError(f"{path}: cannot save as {path.suffix!r}; choose one of {', '.join(_SAVE_FORMATS)}")
-    if image.mode not in _SAVE_MODES[file_format]:
-        able = [name for name, modes in _SAVE_MODES.items() if image.mode in modes]
-        advice = f"save as {' or '.join(able)}" if able else "convert it to RGB"
-        raise ValueError(f"{path}: {file_format} cannot hold an image of mode {image.mode!r}; {advice}")
-
-    options = dict(_SAVE_OPTIONS[file_format])
-    options |= {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
-    exif = Image.Exif()
-    exif.load(image.info.get("exif", b""))
-    _remove_info(exif, info or {})
-    block = _exif_bytes(exif)
-    limit = _JPEG_EXIF_BYTES if file_format == "JPEG" else math.inf
-    if len(block) > limit:
-        raise ValueError(
-            f"{path}: the photo's EXIF block has {len(block)} bytes, JPEG holds {limit}; save as PNG, TIFF or WEBP"
-        )
-    if info and file_format == "PNG":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        for key, value in info.items():
-            options["pnginfo"].add_text(key, value)
-    elif info:
-        if _add_info(exif, info) and len(_exif_bytes(exif)) <= limit:
-            block = _exif_bytes(exif)
-        else:
-            warnings.warn(
-                f"{path} is saved without its settings: the photo's own EXIF block leaves no room for them",
-                PictureWarning,
-                stacklevel=2,
-            )
-    if block:
-        options["exif"] = block
-
-    with replacing(path, overwrite=True) as part:
-        image.save(part, format=file_format, **options)
-
-
-def read_info(image: Image.Image) -> dict[str, str]:
-    """The `info` that `save_picture` stored in the file of an open image, among other texts; empty without any."""
-    if image.format == "PNG":
-        return {key: value for key, value in image.info.items() if isinstance(value, str)}
-    found = {}
-    for directory, tag in _info_places(image.getexif()):
-        found |= _parse_info(directory.get(tag, ""))
-    return found
-
-
-def _exif_bytes(exif: Image.Exif) -> bytes:
-    return exif.tobytes() if len(exif) or exif.get_ifd(ExifTags.IFD.Exif) else b""
-
-
-def _info_places(exif: Image.Exif) -> tuple[tuple[MutableMapping, int], ...]:
-    return (exif.get_ifd(ExifTags.IFD.Exif), ExifTags.Base.UserComment), (exif, ExifTags.Base.ImageDescription)
-
-
-def _add_info(exif: Image.Exif, info: dict[str, str]) -> bool:
-    """Puts `info` into the first place that is free; False if none is."""
-    text = json.dumps(info)
-    for directory, tag in _info_places(exif):
-        if not _text_of(directory.get(tag, "")):
-            directory[tag] = b"ASCII\0\0\0" + text.encode() if tag == ExifTags.Base.UserComment else text
-            return True
-    return False
-
-
-def _remove_info(exif: Image.Exif, info: dict[str, str]) -> None:
-    """Takes out the info of an earlier edit, which no longer holds: what has the same keys."""
-    for directory, tag in _info_places(exif):
-        if info and _parse_info(directory.get(tag, "")).keys() == info.keys():
-            del directory[tag]
-
-
-def _parse_info(value: bytes | str) -> dict[str, str]:
-    try:
-        info = json.loads(_text_of(value))
-    except ValueError:
-        return {}  # a comment that the photo came with
-    return info if isinstance(info, dict) else {}
-
-
-def _text_of(value: bytes | str) -> str:
-    """An EXIF text without the name of its character set and the blanks that cameras fill it with."""
-    text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
-    return re.sub(r"^(ASCII|UNICODE|JIS)?\0+", "", text).strip("\0 ")

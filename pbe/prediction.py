@@ -12,7 +12,8 @@ import torch.distributed
 from torch.utils.data import DataLoader
 
 from pbe.batch import Outcome, run_row
-from pbe.jobs import Job, load_editor
+from pbe.checkpoints.loading import choose_device
+from pbe.jobs import Job, identify, load_editor
 
 
 def share_of(num_jobs: int, rank: int, world_size: int) -> range:
@@ -37,13 +38,14 @@ class BatchEditing(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.model = load_editor(self.checkpoint, self.trainer.strategy.root_device, self.model_dtype)
+        self.weights = identify(self.checkpoint, self.model.dtype)
 
     def predict_dataloader(self) -> DataLoader:
         return DataLoader(share_of(len(self.jobs), self.trainer.global_rank, self.trainer.world_size), batch_size=None)
 
     def predict_step(self, index: int, batch_idx: int) -> None:
         if index < len(self.jobs):
-            self.outcomes.append(run_row(self.model, self.jobs[index], self.checkpoint, self.redo))
+            self.outcomes.append(run_row(self.model, self.jobs[index], self.weights, self.redo))
 
     def on_predict_end(self) -> None:
         if self.trainer.world_size > 1:
@@ -66,13 +68,16 @@ def run_jobs(
 
     Returns the outcomes in the first process, None in the others: Lightning starts the program again for each. On
     several nodes the program is started on each, by SLURM, torchrun, or with MASTER_ADDR and NODE_RANK set.
-    ValueError for a device that cannot be divided; else raises as `load_model` does.
+    ValueError for a device that cannot be divided or is not there that often; else raises as `load_model` does.
     """
-    accelerators = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "mps": "mps"}
-    if device not in accelerators:
-        raise ValueError(f"device={device!r} cannot be several devices; choose one of {', '.join(accelerators)}")
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"device={device!r} cannot be several devices; choose one of auto, cpu, cuda, mps")
+    kind = choose_device(device).type
+    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(kind, devices)
+    if devices > there:
+        raise ValueError(f"devices={devices}, but torch sees {there} of type {kind} here")
     trainer = lightning.Trainer(
-        accelerator=accelerators[device],
+        accelerator=kind,
         devices=devices,
         num_nodes=num_nodes,
         strategy="ddp",

@@ -1,19 +1,35 @@
 """Jobs from text, and batch files: what is read, refused, run, run again and left alone."""
 
 import csv
+import io
 import json
 import os
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import pbe
 from pbe.batch import Outcome, is_finished, read_jobs, run_row
-from pbe.jobs import COLUMNS, Job, make_job, read_settings, save_result, settings_of
+from pbe.jobs import (
+    COLUMNS,
+    MAX_SEED,
+    NUM_SAMPLES,
+    SAMPLE_BYTES,
+    Job,
+    Weights,
+    identify,
+    make_job,
+    read_settings,
+    save_result,
+    settings_of,
+)
+from pbe.pictures import PictureWarning
 
 CHECKPOINT = Path("model.ckpt")
+WEIGHTS = Weights("model.ckpt", "0123abcd", "bfloat16")
 GIVEN = {"image": "photo.png", "mask": "mask.png", "reference": "dog.png", "out": "out.png"}
 
 
@@ -45,6 +61,12 @@ def edits(monkeypatch) -> list[dict]:
             raise ValueError("guidance 13 is unlucky")
         if settings["guidance"] == 14:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        if settings["guidance"] == 15:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        if settings["guidance"] == 16:
+            raise RuntimeError("convolution is tired\nand a long story of C++")
+        if settings["guidance"] == 17:
+            raise KeyboardInterrupt
         results = []
         for i in range(settings["num_images"]):
             result = image.copy()
@@ -94,6 +116,12 @@ def test_columns_are_the_fields_of_a_job():
         ("window", "0,0,64,64", (0, 0, 64, 64)),
         ("raw", "yes", True),
         ("raw", False, False),
+        ("steps", "20.0", 20),
+        ("steps", 2e1, 20),
+        ("seed", MAX_SEED, MAX_SEED),
+        ("seed", str(MAX_SEED), MAX_SEED),
+        ("seed", 2**53 + 1, 2**53 + 1),  # the first whole number that no float holds
+        ("seed", f"+{2**53 + 1}", 2**53 + 1),
     ],
 )
 def test_values_are_read_from_text_and_json(name, value, expected):
@@ -111,6 +139,10 @@ def test_values_are_read_from_text_and_json(name, value, expected):
         ({"steps": True}, "steps: True is not a number"),
         ({"scale": "nan"}, "scale: 'nan' is not a number"),
         ({"seed": 1e400}, "seed: inf is not a number"),
+        ({"scale": 10**400}, "scale: 10+ is not a number"),
+        ({"seed": "9007199254740993.0"}, "seed: '9007199254740993.0' is not a whole number"),
+        ({"seed": -1}, f"seed must be between 0 and {MAX_SEED}, got -1"),
+        ({"seed": str(MAX_SEED + 1)}, f"got {MAX_SEED + 1}"),
         ({"mask": None, "box": "1,2,3"}, "box: '1,2,3' is not a box"),
         ({"mask": None, "polygon": "1,2 3,4"}, "polygon: '1,2 3,4' is not a polygon"),
         ({"mask": None}, "one of mask, box and polygon, got none"),
@@ -146,9 +178,11 @@ def test_csv_and_jsonl_give_the_same_jobs(folder):
     ]
     from_csv, bad_csv = read_jobs(write_csv(folder, *rows), {"scale": "3"})
     from_jsonl, bad_jsonl = read_jobs(write_jsonl(folder, *objects), {"scale": "3"})
+    for name in ("a.png", "b.png", "c.png", "x.png"):
+        (folder / name).touch()
     assert bad_csv == bad_jsonl == []
     for a, b in zip(from_csv, from_jsonl, strict=True):
-        assert settings_of(a, CHECKPOINT, torch.float32) == settings_of(b, CHECKPOINT, torch.float32)
+        assert settings_of(a, WEIGHTS) == settings_of(b, WEIGHTS)
         assert a.out == b.out
     assert [job.seed for job in from_csv] == [7, Job.seed]
     assert [job.scale for job in from_csv] == [3, 3]
@@ -157,11 +191,13 @@ def test_csv_and_jsonl_give_the_same_jobs(folder):
 
 
 def test_bad_rows_do_not_hide_the_good_ones(folder):
-    path = write_jsonl(folder, GIVEN, "{not json", "", "[1]", {**GIVEN, "out": "b.png", "steps": "x"}, {"image": "a"})
+    bad = ("{not json", "", "[1]", {**GIVEN, "out": "b.png", "steps": "x"}, {"image": "a"}, {**GIVEN, "colour": "red"})
+    path = write_jsonl(folder, GIVEN, *bad)
     jobs, failed = read_jobs(path, {})
     assert [job.line for job in jobs] == [1]
-    assert [(outcome.line, outcome.status) for outcome in failed] == [(n, "failed") for n in (2, 4, 5, 6)]
-    for outcome, words in zip(failed, ("not JSON", "not a JSON object", "steps", "missing"), strict=True):
+    assert [(outcome.line, outcome.status) for outcome in failed] == [(n, "failed") for n in (2, 4, 5, 6, 7)]
+    reasons = ("not JSON", "not a JSON object", "steps", "missing", "unknown column 'colour'; known are image, mask")
+    for outcome, words in zip(failed, reasons, strict=True):
         assert words in outcome.reason
 
 
@@ -179,11 +215,37 @@ def test_byte_order_mark_of_spreadsheets_is_read_over(folder):
     assert read_jobs(path, {})[0][0].image == "a.png"
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"scale": -1}, "guidance must be 0 or more, got -1"),
+        ({"eta": 0.5}, "eta=0.5 is for the sampler 'ddim'"),
+        ({"margin": 0.5}, "margin must be"),
+        ({"feather": -1}, "feather must be"),
+        ({"resolution": 100}, "resolution must be"),
+        ({"resolution": 0}, "resolution must be"),
+    ],
+)
+def test_settings_out_of_range_fail_before_a_model_is_loaded(folder, changes, message):
+    jobs, (outcome,) = read_jobs(write_jsonl(folder, {**GIVEN, **changes}), {})
+    assert jobs == []
+    assert message in outcome.reason
+
+
+def test_csv_cell_that_is_too_long_is_named(folder):
+    polygon = "1,1 " * 40_000  # csv takes 131,072 characters
+    path = folder / "rows.csv"
+    path.write_text(f'image,polygon,reference,out\na.png,"{polygon}",c.png,1.png\n')
+    with pytest.raises(ValueError, match=r"rows.csv, after line 1: field larger than field limit .*\.jsonl"):
+        read_jobs(path, {})
+    jobs, failed = read_jobs(write_jsonl(folder, {**GIVEN, "mask": "", "polygon": polygon}), {})
+    assert (len(jobs), failed) == (1, [])
+
+
 @pytest.mark.parametrize("write", [write_csv, write_jsonl])
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{**GIVEN, "colour": "red"}], "unknown column 'colour'; known are image, mask"),
         ([GIVEN, {**GIVEN, "out": "./out.png"}], r"lines \d and \d both write ./out.png"),
         ([GIVEN, {**GIVEN, "image": "out.png", "out": "b.png"}], r"line \d writes out.png, which line \d reads"),
     ],
@@ -199,6 +261,7 @@ def test_wrong_files_are_refused_before_anything_is_done(folder, write, rows, me
         ("rows.txt", b"", "ends in .csv or .jsonl"),
         ("rows.csv", b"", "has no rows"),
         ("rows.csv", b"image,image\n", "names a column twice"),
+        ("rows.csv", b"image,colour\n", "line 1: unknown column 'colour'; known are image, mask"),
         ("rows.jsonl", b"\xff\xfe\x00", "not UTF-8"),
     ],
 )
@@ -213,7 +276,8 @@ def test_files_that_are_no_batch(tmp_path, name, content, message):
 
 def run(folder: Path, **changes) -> Outcome:
     redo = changes.pop("redo", False)
-    return run_row(Model(), make_job({**GIVEN, **changes}, folder, line=5), folder / CHECKPOINT, redo)
+    weights = identify(folder / CHECKPOINT, Model.dtype)
+    return run_row(Model(), make_job({**GIVEN, **changes}, folder, line=5), weights, redo)
 
 
 def test_row_is_run_as_it_says(folder, edits):
@@ -249,11 +313,61 @@ def test_row_with_other_settings_is_done_again(folder, edits, changes):
 
 
 @pytest.mark.parametrize("name", ["photo.png", "mask.png", "dog.png", "model.ckpt"])
-def test_row_with_a_newer_input_is_done_again(folder, edits, name):
+def test_row_whose_input_has_changed_is_done_again(folder, edits, name):
+    run(folder)
+    before = (folder / name).stat()
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content + b"!" if name == "model.ckpt" else other_png(folder / name))
+    os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times has it
+    assert run(folder).status == "done"
+
+
+def other_png(path: Path) -> bytes:
+    """The picture with one other pixel."""
+    with Image.open(path) as image:
+        image.putpixel((0, 0), 7)
+        file = io.BytesIO()
+        image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["photo.png", "mask.png", "dog.png", "model.ckpt"])
+def test_row_whose_input_was_only_touched_is_skipped(folder, edits, name):
     run(folder)
     later = (folder / "out.png").stat().st_mtime + 10
     os.utime(folder / name, (later, later))
-    assert run(folder).status == "done"
+    assert run(folder).status == "skipped"
+
+
+def test_checkpoints_of_one_name_and_size_are_told_apart(tmp_path):
+    size = 3 * NUM_SAMPLES * SAMPLE_BYTES  # a third of it is looked at
+    path = tmp_path / "model.ckpt"
+    found = []
+    for changed in (None, 0, size // 2, size - 1):
+        content = bytearray(size)
+        if changed is not None:  # a tensor's worth
+            start = max(changed - 2 * SAMPLE_BYTES, 0)
+            content[start : changed + 2 * SAMPLE_BYTES] = b"x" * len(content[start : changed + 2 * SAMPLE_BYTES])
+        path.write_bytes(content)
+        found.append(identify(path, torch.float16))
+    assert len(set(found)) == 4
+    assert {(weights.checkpoint, weights.dtype) for weights in found} == {("model.ckpt", "float16")}
+
+
+def test_checkpoint_folder_is_known_by_its_weights(tmp_path):
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "model.safetensors").write_bytes(part.encode())
+    first = identify(tmp_path, torch.float32)
+    (tmp_path / "README.md").write_text("no weights")
+    assert identify(tmp_path, torch.float32) == first
+    (tmp_path / "vae" / "model.safetensors").write_bytes(b"VAE")
+    assert identify(tmp_path, torch.float32) != first
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt: there is no such checkpoint"):
+        identify(tmp_path / "none.ckpt", torch.float32)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n cut off"])
@@ -272,9 +386,11 @@ def test_result_with_the_same_name_by_another_tool_is_done_again(folder, edits):
 def test_another_dtype_or_checkpoint_is_not_finished(folder, edits):
     run(folder)
     job = make_job(GIVEN, folder)
-    assert is_finished(job, folder / CHECKPOINT, torch.float32)
-    assert not is_finished(job, folder / CHECKPOINT, torch.float16)
-    assert not is_finished(job, folder / "photo.png", torch.float32)
+    assert is_finished(job, identify(folder / CHECKPOINT, torch.float32))
+    assert not is_finished(job, identify(folder / CHECKPOINT, torch.float16))
+    assert not is_finished(job, identify(folder / "photo.png", torch.float32))
+    (folder / "dog.png").unlink()
+    assert not is_finished(job, identify(folder / CHECKPOINT, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -289,6 +405,7 @@ def test_another_dtype_or_checkpoint_is_not_finished(folder, edits):
         ({"steps": 0}, "steps must be"),
         ({"scale": 13}, "unlucky"),
         ({"scale": 14}, "the device's memory is full"),
+        ({"scale": 15}, "the device's memory is full"),
     ],
 )
 def test_row_that_cannot_be_run_becomes_an_outcome(folder, edits, changes, reason):
@@ -307,13 +424,44 @@ def test_alpha_into_jpeg_fails_before_sampling(folder, edits):
     assert edits == []
 
 
-def test_programming_errors_are_not_swallowed(folder, monkeypatch):
-    def edit(*args, **settings):
-        raise TypeError("a bug")
+def test_unforeseen_error_fails_its_row_alone(folder, edits):
+    assert run(folder, scale=16) == Outcome(5, "failed", "RuntimeError: convolution is tired")
+    assert run(folder).status == "done"
 
-    monkeypatch.setattr("pbe.editing.edit", edit)
-    with pytest.raises(TypeError, match="a bug"):
-        run(folder)
+
+def test_interruption_ends_the_batch(folder, edits):
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, scale=17)
+
+
+@pytest.mark.parametrize("size, suffix", [((16400, 2), ".webp"), ((2, 16400), ".webp"), ((65501, 2), ".jpg")])
+def test_photo_too_large_for_a_format_fails_before_sampling(folder, edits, size, suffix):
+    Image.new("RGB", size).save(folder / "long.png")
+    outcome = run(folder, image="long.png", mask=None, box="0,0,2,1", out=f"out{suffix}")
+    assert outcome.status == "failed"
+    assert f"out{suffix}: " in outcome.reason
+    assert f"cannot hold a side of {max(size)} pixels" in outcome.reason
+    assert edits == []
+    assert not any("trial" in path.name for path in folder.iterdir())
+
+
+def test_photo_with_much_exif_is_saved_as_jpeg_without_settings(folder, edits):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "x" * 65400
+    Image.new("RGB", (48, 40)).save(folder / "full.jpg", exif=exif)
+    with pytest.warns(PictureWarning, match=r"out\.jpg is saved without its settings") as warned:
+        assert run(folder, image="full.jpg", out="out.jpg").status == "done"
+    assert len(warned) == 1  # the trial before sampling is silent
+    with Image.open(folder / "out.jpg") as image:
+        assert len(image.getexif()[ExifTags.Base.Make]) == 65400
+    assert read_settings(folder / "out.jpg") is None
+
+
+def test_edit_of_an_edit_has_its_own_settings(folder, edits):
+    run(folder, out="first.jpg", seed=1)
+    assert run(folder, image="first.jpg", out="second.jpg", seed=2).status == "done"
+    assert run(folder, image="first.jpg", out="second.jpg", seed=2).status == "skipped"
+    assert [read_settings(folder / name)["seed"] for name in ("first.jpg", "second.jpg")] == [1, 2]
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -321,9 +469,13 @@ def test_programming_errors_are_not_swallowed(folder, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
 def test_settings_are_read_back_from_a_picture(tmp_path, suffix):
-    job = make_job({**GIVEN, "window": "0,0,8,8", "reference": ["ä.png", "b.png"]})
-    settings = settings_of(job, Path("folder/model.ckpt"), torch.bfloat16)
-    assert (settings["checkpoint"], settings["dtype"]) == ("model.ckpt", "bfloat16")
+    for name in ("photo.png", "mask.png", "ä.png", "b.png"):
+        (tmp_path / name).write_text(name)
+    job = make_job({**GIVEN, "window": "0,0,8,8", "reference": ["ä.png", "b.png"]}, tmp_path)
+    settings = settings_of(job, WEIGHTS)
+    assert [settings[name] for name in ("checkpoint", "checkpoint_crc32", "dtype")] == list(WEIGHTS)
+    assert list(settings["inputs_crc32"]) == ["photo.png", "mask.png", "ä.png", "b.png"]
+    assert settings["inputs_crc32"]["b.png"] == f"{zlib.crc32(b'b.png'):08x}"
     path = tmp_path / f"a{suffix}"
     save_result(Image.new("RGB", (9, 8)), path, settings)
     stored = read_settings(path)
@@ -332,8 +484,8 @@ def test_settings_are_read_back_from_a_picture(tmp_path, suffix):
     assert stored == settings
 
 
-def test_stored_settings_are_a_row(tmp_path):
+def test_stored_settings_are_a_row(folder):
     """What a picture tells can be put into a JSONL file as it is, less what is not a column."""
-    job = make_job({**GIVEN, "mask": None, "polygon": "1,1 9,1 5,9", "scale": 3})
-    row = {name: v for name, v in settings_of(job, CHECKPOINT, torch.float32).items() if name in COLUMNS}
-    assert make_job({**row, "out": "out.png"}) == job
+    job = make_job({**GIVEN, "mask": None, "polygon": "1,1 9,1 5,9", "scale": 3}, folder)
+    row = {name: v for name, v in settings_of(job, WEIGHTS).items() if name in COLUMNS}
+    assert make_job({**row, "out": "out.png"}, folder) == job

@@ -283,6 +283,15 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"steps": "many"}, "steps: 'many' is not a number"),
         ({"num_images": "0"}, "at least 1"),
         ({"batch_size": "0"}, "at least 1"),
+        ({"scale": "-1"}, "guidance must be 0 or more"),
+        ({"eta": "0.5"}, "eta=0.5 is for the sampler 'ddim'"),
+        ({"margin": "0.7"}, "margin must be"),
+        ({"feather": "-1"}, "feather must be"),
+        ({"resolution": "100"}, "resolution must be"),
+        ({"resolution": "0"}, "resolution must be"),
+        ({"sweep_scale": "1,-3"}, "guidance must be 0 or more"),
+        ({"seed": "-1"}, "seed must be between 0 and 9223372036854775807"),
+        ({"seed": "9223372036854775807", "num_images": "2"}, "seed must be between"),
         ({"device": "abacus"}, "abacus"),
         ({"dtype": "float8"}, "float8"),
         ({"out": "out.gif"}, "choose one of .png"),
@@ -299,6 +308,8 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"batch": "none.csv"}, "none.csv"),
         ({"batch": "photo.png"}, "ends in .csv or .jsonl"),
         ({"batch": "rows.csv", "image": "photo.png", "grid": True}, "--image and --grid cannot be given with --batch"),
+        ({"batch": "rows.csv", "batch_size": "2"}, "--batch-size cannot be given with --batch"),
+        ({"batch": "rows.csv", "num_images": "0"}, "--num-images cannot be given with --batch"),
         ({"batch": "rows.csv", "devices": "0"}, "at least 1"),
         ({"batch": "rows.csv", "steps": "many"}, "steps: 'many' is not a number"),
         ({"batch": "rows.csv", "ckpt": "none.ckpt"}, "none.ckpt"),
@@ -325,6 +336,66 @@ def test_folder_without_permission(cli, edits, folder, capsys):
     (folder / "locked").mkdir(mode=0o500)
     assert cli(out="locked/out.png") == 2
     assert "cannot write locked/out.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{"scale": "-1"}, {"eta": "0.5"}, {"resolution": "100"}, {"out": "out.gif"}])
+def test_what_needs_no_model_is_refused_without_one(cli, capsys, monkeypatch, changes):
+    monkeypatch.delattr("pbe.checkpoints.loading.load_model")
+    assert cli(**changes) == 2
+
+
+def test_batch_of_settings_out_of_range_needs_no_model(cli, folder, capsys, monkeypatch):
+    monkeypatch.delattr("pbe.checkpoints.loading.load_model")
+    (folder / "rows.csv").write_text("image,mask,reference,out,margin\nphoto.png,mask.png,dog.png,a.png,0.7\n")
+    assert cli(batch="rows.csv") == 1
+    output = capsys.readouterr()
+    assert output.out == "1 row: 0 done, 0 done before, 1 failed\n"
+    assert "margin must be" in output.err
+
+
+def test_batch_goes_on_after_memory_was_full(cli, folder, capsys, monkeypatch):
+    def edit(model, image, *args, seed, **settings):
+        if seed == 1:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+        return [image]
+
+    monkeypatch.setattr("pbe.editing.edit", edit)
+    row = "photo.png,mask.png,dog.png"
+    (folder / "rows.csv").write_text(f"image,mask,reference,out,seed\n{row},a.png,1\n{row},b.png,2\n")
+    assert cli(batch="rows.csv") == 1
+    output = capsys.readouterr()
+    assert output.out == "2 rows: 1 done, 0 done before, 1 failed\n"
+    assert output.err.startswith("line 2 failed: the device's memory is full")
+    assert names(folder) == {"rows.csv", "b.png"}
+    assert cli(seed=1) == 2  # alone, it is one line as well
+    assert capsys.readouterr().err.startswith("error: the device's memory is full")
+
+
+def test_large_seed_is_kept(cli, edits, folder, monkeypatch):
+    (folder / "rows.jsonl").write_text(
+        '{"image": "photo.png", "mask": "mask.png", "reference": "dog.png", "out": "b.png", "seed": 9007199254740993}'
+    )
+    monkeypatch.setattr("pbe.editing.edit", lambda model, image, *_, **settings: edits.append(settings) or [image])
+    assert cli(seed=2**53 + 1, out="a.png") == 0
+    assert cli(batch="rows.jsonl") == 0
+    assert [call["seed"] for call in edits] == [2**53 + 1] * 2
+    assert [read_settings(folder / name)["seed"] for name in ("a.png", "b.png")] == [2**53 + 1] * 2
+
+
+def test_batch_with_another_checkpoint_of_the_same_name_is_done_again(cli, edits, folder, tiny_checkpoint, capsys):
+    (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    state = torch.load(tiny_checkpoint)
+    for place in ("one", "two"):
+        (folder / place).mkdir()
+        torch.save(state, folder / place / "model.ckpt")
+        state["state_dict"]["model.diffusion_model.out.2.bias"] += 1
+    times = (folder / "one" / "model.ckpt").stat()
+    os.utime(folder / "two" / "model.ckpt", ns=(times.st_atime_ns, times.st_mtime_ns))
+    sizes = {(folder / place / "model.ckpt").stat().st_size for place in ("one", "two")}
+    assert len(sizes) == 1
+    for place, line in (("one", "1 done, 0"), ("one", "0 done, 1"), ("two", "1 done, 0"), ("two", "0 done, 1")):
+        assert cli(batch="rows.csv", ckpt=f"{place}/model.ckpt") == 0
+        assert capsys.readouterr().out == f"1 row: {line} done before, 0 failed\n"
 
 
 def test_other_model_is_refused(cli, edits, capsys, monkeypatch):

@@ -17,11 +17,12 @@ from pbe.pictures import (
     read_exemplar,
     read_mask,
     read_picture,
-    save_picture,
 )
+from pbe.saving import read_info, save_picture
 
 HIRES = Path(__file__).parents[2] / "shared" / "data" / "hires"
 ORIENTATION, MAKER, TAKEN = ExifTags.Base.Orientation, ExifTags.Base.Make, ExifTags.Base.DateTimeOriginal
+COMMENT, DESCRIPTION = ExifTags.Base.UserComment, ExifTags.Base.ImageDescription
 PROFILE = b"a colour profile, which Pillow carries without looking inside"
 
 
@@ -512,6 +513,89 @@ def test_settings_in_the_user_comment(tmp_path, suffix):
         details = saved.getexif().get_ifd(ExifTags.IFD.Exif)
         assert details[ExifTags.Base.UserComment] == b'ASCII\0\0\0{"seed": "321"}'
         assert details[TAKEN] == "2020:02:03 04:05:06"
+
+
+def with_texts(comment=None, description=None):
+    """A picture whose EXIF block holds a user comment and an image description."""
+    exif = Image.Exif()
+    exif[MAKER] = "Camera"
+    if description is not None:
+        exif[DESCRIPTION] = description
+    if comment is not None:
+        exif.get_ifd(ExifTags.IFD.Exif)[COMMENT] = comment
+    image = Image.new("RGB", (4, 4))
+    image.info["exif"] = exif.tobytes()
+    return image
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "webp"])
+@pytest.mark.parametrize(
+    "comment", [b"ASCII\0\0\0my cat", b"UNICODE\0m\0y\0", b"no character set", b'ASCII\0\0\0{"a": 1}']
+)
+def test_own_comment_of_a_photo_is_kept(tmp_path, suffix, comment):
+    save_picture(with_texts(comment, "  "), tmp_path / f"a.{suffix}", {"seed": "321"})
+    with Image.open(tmp_path / f"a.{suffix}") as saved:
+        exif = saved.getexif()
+        assert exif.get_ifd(ExifTags.IFD.Exif)[COMMENT] == comment
+        assert exif[DESCRIPTION] == '{"seed": "321"}'
+        assert read_info(saved)["seed"] == "321"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "webp"])
+@pytest.mark.parametrize("blank", [b"", b"\0" * 8, b"ASCII\0\0\0" + b" " * 20, b"ASCII\0\0\0" + b"\0" * 20])
+def test_comment_that_a_camera_left_blank_is_free(tmp_path, suffix, blank):
+    save_picture(with_texts(blank, "my cat"), tmp_path / f"a.{suffix}", {"seed": "321"})
+    with Image.open(tmp_path / f"a.{suffix}") as saved:
+        assert saved.getexif()[DESCRIPTION] == "my cat"
+        assert saved.getexif().get_ifd(ExifTags.IFD.Exif)[COMMENT] == b'ASCII\0\0\0{"seed": "321"}'
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "webp"])
+def test_settings_without_a_free_place_are_left_out(tmp_path, suffix):
+    with pytest.warns(PictureWarning, match=rf"a\.{suffix} is saved without its settings"):
+        save_picture(with_texts(b"ASCII\0\0\0my cat", "a cat"), tmp_path / f"a.{suffix}", {"seed": "321"})
+    with Image.open(tmp_path / f"a.{suffix}") as saved:
+        assert saved.getexif()[DESCRIPTION] == "a cat"
+        assert saved.getexif().get_ifd(ExifTags.IFD.Exif)[COMMENT] == b"ASCII\0\0\0my cat"
+        assert read_info(saved) == {}
+
+
+@pytest.mark.parametrize("comment", [None, b"ASCII\0\0\0my cat"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.filterwarnings("error")
+def test_settings_of_an_earlier_edit_are_replaced(tmp_path, comment, suffix):
+    save_picture(with_texts(comment), tmp_path / "first.jpg", {"seed": "1"})
+    first = read_picture(tmp_path / "first.jpg")
+    save_picture(first.source, tmp_path / f"second.{suffix}", {"seed": "2"})
+    with Image.open(tmp_path / f"second.{suffix}") as saved:
+        assert read_info(saved) == {"seed": "2"}
+    assert b'"1"' not in (tmp_path / f"second.{suffix}").read_bytes()
+
+
+def test_exif_that_is_too_long_for_jpeg(tmp_path):
+    image = Image.new("RGB", (4, 4))
+    exif = Image.Exif()
+    exif[MAKER] = "x" * 65400
+    image.info["exif"] = exif.tobytes()
+    with pytest.warns(PictureWarning, match="without its settings"):
+        save_picture(image, tmp_path / "a.jpg", {"seed": "3" * 100})
+    save_picture(image, tmp_path / "a.webp", {"seed": "3" * 100})
+    with Image.open(tmp_path / "a.jpg") as jpeg, Image.open(tmp_path / "a.webp") as webp:
+        assert jpeg.getexif()[MAKER] == webp.getexif()[MAKER] == "x" * 65400
+        assert (read_info(jpeg), read_info(webp)) == ({}, {"seed": "3" * 100})
+    exif[MAKER] = "x" * 65536
+    image.info["exif"] = exif.tobytes()
+    with pytest.raises(ValueError, match=r"b\.jpg: the photo's EXIF block has 65\d+ bytes, JPEG holds 65533"):
+        save_picture(image, tmp_path / "b.jpg")
+    assert not (tmp_path / "b.jpg").exists()
+
+
+def test_folder_is_not_replaced_by_a_picture(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "a.png" / "kept.txt").touch()
+    with pytest.raises(ValueError, match=r"a\.png is a folder"):
+        save_picture(Image.new("L", (4, 4)), tmp_path / "a.png")
+    assert (tmp_path / "a.png" / "kept.txt").exists()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "webp"])

@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from pbe.batch import Outcome
 from pbe.cli.inference import main
-from pbe.jobs import read_settings
-from pbe.prediction import run_jobs, share_of
+from pbe.jobs import Weights, make_job, read_settings
+from pbe.prediction import BatchEditing, run_jobs, share_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +30,31 @@ def test_shares_hold_every_job_once_and_have_one_length(num_jobs, world_size):
 def test_one_device_by_name_is_not_several():
     with pytest.raises(ValueError, match="device='cuda:1' cannot be several devices"):
         run_jobs([], Path("model.ckpt"), device="cuda:1", devices=2)
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match="device='cuda' is not there: torch sees 0 of type cuda"):
+        run_jobs([], Path("model.ckpt"), device="cuda", devices=2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for device in ("auto", "cuda"):
+        with pytest.raises(ValueError, match="devices=2, but torch sees 1 of type cuda here"):
+            run_jobs([], Path("model.ckpt"), device=device, devices=2)
+
+
+def test_share_goes_on_after_an_error(rows, monkeypatch):
+    def edit(model, image, *args, seed, **settings):
+        if seed == 1:
+            raise RuntimeError("unforeseen")
+        return [image]
+
+    monkeypatch.setattr("pbe.editing.edit", edit)
+    jobs = [make_job(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)]
+    share = BatchEditing(jobs, Path("model.ckpt"))
+    share.model, share.weights = SimpleNamespace(), Weights("model.ckpt", "0123abcd", "float32")
+    for index in (1, 3, 5):  # of the second of two processes; the last one is no job
+        share.predict_step(index, index)
+    assert share.outcomes == [Outcome(2, "failed", "RuntimeError: unforeseen"), Outcome(4, "done")]
 
 
 @pytest.fixture

@@ -23,7 +23,10 @@ from pbe.jobs import (
     COLUMNS,
     Inputs,
     Job,
-    check_output,
+    Weights,
+    check_job,
+    check_writable,
+    identify,
     load_editor,
     make_job,
     parse,
@@ -49,8 +52,8 @@ examples:
 A batch file has one edit a row: a CSV file with a header, or JSONL. Its columns are
   {columns};
 paths in it are relative to its folder, several references are separated by ';' (in JSONL: a list), and where a row is
-silent, the flags hold. A row whose picture is there, made with the same settings and no older than the row's inputs
-and the checkpoint, is not done again.
+silent, the flags hold. A row whose picture is there, made with the same settings, inputs and checkpoint, is not done
+again.
 
 exit code: 0 all done, 1 some rows failed, 2 nothing could be done
 """
@@ -113,7 +116,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--seed", metavar="N", help=f"of the first result; the next have the next seeds (default {Job.seed})"
     )
     g.add_argument("-n", "--num-images", type=int, metavar="N", help="how many results (default 1)")
-    g.add_argument("--batch-size", type=int, metavar="N", default=4, help="results sampled at a time (default 4)")
+    g.add_argument("--batch-size", type=int, metavar="N", help="results sampled at a time (default 4)")
 
     g = p.add_argument_group("the photo's part that is edited")
     g.add_argument("--window", metavar="NAME", help="auto (default: around the mask), full, or X0,Y0,X1,Y1")
@@ -130,7 +133,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     g.add_argument("--raw", action="store_const", const="true", help="the model's picture, not composited")
 
     g = p.add_argument_group("comparisons, which make --out one picture; the results are saved beside it")
-    g.add_argument("--grid", action="store_true", help="source | masked | exemplar | results")
+    g.add_argument("--grid", action="store_true", default=None, help="source | masked | exemplar | results")
     g.add_argument("--sweep-scale", metavar="1,3,5,7", help="a result for each of these guidance scales")
     g.add_argument("--seeds", metavar="1..8", help="a result for each of these seeds; also 1,5,9")
 
@@ -181,17 +184,25 @@ def edit_one(args: argparse.Namespace) -> int:
             raise ValueError(f"{flag(name)} and {flag(other)} contradict each other")
     if args.devices != 1 or args.num_nodes != 1 or args.redo:
         raise ValueError("--devices, --num-nodes and --redo need --batch")
+    num_images = 1 if args.num_images is None else args.num_images
+    batch_size = 4 if args.batch_size is None else args.batch_size
+    if num_images < 1 or batch_size < 1:
+        raise ValueError(f"--num-images and --batch-size must be at least 1, got {num_images} and {batch_size}")
     job = make_job({name: getattr(args, name) for name in COLUMNS})
-    jobs, grid_path = variants(args, job)
-    inputs = read_inputs(job)
+    jobs, grid_path = variants(args, job, num_images)
     for variant in jobs.values():
-        check_output(variant.path(variant.out), inputs.picture.source)
+        check_job(variant)
+    inputs = read_inputs(job)
+    weights = weights_of(args)
+    settings = {key: settings_of(variant, weights) for key, variant in jobs.items()}
+    for key, variant in jobs.items():
+        check_writable(variant.path(variant.out), inputs.picture.source, settings[key])
     if is_lossy(job.out):
         say(f"note: {LOSSY}")
 
     model = load_editor(args.ckpt, args.device, args.dtype)
     scales, seeds = (list(dict.fromkeys(values)) for values in zip(*jobs, strict=True))
-    batches = sum(-(-count // args.batch_size) for _, count in runs(seeds))
+    batches = sum(-(-count // batch_size) for _, count in runs(seeds))
     results = {}
     with progress_bar(args, total=len(scales) * batches * job.steps, unit="step") as bar:
         for scale, (seed, count) in product(scales, runs(seeds)):
@@ -200,24 +211,21 @@ def edit_one(args: argparse.Namespace) -> int:
                 jobs[scale, seed],
                 inputs,
                 num_images=count,
-                batch_size=args.batch_size,
+                batch_size=batch_size,
                 callback=partial(advance, bar),
             )
             for key, image in zip([(scale, seed + i) for i in range(count)], images, strict=True):
                 results[key] = image
-                save_result(image, jobs[key].path(jobs[key].out), settings_of(jobs[key], args.ckpt, model.dtype))
+                save_result(image, jobs[key].path(jobs[key].out), settings[key])
     if grid_path:
-        from pbe.pictures import save_picture
+        from pbe.saving import save_picture
 
         save_picture(comparison(inputs, results, scales, seeds), grid_path)
     return 0
 
 
-def variants(args: argparse.Namespace, job: Job) -> tuple[dict[tuple[float, int], Job], Path | None]:
+def variants(args: argparse.Namespace, job: Job, num_images: int) -> tuple[dict[tuple[float, int], Job], Path | None]:
     """The jobs to run by (scale, seed), each with its own output, and where their comparison goes if one is wanted."""
-    num_images = 1 if args.num_images is None else args.num_images
-    if num_images < 1 or args.batch_size < 1:
-        raise ValueError(f"--num-images and --batch-size must be at least 1, got {num_images} and {args.batch_size}")
     scales = parse_numbers(args.sweep_scale) if args.sweep_scale else [job.scale]
     seeds = parse_seeds(args.seeds) if args.seeds else [job.seed + i for i in range(num_images)]
     with_grid = args.grid or args.sweep_scale is not None or args.seeds is not None
@@ -298,9 +306,8 @@ def comparison(
 
 
 def edit_batch(args: argparse.Namespace) -> int:
-    from pbe.checkpoints.loading import choose_device, choose_dtype
-
-    given = [flag(name) for name in (*PER_ROW, "grid", "sweep_scale", "seeds", "num_images") if getattr(args, name)]
+    alone = (*PER_ROW, "grid", "sweep_scale", "seeds", "num_images", "batch_size")
+    given = [flag(name) for name in alone if getattr(args, name) is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} cannot be given with --batch: each row is one edit with its own files")
     if args.devices < 1 or args.num_nodes < 1:
@@ -309,11 +316,8 @@ def edit_batch(args: argparse.Namespace) -> int:
     for name, value in defaults.items():
         parse(name, value)
     jobs, outcomes = read_jobs(args.batch, defaults)
-    if not args.ckpt.exists():
-        raise FileNotFoundError(f"{args.ckpt}: there is no such checkpoint")
-
-    dtype = choose_dtype(args.dtype, choose_device(args.device))
-    if not args.redo and all(is_finished(job, args.ckpt, dtype) for job in jobs):
+    weights = weights_of(args)
+    if not args.redo and all(is_finished(job, weights) for job in jobs):
         outcomes += [Outcome(job.line, "skipped") for job in jobs]
     elif args.devices * args.num_nodes > 1:
         from pbe.prediction import run_jobs
@@ -330,7 +334,7 @@ def edit_batch(args: argparse.Namespace) -> int:
         model = load_editor(args.ckpt, args.device, args.dtype)
         with progress_bar(args, total=len(jobs), unit="row") as bar:
             for job in jobs:
-                outcomes.append(run_row(model, job, args.ckpt, args.redo, callback=partial(show_step, bar)))
+                outcomes.append(run_row(model, job, weights, args.redo, callback=partial(show_step, bar)))
                 bar.update()
     return report(jobs, outcomes)
 
@@ -349,6 +353,12 @@ def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:
 
 
 # --- both -------------------------------------------------------------------------------------------------
+
+
+def weights_of(args: argparse.Namespace) -> Weights:
+    from pbe.checkpoints.loading import choose_device, choose_dtype
+
+    return identify(args.ckpt, choose_dtype(args.dtype, choose_device(args.device)))
 
 
 def flag(name: str) -> str:

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 def write(samples: list[Stages], out: Path) -> None:
     """Writes `grid.png`, a row an example, and each of its pictures as `<number>_<stage>.png`."""
     from pbe.grids import grid
-    from pbe.pictures import save_picture
+    from pbe.saving import save_picture
 
     rows = [stage_pictures(stages) for stages in samples]
     for number, row in enumerate(rows):
