@@ -19,6 +19,7 @@ def version() -> str:
 
 SAFETENSORS = ["safetensors>=0.4"]
 LOG = ["tensorboard>=2.14"]
+PLOT = ["matplotlib>=3.7"]
 # ruff is pinned: another version formats and finds other things.
 TEST = ["pytest>=8", "ruff==0.17.6", "diffusers>=0.33", "transformers>=4.48", *SAFETENSORS]
 
@@ -48,8 +49,9 @@ setup(
     extras_require={
         "safetensors": SAFETENSORS,
         "log": LOG,
+        "plot": PLOT,
         "test": TEST,
-        "dev": [*TEST, *LOG],
+        "dev": [*TEST, *LOG, *PLOT],
     },
     entry_points={"console_scripts": ["pbe = pbe.cli:main"]},
     classifiers=[
