@@ -43,7 +43,7 @@ def read_zip(path: Path) -> Archive:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError, OverflowError) as error:
+    except (zipfile.BadZipFile, RuntimeError, ValueError, struct.error, OSError, OverflowError) as error:
         raise CheckpointError(
             f"{path} is cut short or damaged: {file.size:,} bytes that begin as a zip archive, but the zip directory "
             f"at the end is missing or unreadable ({error}); copy or download the file again"

@@ -81,7 +81,7 @@ class CompressedRecord:
             with zipfile.ZipFile(self.path) as archive, archive.open(self.name) as member:
                 member.seek(start)
                 data = bytearray(member.read(end - start))
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.path} is damaged: its member {self.name} is unreadable ({error})") from error
         if len(data) != end - start:
             raise CheckpointError(f"{self.path} is damaged: its member {self.name} is shorter than it says")
