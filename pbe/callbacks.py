@@ -148,6 +148,16 @@ class SamplesConfig:
     guidance: float = 5.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None and self.every_n_steps < 1:
+            raise ValueError(f"samples.every_n_steps must be at least 1, or null for none, got {self.every_n_steps}")
+        if self.count < 1:
+            raise ValueError(f"samples.count must be at least 1, got {self.count}")
+        if not 1 <= self.steps <= 1000:
+            raise ValueError(f"samples.steps must be 1 to 1000, got {self.steps}")
+        if not self.guidance >= 0:
+            raise ValueError(f"samples.guidance must be at least 0, got {self.guidance}")
+
 
 class SampleGrids(Callback):
     """Writes `step-00001000.png` into `folder`: masked | exemplar | result | target, the same examples each time."""
@@ -269,10 +279,18 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["data_position"] = self.position
+        checkpoint["global_batch"] = trainer.datamodule.config.batch_size * trainer.world_size
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        # Lightning counts batches, and the position counts pictures: both go on only with batches of the same size.
+        global_batch = trainer.datamodule.config.batch_size * trainer.world_size
+        if checkpoint["global_batch"] != global_batch:
+            raise ValueError(
+                f"the run had {checkpoint['global_batch']} pictures in a batch over all processes and cannot go on "
+                f"with {global_batch}: change data.batch_size with the number of devices"
+            )
         self.position = checkpoint["data_position"]
         trainer.datamodule.set_position(*self.position)
 

@@ -481,6 +481,21 @@ def test_a_run_is_not_overwritten(finished, toy, capsys):
     assert f"{finished} has a run that came to step 10: --resume continues it" in capsys.readouterr().err
 
 
+def test_a_resumed_run_keeps_its_settings(finished, toy, capsys):
+    """Half of them would be applied, and the run's records would tell of the rest."""
+    settings = ("optimizer.lr=1e-5", "data.workers=1", "trainer.max_steps=11", "--resume")
+    assert main([str(toy), f"run={finished}", *settings]) == 2
+    assert "changed are optimizer.lr." in capsys.readouterr().err
+    assert main([str(toy), f"run={finished}", "data.batch_size=4", "trainer.max_steps=11", "--resume"]) == 2
+    assert "had 2 pictures in a batch over all processes and cannot go on with 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["count=0", "steps=2000", "every_n_steps=-3"])
+def test_sample_settings_are_checked_at_the_start(toy, setting, capsys):
+    assert main([str(toy), f"samples.{setting}"]) == 2
+    assert f"samples.{setting.split('=')[0]}" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written(toy, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([str(toy), f"run={tmp_path / 'file' / 'run'}"]) == 2
@@ -534,7 +549,7 @@ def test_averages_cannot_begin_in_the_middle(finished, toy, capsys, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     settings = ("training.ema_decay=null", "trainer.max_steps=12")
     assert main([str(toy), f"run={tmp_path / 'run'}", *settings, "--resume"]) == 2
-    assert "another training.ema_decay" in capsys.readouterr().err
+    assert "changed are training.ema_decay." in capsys.readouterr().err
 
 
 def test_log_is_cut_where_the_run_continues(tmp_path):

@@ -55,11 +55,13 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Trains; returns the exit code."""
     args = parser(prog).parse_args(argv)
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from pbe.config import load_config
 
     try:
         train(load_config(args.settings), args.resume)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -85,6 +87,8 @@ def train(config: PaintByExampleRun | VAERun, resume: bool = False) -> None:
             "--resume continues it, run= begins another"
         )
     last = checkpoints[-1] if checkpoints else None
+    if last:
+        check_same_run(config, last)
     check_trainer(config.trainer)
     module = make_module(config)
     # Lightning starts the other processes later, from the same command: they find the folder as it is now.
@@ -102,6 +106,34 @@ def train(config: PaintByExampleRun | VAERun, resume: bool = False) -> None:
     if trainer.is_global_zero and any(data.skipped.values()):
         counts = ", ".join(f"{n} {reason}" for reason, n in data.skipped.items() if n)
         print(f"pictures that could not be used and were replaced by others: {counts}")
+
+
+def check_same_run(config: PaintByExampleRun | VAERun, last: Path) -> None:
+    """Raises `ValueError` where `config` changes what a run that came to the checkpoint `last` began with.
+
+    The optimiser's state would go on as it was, and the records would tell of settings that were not used.
+    """
+    from pbe.checkpoints.reading import open_checkpoint
+    from pbe.config import to_dict
+
+    before, now = open_checkpoint(last).extras["pbe"]["config"], to_dict(config)
+    changed = []
+    for section in ("task", "seed", "model", "size", "training", "optimizer", "data"):
+        old, new = flatten(before.get(section), section), flatten(now.get(section), section)
+        changed += [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    changed = [key for key in changed if key not in ("data.workers", "data.batch_size")]  # the latter with the devices
+    if changed:
+        raise ValueError(
+            f"--resume goes on with the settings the run began with; changed are {', '.join(changed)}. "
+            "Put them back, or begin another run with run= and model.init= this one's checkpoint"
+        )
+
+
+def flatten(value: Any, prefix: str) -> dict[str, Any]:
+    """The leaves of nested dictionaries by dotted key."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {key: leaf for name, x in value.items() for key, leaf in flatten(x, f"{prefix}.{name}").items()}
 
 
 def make_module(config: PaintByExampleRun | VAERun) -> lightning.LightningModule:
