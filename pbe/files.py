@@ -1,17 +1,10 @@
-"""Finding and writing files: checkpoints by name, and writing so that a crash leaves no half file."""
+"""Writing files so that a crash leaves no half file."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-DEMO_CHECKPOINT = Path(__file__).parent / "weights" / "demo.ckpt"
-
-
-def find_checkpoint(name: str | Path) -> Path:
-    """The path of a checkpoint; "demo" is the small model that comes with the package."""
-    return DEMO_CHECKPOINT if str(name) == "demo" else Path(name)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from pbe.checkpoints.layouts import LAYOUTS, Layout, recognise, table_of
 from pbe.checkpoints.meta import build_on_meta
 from pbe.checkpoints.reading import Checkpoint, CheckpointError, open_checkpoint
 from pbe.checkpoints.rules import Recipe, Table, UnlistedNames, shorten
-from pbe.files import find_checkpoint
 from pbe.models.clip import CLIP
 from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion
@@ -34,8 +33,7 @@ def load_model(
 ) -> PaintByExample | StableDiffusion | CLIP:
     """The model that a checkpoint holds, in evaluation mode.
 
-    `path` is a file or folder in any layout that `pbe.checkpoints.layouts` lists: the class follows from it. "demo" is
-    the small model that comes with the package (docs/demo-model.md).
+    `path` is a file or folder in any layout that `pbe.checkpoints.layouts` lists: the class follows from it.
     `device` "auto" is CUDA, else MPS, else the CPU; `dtype` "auto" is float16 on CUDA, else float32.
 
     A float32 file on the CPU is memory-mapped, not read: keep it where it is while the model is in use. Otherwise
@@ -91,7 +89,7 @@ class Source(NamedTuple):
 
 def open_source(path: str | Path) -> Source:
     """Opens a checkpoint of any known layout under our names; raises as `load_model` does."""
-    return view(open_checkpoint(find_checkpoint(path)))
+    return view(open_checkpoint(path))
 
 
 def view(checkpoint: Checkpoint) -> Source:

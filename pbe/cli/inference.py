@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pbe.batch import Outcome, is_finished, read_jobs, run_row
-from pbe.files import find_checkpoint
 from pbe.jobs import (
     COLUMNS,
     Inputs,
@@ -100,13 +99,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
 
     g = p.add_argument_group("model")
-    g.add_argument(
-        "--ckpt",
-        type=find_checkpoint,
-        required=True,
-        metavar="FILE",
-        help="a checkpoint, a folder of diffusers, or demo: the small model that comes with this package",
-    )
+    g.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint, or a folder of diffusers")
     g.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     g.add_argument(
         "--dtype", metavar="NAME", default="auto", help="auto (default: float16 on cuda), float32, bfloat16, float16"
