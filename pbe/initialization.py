@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe.checkpoints.loading import hints_of, load_model
+from pbe.checkpoints.meta import build_on_meta
 from pbe.checkpoints.reading import CheckpointError, open_checkpoint
 from pbe.checkpoints.sizes import Shapes, vae_config
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
@@ -79,8 +80,7 @@ def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
         size, drawn = loaded.config, tuple(PARTS[part] for part in config.reset)
     if config.tokens is not None:
         size = replace(size, exemplar=replace(size.exemplar, tokens=config.tokens))
-    with torch.device("meta"):
-        model = PaintByExample(size)
+    model = build_on_meta(PaintByExample, size)
     state |= initial_weights(model, generator, drawn)
     model.load_state_dict(state, assign=True)
     return model.train()
@@ -88,8 +88,7 @@ def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
 
 def starting_vae(size: VAEConfig, seed: int) -> AutoencoderKL:
     """An autoencoder with seeded weights."""
-    with torch.device("meta"):
-        vae = AutoencoderKL(size)
+    vae = build_on_meta(AutoencoderKL, size)
     vae.load_state_dict(dict(initial_weights(vae, torch.Generator().manual_seed(seed))), assign=True)
     return vae
 
@@ -103,8 +102,7 @@ def read_vae(path: str | Path) -> tuple[VAEConfig, dict[str, Tensor]]:
         raise CheckpointError(f"{path} holds no autoencoder (names that begin with {VAE_PREFIX!r})")
     shapes = Shapes(path, {name: tuple(checkpoint.shape(name)) for name in names})
     config = vae_config(shapes, hints_of(checkpoint))
-    with torch.device("meta"):
-        vae = AutoencoderKL(config)
+    vae = build_on_meta(AutoencoderKL, config)
     expected = {VAE_PREFIX + name: tuple(p.shape) for name, p in vae.state_dict().items()}
     if expected != shapes:
         odd = sorted({name for name, _ in expected.items() ^ shapes.items()})
