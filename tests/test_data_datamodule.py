@@ -1,5 +1,6 @@
 """The loaders: one order for any number of processes, carried on where it was left, as Lightning runs them."""
 
+from dataclasses import replace
 from itertools import chain
 
 import lightning
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from pbe.config import load_config
-from pbe.data.datamodule import DataConfig, ExampleDataModule, ExampleSampler, InOrder
+from pbe.data.datamodule import DataConfig, ExampleDataModule, ExampleSampler, InOrder, check_sizes
 from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe import RecipeConfig
 from pbe.data.sources import SourceConfig
@@ -115,12 +116,16 @@ def test_loaders(manifest):
     assert data.train.recipe.augment
     # Box masks: the validation recipe has no Bezier shapes, which are all that training has here.
     assert all((row.any(0).sum() * row.any(1).sum() == row.sum()) for batch in val for row in batch.mask[:, 0] == 0)
-    assert data.skipped == {"missing": 0, "unreadable": 0, "no box": 0}
+    none = {"missing": 0, "unreadable": 0, "no box": 0}
+    assert data.skipped == {"train": none, "val": none}
 
 
 def test_sources_of_their_own(manifest):
     source = SourceConfig(path=manifest)
-    data = ExampleDataModule(DataConfig(source, val_source=source, test_source=source, recipe=RECIPE, workers=0))
+    # A size for pictures held out, as a YAML may have it, is of no account.
+    config = DataConfig(source, val_source=source, test_source=source, val_size=5, recipe=RECIPE, workers=0)
+    data = ExampleDataModule(config)
+    assert data.skipped == {}
     data.setup("fit")
     data.setup("test")
     assert len(data.train) == len(data.val) == len(data.test) == N
@@ -128,12 +133,84 @@ def test_sources_of_their_own(manifest):
         ExampleDataModule(DataConfig(source)).setup("test")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::pbe.data.dataset.UnusablePictureWarning")
+def test_skipped_pictures_are_counted_by_split(manifest, tmp_path, workers):
+    def source(name, *missing):
+        rows = [f"{manifest.rpartition('/')[0]}/{i:02}.png" for i in range(4)] + [str(tmp_path / x) for x in missing]
+        path = tmp_path / name
+        path.write_text("image,x0,y0,x1,y1\n" + "".join(f"{row},14,10,49,40\n" for row in rows))
+        return SourceConfig(path=str(path))
+
+    config = DataConfig(
+        source("train.csv"), source("val.csv", "a.png"), source("test.csv", "a.png", "b.png"), recipe=RECIPE,
+        batch_size=2, workers=workers,
+    )  # fmt: skip
+    data = ExampleDataModule(config)
+    data.setup("fit")
+    data.setup("test")
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        list(loader)
+    counts = {split: skipped["missing"] for split, skipped in data.skipped.items()}
+    assert (counts["train"], counts["val"]) == (0, 1)
+    assert counts["test"] >= 2  # a replacement may be missing too
+    assert list(data.skipped) == ["train", "val", "test"]
+
+
+def cocoee(folder):
+    """A benchmark of two edits: half a percent of the picture, and nine tenths of it."""
+    np.save(folder / "id_list.npy", np.array([3, 5]))
+    rng = np.random.default_rng(1)
+    masks = ((10, 20, 17, 28), (2, 2, 98, 96))
+    for number, box in zip((3, 5), masks, strict=True):
+        mask = Image.new("L", (100, 100))
+        mask.paste(255, box)
+        pictures = {"GT": rng.integers(0, 256, (100, 100, 3)), "ref": rng.integers(0, 256, (16, 16, 3)), "mask": mask}
+        for name, picture in pictures.items():
+            path = folder / f"{'Mask_bbox' if name == 'mask' else name.capitalize().replace('Gt', 'GT')}_3500"
+            path.mkdir(exist_ok=True)
+            Image.fromarray(np.uint8(picture)).save(path / f"{number:012d}_{name}.png")
+    return SourceConfig(kind="cocoee", path=str(folder)), masks
+
+
+@pytest.mark.filterwarnings("error::pbe.data.dataset.UnusablePictureWarning")
+def test_the_benchmark_is_taken_as_it_is_whatever_the_recipe(manifest, tmp_path):
+    source, masks = cocoee(tmp_path)
+    recipe = RecipeConfig(resolution=100, exemplar_size=16, coverage=[0.1, 0.3], grow=1.0, fit="letterbox", flip=1.0)
+    data = ExampleDataModule(DataConfig(SourceConfig(path=manifest), source, source, recipe=recipe, workers=0))
+    data.setup("fit")
+    data.setup("test")
+    (val,), (test,) = data.val_dataloader(), data.test_dataloader()
+    for batch in (val, test):
+        for k, (x0, y0, x1, y1) in enumerate(masks):
+            expected = torch.ones(100, 100)
+            expected[y0:y1, x0:x1] = 0
+            assert torch.equal(batch.mask[k, 0], expected)
+            with Image.open(batch.file[k]) as picture:
+                pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1
+            torch.testing.assert_close(batch.image[k], pixels, rtol=0, atol=1e-6)  # float32
+    assert torch.equal(val.exemplar, test.exemplar)
+
+
+def test_sizes_that_a_model_does_not_take(manifest):
+    config = DataConfig(SourceConfig(path=manifest), recipe=RecipeConfig(resolution=36, exemplar_size=16))
+    check_sizes(config, 4, 16)
+    with pytest.raises(ValueError, match=r"data\.recipe\.resolution must be a multiple of 8 for this model, got 36"):
+        check_sizes(config, 8, 16)
+    with pytest.raises(ValueError, match=r"data\.recipe\.exemplar_size must be 224 for this model, got 16"):
+        check_sizes(config, 4, 224)
+    config.val_recipe["resolution"] = 35
+    with pytest.raises(ValueError, match=r"data\.val_recipe\.resolution must be a multiple of 4"):
+        check_sizes(config, 4, 16)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"batch_size": 0}, "data.batch_size must be at least 1"),
         ({"workers": -1}, "data.workers must be 0 or more"),
-        ({"val_size": 3, "val_source": SourceConfig()}, "data.val_size"),
+        ({"val_size": -1}, "data.val_size must be 0 or more, got -1"),
+        ({"val_recipe": {"grwo": 0}}, "data.val_recipe.grwo: a recipe has no 'grwo'; did you mean 'grow'"),
     ],
 )
 def test_bad_values_are_named(options, message):
@@ -147,7 +224,7 @@ class Recorder(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.trained, self.validated = [], []
+        self.trained, self.validated, self.tested = [], [], []
 
     def training_step(self, batch, batch_idx):
         self.trained.append((self.current_epoch, batch.file, batch.seed.tolist()))
@@ -156,16 +233,15 @@ class Recorder(lightning.LightningModule):
     def validation_step(self, batch, batch_idx):
         self.validated.append((self.current_epoch, batch.file, batch.seed.tolist()))
 
+    def test_step(self, batch, batch_idx):
+        self.tested += batch.file
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(manifest, tmp_path, workers, epochs=2, position=None):
-    config = DataConfig(SourceConfig(path=manifest), val_size=4, recipe=RECIPE, batch_size=4, workers=workers, seed=9)
-    data, module = ExampleDataModule(config), Recorder()
-    if position:
-        data.set_position(*position)
-    trainer = lightning.Trainer(
+def make_trainer(tmp_path, epochs):
+    return lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
@@ -174,7 +250,14 @@ def fit(manifest, tmp_path, workers, epochs=2, position=None):
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    trainer.fit(module, data)
+
+
+def fit(manifest, tmp_path, workers, epochs=2, position=None):
+    config = DataConfig(SourceConfig(path=manifest), val_size=4, recipe=RECIPE, batch_size=4, workers=workers, seed=9)
+    data, module = ExampleDataModule(config), Recorder()
+    if position:
+        data.set_position(*position)
+    make_trainer(tmp_path, epochs).fit(module, data)
     return data, module
 
 
@@ -204,6 +287,19 @@ def test_lightning_carries_on_within_an_epoch(manifest, tmp_path):
     assert rest.trained == whole.trained[2:]
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_lightning_tests_on_the_test_source(manifest, tmp_path):
+    config = DataConfig(
+        SourceConfig(path="none.csv"), test_source=SourceConfig(path=manifest), recipe=RECIPE, workers=0
+    )
+    module = Recorder()
+    make_trainer(tmp_path, 1).test(module, ExampleDataModule(config), verbose=False)
+    assert [file.rpartition("/")[2] for file in module.tested] == [f"{i:02}.png" for i in range(N)]
+    config = DataConfig(SourceConfig(path=manifest), recipe=RECIPE)
+    with pytest.raises(ValueError, match=r"data\.test_source is not set"):
+        make_trainer(tmp_path, 1).test(module, ExampleDataModule(config), verbose=False)
+
+
 def test_settings_reach_the_recipes(manifest):
     data = load_config(
         [
@@ -213,11 +309,17 @@ def test_settings_reach_the_recipes(manifest):
             "data.recipe.fit=letterbox",
             "data.val_recipe.min_area=0",
             "data.val_recipe.object_mask=1",
+            "data.val_recipe.coverage=[0.2,0.3]",
             "samples.every_n_steps=null",
         ]
     ).data
     assert (data.recipe.coverage, data.recipe.fit) == ([0.1, 0.5], "letterbox")
-    assert (data.val_recipe.min_area, data.val_recipe.object_mask, data.val_recipe.coverage) == (0, 1, None)
+    val = data.recipe_for_validation()
+    assert val == replace(data.recipe, augment=False, min_area=0, object_mask=1, coverage=[0.2, 0.3])
+    assert replace(data, val_recipe={"augment": True}).recipe_for_validation() == data.recipe
+    for wrong in ("data.val_recipe.flipp=1", "data.val_recipe.flip=often", "data.val_recipe={fit: stretch}"):
+        with pytest.raises(ValueError, match=r"data\.val_recipe\.(flipp|flip|fit)"):
+            load_config([wrong, "data.val_size=4"])
     with pytest.raises(ValueError, match=r"data\.recipe\.fit"):
         load_config(["data.recipe.fit=stretch"])
     with pytest.raises(ValueError, match=r"data\.recipe\.flipp"):

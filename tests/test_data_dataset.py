@@ -1,5 +1,6 @@
 """Data sets of examples: the same example wherever it is made, pictures that cannot be used, the tool that shows."""
 
+import time
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pbe.cli import show_data
 from pbe.data.dataset import ExampleDataset, UnusablePictureWarning, hold_out
 from pbe.data.example import collate
 from pbe.data.recipe import RecipeConfig
-from pbe.data.records import Record
+from pbe.data.records import Record, number_photos
 
 SMALL = RecipeConfig(resolution=32, exemplar_size=16)
 BOX = np.float32([[0.2, 0.2, 0.7, 0.8]])
@@ -26,6 +27,10 @@ class Listed:
 
     def __init__(self, records):
         self.records = records
+
+    @property
+    def photos(self):
+        return number_photos([record.image for record in self.records])
 
     def __len__(self):
         return len(self.records)
@@ -86,6 +91,21 @@ def test_workers_change_nothing_and_see_the_epoch(source, workers):
         assert [file for batch in batches for file in batch.file] == [str(r.image) for r in source.records]
         for i, batch in enumerate(batches):
             assert_same(batch, collate([reference[2 * i], reference[2 * i + 1]]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_photo_travels_once_if_it_is_the_target_too(source, tmp_path, workers):
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "target.png")
+    records = [*source.records[:2], source.records[2]._replace(target=tmp_path / "target.png"), source.records[3]]
+    dataset = ExampleDataset(Listed(records), SMALL)
+    unpaired, paired = DataLoader(dataset, 2, num_workers=workers, collate_fn=collate)
+    assert unpaired.source is unpaired.image
+    red = torch.tensor([1.0, -1, -1])[:, None, None]
+    assert (paired.image[0] == red).all()
+    assert not (paired.source[0] == red).all()
+    assert torch.equal(paired.source[1], paired.image[1])
+    for batch in (unpaired, paired):
+        assert torch.equal(batch.masked_image, batch.source * batch.mask)
 
 
 def test_collate(source):
@@ -192,6 +212,30 @@ def test_hold_out_parts_the_source_the_same_way_each_time(source):
         hold_out(source, 6)
 
 
+def test_hold_out_keeps_the_records_of_a_photo_together(source):
+    records = [record for record in source.records for _ in range(3)]
+    rest, held = hold_out(Listed(records), 2)
+    assert (len(rest), len(held)) == (12, 6)
+    photos = [{part[i].image for i in range(len(part))} for part in (rest, held)]
+    assert not photos[0] & photos[1]
+    assert len(photos[1]) == 2
+    assert len(np.unique(rest.photos)) == rest.photos.max() + 1 == 4
+    with pytest.raises(ValueError, match="6 pictures cannot be held out of the 6 of listed"):
+        hold_out(Listed(records), 6)
+
+
+def test_hold_out_of_millions_is_cheap():
+    class Index:
+        name = "index"
+        photos = np.arange(1_900_000, dtype=np.uint32)
+
+    start = time.perf_counter()
+    rest, held = hold_out(Index(), 2048)
+    assert time.perf_counter() - start < 2  # a tenth of that on an idle machine
+    assert (len(rest), len(held)) == (1_900_000 - 2048, 2048)
+    assert rest._indices.nbytes <= 4 * 1_900_000  # what each worker process holds
+
+
 def test_show_data_writes_every_stage(source, tmp_path):
     dataset = ExampleDataset(source, SMALL)
     show_data.write([dataset.stages(i) for i in range(3)], tmp_path / "out")
@@ -208,6 +252,15 @@ def test_show_data_writes_every_stage(source, tmp_path):
     assert colours & set(show_data.COLOURS.values())
 
 
+def test_show_data_shows_the_photo_and_the_target(source, tmp_path):
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "target.png")
+    paired = Listed([source.records[0]._replace(target=tmp_path / "target.png")])
+    show_data.write([ExampleDataset(paired, SMALL).stages(0)], tmp_path / "out")
+    for stage, is_red in (("window", False), ("target", True)):
+        with Image.open(tmp_path / "out" / f"00_{stage}.png") as picture:
+            assert (picture.getcolors() == [(32 * 32, (255, 0, 0))]) == is_red
+
+
 def test_show_data_command(tmp_path, capsys):
     save_photos(tmp_path, 4)
     rows = "".join(f"{i}.jpg,80,60,16,12,56,48\n" for i in range(4))
@@ -218,3 +271,8 @@ def test_show_data_command(tmp_path, capsys):
     assert "grid.png: 2 examples" in capsys.readouterr().out
     assert show_data.main([*settings, "--val", "--out", str(tmp_path / "none")]) == 2
     assert "no validation examples" in capsys.readouterr().err
+    assert show_data.main([*settings, "--test", "--out", str(tmp_path / "none")]) == 2
+    assert "data.test_source is not set" in capsys.readouterr().err
+    assert (
+        show_data.main([*settings, "data.test_source=${data.source}", "--test", "--out", str(tmp_path / "test")]) == 0
+    )

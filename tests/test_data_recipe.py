@@ -10,8 +10,8 @@ from PIL import Image
 from pbe.benchmarks.data import main, measure, plain_example
 from pbe.data.crop import UnusablePicture
 from pbe.data.example import draw_integers, hash64, make_generator
-from pbe.data.recipe import RecipeConfig, choose_box, draw_plan, make_example
-from pbe.data.records import MaskArray, Record
+from pbe.data.recipe import RecipeConfig, changed, choose_box, draw_plan, make_example
+from pbe.data.records import MaskArray, MaskFile, Record
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
 BOX = np.float32([[0.3, 0.25, 0.6, 0.7]])
@@ -83,13 +83,14 @@ def test_example_has_the_networks_ranges(photo):
     stages = example(Record(photo, BOX))
     ours = stages.example
     assert ours.image.shape == ours.masked_image.shape == (3, 512, 512)
+    assert ours.source is ours.image  # so that it travels once
     assert ours.mask.shape == (1, 512, 512)
     assert ours.exemplar.shape == (3, 224, 224)
     assert all(x.dtype == torch.float32 for x in ours[:4])
     assert -1 <= ours.image.min() < -0.2
     assert 0.2 < ours.image.max() <= 1
     assert ours.mask.unique().tolist() == [0, 1]
-    torch.testing.assert_close(ours.masked_image, ours.image * ours.mask, rtol=0, atol=0)
+    torch.testing.assert_close(ours.masked_image, ours.source * ours.mask, rtol=0, atol=0)
     low, high = ((np.array([0, 1]) - np.array(CLIP_MEAN)[:, None]) / np.array(CLIP_STD)[:, None]).T
     assert (ours.exemplar.amin((1, 2)).numpy() >= low - 1e-4).all()
     assert (ours.exemplar.amax((1, 2)).numpy() <= high + 1e-4).all()
@@ -99,8 +100,8 @@ def test_example_has_the_networks_ranges(photo):
 # --- the draws --------------------------------------------------------------------------------------------
 
 
-def plans(n=1500, size=(768, 1024), boxes=BOX, masks=None, **options):
-    record = Record(Path("photo.jpg"), boxes, masks)
+def plans(n=1500, size=(768, 1024), boxes=BOX, masks=None, repaint_masks=False, **options):
+    record = Record(Path("photo.jpg"), boxes, masks, repaint_masks=repaint_masks)
     g = make_generator(7)
     return [draw_plan(record, size, RecipeConfig(**options), g) for _ in range(n)]
 
@@ -119,8 +120,25 @@ def test_half_of_the_masks_are_bezier_shapes():
 def test_object_masks_take_their_share_where_they_are_known():
     masks = (MaskArray(np.ones((8, 8), dtype=bool)),)
     assert np.mean([p.outline is None for p in plans(masks=masks, object_mask=0.3)]) == pytest.approx(0.3, abs=0.05)
-    assert not any(p.outline is None for p in plans(100, masks=masks))
+    assert not any(p.outline is None for p in plans(100, masks=masks, object_mask=0.0))
     assert not any(p.outline is None for p in plans(100, object_mask=1.0))
+
+
+def test_masks_are_repainted_where_their_source_says_so():
+    masks = (MaskArray(np.ones((8, 8), dtype=bool)),)
+    assert all(p.outline is None for p in plans(100, masks=masks, repaint_masks=True))
+    assert not any(p.outline is None for p in plans(100, masks=masks))
+    # The recipe comes first.
+    for share, mask_says in ((0.3, True), (0.3, False), (0.0, True)):
+        some = plans(masks=masks, repaint_masks=mask_says, object_mask=share)
+        assert np.mean([p.outline is None for p in some]) == pytest.approx(share, abs=0.05)
+
+
+def test_records_without_masks_know_nothing_of_object_masks():
+    default, off = plans(100), plans(100, object_mask=0.0)  # such as all of OpenImages
+    for a, b in zip(default, off, strict=True):
+        assert (a.window, a.grown, len(a.outline)) == (b.window, b.grown, len(b.outline))
+        np.testing.assert_array_equal(a.outline, b.outline)
 
 
 def test_boxes_out_of_bounds_are_not_used():
@@ -196,9 +214,44 @@ def test_pairs(photo, tmp_path):
     record = Record(photo, BOX, reference=reference, target=target)
     ours, alone = example(record).example, example(Record(photo, BOX)).example
     assert (ours.image == torch.tensor([1.0, -1, -1])[:, None, None]).all()
-    torch.testing.assert_close(ours.masked_image, alone.masked_image, rtol=0, atol=2 / 255)
+    torch.testing.assert_close(ours.source, alone.source, rtol=0, atol=2 / 255)  # a rounded level
+    torch.testing.assert_close(ours.masked_image, ours.source * ours.mask, rtol=0, atol=0)
     blue = (torch.tensor([0.0, 0, 1]) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
     torch.testing.assert_close(ours.exemplar, blue[:, None, None].expand(3, 224, 224), rtol=0, atol=1e-4)
+
+
+def test_pairs_have_bars_around_both_pictures(photo, tmp_path):
+    Image.new("RGB", (1600, 1200), (255, 0, 0)).save(tmp_path / "target.png")
+    wide = np.float32([[0.02, 0.3, 0.95, 0.6]])
+    ours = example(Record(photo, wide, target=tmp_path / "target.png"), fit="letterbox", resolution=64).example
+    for picture in (ours.image, ours.source, ours.masked_image):
+        assert (picture[:, :8] == 0).all()
+        assert (picture[:, 56:] == 0).all()
+    assert (ours.image[0, 8:56] == 1).all()
+    assert ours.source[:, 8:56].std() > 0.1
+
+
+def test_fixed_edits_are_taken_as_they_are(photo, tmp_path):
+    mask = np.zeros((1200, 1600), dtype=bool)
+    mask[100:220, 150:310] = True  # 1 % of the photo: less than the recipe's boxes
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(natural_photo(64, 64, seed=5)).save(tmp_path / "reference.png")
+    masks = (MaskFile(tmp_path / "mask.png"),)
+    boxes = masks[0].read().box()
+    record = Record(photo, boxes, masks, tmp_path / "reference.png", repaint_masks=True, fixed=True)
+    # All that would change something is on.
+    options = {"coverage": [0.1, 0.2], "object_mask": 0.0, "object_mask_margin": 30.0, "flip": 1.0, "rotation": 1.0}
+    stages = [example(record, seed, resolution=160, exemplar_size=64, antialias=True, **options) for seed in range(3)]
+    for one in stages:
+        assert one.plan.window == (0, 0, 1600, 1200)
+        torch.testing.assert_close(one.example[:4], stages[0].example[:4], rtol=0, atol=0)
+    repainted = torch.zeros(160, 160, dtype=torch.bool)
+    repainted[13:30, 15:31] = True  # rows 100 to 220 of 1200 and columns 150 to 310 of 1600: all pixels touched
+    torch.testing.assert_close(stages[0].example.mask[0] == 0, repainted, rtol=0, atol=0)
+    std, mean = (torch.tensor(values)[:, None, None] for values in (CLIP_STD, CLIP_MEAN))
+    shown = (stages[0].example.exemplar * std + mean) * 255
+    reference = torch.from_numpy(natural_photo(64, 64, seed=5)).permute(2, 0, 1).float()
+    torch.testing.assert_close(shown, reference, rtol=0, atol=1e-2)
 
 
 def test_a_target_of_another_size_is_refused(photo, tmp_path):
@@ -233,6 +286,34 @@ def test_antialias_smooths(tmp_path):
 def test_bad_values_are_named(options, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace(".", r"\.")):
         RecipeConfig(**options)
+
+
+def test_changes_of_a_recipe():
+    recipe = RecipeConfig(resolution=64, coverage=[0.1, 0.5], fit="letterbox")
+    other = changed(recipe, {"augment": False, "coverage": None, "min_area": 0}, "data.val_recipe")
+    assert (other.augment, other.coverage, other.min_area) == (False, None, 0)
+    assert (other.resolution, other.fit) == (64, "letterbox")
+    assert changed(recipe, {"coverage": [0.2, 0.3], "object_mask": 0.5, "fit": "squash"}, "").coverage == [0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"flipp": 0.5}, r"data\.val_recipe\.flipp: a recipe has no 'flipp'; did you mean 'flip'\?"),
+        ({"batch": 4}, r"data\.val_recipe\.batch: a recipe has no 'batch'; it has resolution, "),
+        ({"flip": "often"}, r"data\.val_recipe\.flip must be float, got 'often'"),
+        ({"flip": True}, r"data\.val_recipe\.flip must be float, got True"),
+        ({"flip": None}, r"data\.val_recipe\.flip must be float, got None"),
+        ({"resolution": 64.0}, r"data\.val_recipe\.resolution must be int, got 64\.0"),
+        ({"coverage": ["a", "b"]}, r"data\.val_recipe\.coverage must be list\[float\] \| None, got \['a', 'b'\]"),
+        ({"fit": "stretch"}, r"data\.val_recipe\.fit must be Literal.*, got 'stretch'"),
+        ({"flip": 1.5}, r"data\.val_recipe\.flip must be between 0 and 1, got 1\.5"),
+        ({"min_area": 0.9}, r"data\.val_recipe\.min_area 0\.9 must be below max_area 0\.8"),
+    ],
+)
+def test_wrong_changes_name_the_key(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        changed(RecipeConfig(), changes, "data.val_recipe")
 
 
 # --- numbers ----------------------------------------------------------------------------------------------

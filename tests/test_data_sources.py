@@ -207,7 +207,7 @@ def coco(tmp_path):
 
 
 def test_coco_records(coco):
-    with pytest.warns(DataWarning, match="1 boxes have no area .*first is annotation 5"):
+    with pytest.warns(DataWarning, match=r"1 boxes have no area .*first is \[10, 10, 0, 20\] of image 7"):
         source = Coco(*coco)
     source = pickle.loads(pickle.dumps(source))
     assert len(source) == 2  # c.jpg has no box
@@ -249,8 +249,58 @@ def test_wrong_coco(tmp_path, coco):
     with pytest.raises(ValueError, match="annotations name image 9, which is not among the images"):
         Coco(coco_json(annotations, images=json.loads(annotations.read_text())["images"][:1]), images)
     annotations.write_text("[]")
-    with pytest.raises(ValueError, match=r"coco\.json has no entry 'images'"):
+    with pytest.raises(ValueError, match=r"coco\.json has no list 'images'"):
         Coco(annotations, images)
+
+
+def edited(part, k, field, value=None):
+    """The content of `coco_json` with a field of an entry set, or left out."""
+
+    def edit(content):
+        entry = content[part][k]
+        entry.pop(field, None) if value is None else entry.__setitem__(field, value)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (edited("images", 1, "width"), r"images\[1\]: it has no width"),
+        (edited("images", 1, "height", "60"), r"images\[1\]: height is 60, not a number"),
+        (edited("images", 2, "height", 0), r"images\[2\]: its size is 80x0 \(width x height\)"),
+        (edited("images", 0, "file_name"), r"images\[0\]: it has no file_name"),
+        (edited("images", 0, "id", [7]), r"images\[0\]: id is \[7\], not a number or a text"),
+        (edited("categories", 1, "name"), r"categories\[1\]: it has no name"),
+        (edited("annotations", 2, "bbox"), r"annotations\[2\]: it has no bbox"),
+        (edited("annotations", 2, "bbox", [1, 2, 3]), r"annotations\[2\]: bbox is \[1, 2, 3\], not \[x, y, width"),
+        (edited("annotations", 2, "bbox", [1, 2, 3, "4"]), r"annotations\[2\]: bbox is .*'4'\], not \[x, y, width"),
+        (edited("annotations", 2, "category_id"), r"annotations\[2\]: it has no category_id"),
+        (edited("annotations", 2, "category_id", 99), "annotations name category 99, which is not among the categ"),
+        (edited("annotations", 2, "image_id"), r"annotations\[2\]: it has no image_id"),
+        (edited("annotations", 1, "segmentation", {"counts": [1]}), r"annotations\[1\]: the size of an RLE is None"),
+        (edited("annotations", 1, "segmentation", {"size": [4, 5]}), r"annotations\[1\]: the counts of an RLE are No"),
+        (edited("annotations", 1, "segmentation", [1, 2, 3, 4]), r"annotations\[1\]: a polygon is 1, not a list"),
+        (edited("annotations", 1, "segmentation", [[1, 2, 3]]), r"annotations\[1\]: a polygon is \[1, 2, 3\], not"),
+        (edited("annotations", 1, "segmentation", "x"), r"annotations\[1\]: segmentation is 'x', not a list of poly"),
+        (lambda content: content["annotations"].insert(1, [4]), r"annotations\[1\]: it is \[4\], not an object"),
+        (lambda content: content.update(images={}), "has no list 'images'"),
+        (lambda content: content.pop("categories"), "has no list 'categories'"),
+    ],
+)
+def test_wrong_coco_entries_are_named(coco, edit, message):
+    content = json.loads(coco[0].read_text())
+    edit(content)
+    coco[0].write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"^{coco[0]}:? {message}"):
+        Coco(*coco)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"images": [', b'{"images": "caf\xe9"}'])
+def test_broken_coco_json_is_named(coco, content):
+    coco[0].write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{coco[0]} is not JSON: "):
+        Coco(*coco)
 
 
 # --- manifests --------------------------------------------------------------------------------------------
@@ -313,14 +363,26 @@ def test_masks_pairs_and_references(folder):
     source = pickle.loads(pickle.dumps(Manifest(path)))
     masked, boxed, paired, other = source
     assert masked.boxes.tolist() == [[0.25, 0.25, 0.75, 0.5], [0, 0, 1, 0.5]]
+    assert [record.repaint_masks for record in source] == [True, False, True, True]
     for mask in masked.masks:
         np.testing.assert_array_equal(mask.draw((60, 80)), drawn((20, 15, 60, 30)))
     assert boxed.masks is None
     assert (paired.reference, paired.target) == (folder / "garment.jpg", folder / "worn.jpg")
     assert other.reference == folder / "b.jpg"
+    assert source.photos.tolist() == [0, 0, 0, 0]
     mask_picture(folder / "masks/a.png", (0, 0, 10, 10), 60, 60)
     with pytest.raises(ValueError, match=r"a\.png is 60x60 .* annotated as 80x60"):
         source[0]
+
+
+def test_photos_are_told_apart_by_their_path(folder):
+    path = manifest(
+        folder, "image,x0,y0,x1,y1,reference", "b.jpg,0,0,1,1,a.jpg", "a.jpg,0,0,1,1,", "./b.jpg,0,0,1,1,",
+        "images/../b.jpg,0,0,1,1,a.jpg", "worn.jpg,0,0,1,1,a.jpg",
+    )  # fmt: skip
+    source = pickle.loads(pickle.dumps(Manifest(path)))
+    assert source.photos.tolist() == [0, 1, 0, 0, 2]
+    assert len(source) == 5
 
 
 @pytest.mark.filterwarnings("error")
@@ -368,6 +430,12 @@ def test_where_pictures_are(folder, tmp_path_factory):
         (("image,x0,y0,x1,y1", "a.jpg,0,0,.5,.5", "a.jpg,.5,0,.4,1"), r"line 3: box \[0\.5, .* is not .*fractions"),
         (("image,x0,y0,x1,y1,width,height", "a.jpg,0,0,90,60,80,60"), r"line 2: box .* is not inside .*pixels"),
         (("image,x0,y0,x1,y1,width", "a.jpg,0,0,80,60,80"), r"line 2: width and height need each other"),
+        (("image,x0,y0,x1,y1,width,height", "a.jpg,0,0,80,60,-80,60"), r"line 2: width and height are -80 and 60"),
+        (("image;x0;y0;x1;y1", "a.jpg;0;0;80;60"), r"line 2: it has no image \(or file\); it has: image;x0;y0;x1;y1"),
+        (("image,x0,y0,x1,y1,x0", "a.jpg,0,0,1,1,0"), "column 'x0' stands twice in its header"),
+        (("image,x0,y0,x1,y1", 'a.jpg,0,0,1,"1" 1'), "line 2 is not CSV: ',' expected after"),
+        (("image,x0,y0,x1,y1", 'a.jpg,0,0,1,"1'), "line 2 is not CSV: unexpected end of data"),
+        (("image,x0,y0,x1,y1", "a.jpg,0,0,1,1", "a\0.jpg,0,0,1,1"), "line 3 holds a NUL byte; save the file as UTF-8"),
         (("image,x0,y0,x1,y1",), "has no rows"),
     ],
 )  # fmt: skip
@@ -376,12 +444,41 @@ def test_wrong_rows(folder, lines, message):
         Manifest(manifest(folder, *lines))
 
 
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+@pytest.mark.parametrize(
+    "encoding, message",
+    [("latin-1", r"line 2 is not UTF-8 \(byte 0xf6\)"), ("utf-16", r"line 1 is not UTF-8 \(byte 0xff\)"),
+     ("utf-16-le", "line 1 holds a NUL byte")],
+)  # fmt: skip
+def test_other_encodings_are_named(folder, name, encoding, message):
+    lines = {
+        "list.csv": "image,x0,y0,x1,y1\nhören.jpg,0,0,.5,.5\n",
+        "list.jsonl": '{"image": "a.jpg", "box": [0, 0, 1, 1]}\n{"image": "hören.jpg", "box": [0, 0, 1, 1]}\n',
+    }
+    (folder / name).write_bytes(lines[name].encode(encoding))
+    with pytest.raises(ValueError, match=rf"{name}, {message}; save the file as UTF-8 text"):
+        Manifest(folder / name)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_line_ends_and_byte_order_marks(folder, ends):
+    picture(folder / "hören.jpg")
+    lines = ["\ufeffimage,x0,y0,x1,y1", "hören.jpg,0,0,40,30", ""]
+    (folder / "list.csv").write_bytes(ends.join(lines).encode())
+    (record,) = Manifest(folder / "list.csv")
+    assert record.image == folder / "hören.jpg"
+    assert record.boxes.tolist() == [[0, 0, 0.5, 0.5]]
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
         ("{", "line 1 is not JSON"),
         ("[1]", "line 1 is not a JSON object"),
         ('{"image": 5, "box": [0, 0, 1, 1]}', "line 1: image is 5, not a text"),
+        (r'{"image": "a\u0000.jpg", "box": [0, 0, 1, 1]}', "line 1: image is 'a.x00.jpg', not a text"),
+        (r'{"image": "a\ud800.jpg", "box": [0, 0, 1, 1]}', "line 1: .*surrogates not allowed"),
+        ('{"image": "a.jpg", "box": [0, 0, 1, 1' + "0" * 400 + "]}", "line 1: y1 is 10+, not a number"),
         ('{"image": "a.jpg", "box": [0, 0, 1]}', r"line 1: box is \[0, 0, 1\], not a list of x0, y0, x1, y1"),
         ('{"image": "a.jpg", "box": [0, 0, 1, true]}', "line 1: y1 is True, not a number"),
         ('{"image": "a.jpg", "box": [0, 0, 1, 1], "x0": 0}', "line 1: give box or x0, y0, x1, y1, not both"),
@@ -439,6 +536,7 @@ def test_cocoee(tmp_path):
     assert record.reference == tmp_path / "Ref_3500/000000000724_ref.png"
     assert record.boxes.tolist() == [[0.25, 0.125, 0.75, 0.625]]
     np.testing.assert_array_equal(record.masks[0].draw((64, 64)), drawn((16, 8, 48, 40), 64, 64))
+    assert record.fixed
     with pytest.raises(IndexError):
         source[2]
 
@@ -450,6 +548,10 @@ def test_incomplete_cocoee(tmp_path):
     (tmp_path / "Ref_3500/000000000724_ref.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 files of .* the first is .*000000000724_ref"):
         CocoEE(tmp_path)
+    for content in (b"", b"139"):
+        (tmp_path / "id_list.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"id_list\.npy cannot be read"):
+            CocoEE(tmp_path)
     np.save(tmp_path / "id_list.npy", np.zeros(3))
     with pytest.raises(ValueError, match="must hold a list of integers, got float64"):
         CocoEE(tmp_path)

@@ -56,6 +56,28 @@ def index(tmp_path):
     return tmp_path / "index"
 
 
+def test_each_record_is_a_photo(tmp_path, index):
+    source = OpenImages(index, pictures(tmp_path / "images"), area=(0.02, 0.8))
+    assert source.photos.tolist() == list(range(len(source)))
+    assert all(record.masks is None and not record.repaint_masks for record in source)
+
+
+@pytest.mark.parametrize("line", [1, 3])
+def test_rows_that_are_not_utf8_are_named(tmp_path, line):
+    rows = [HEADER, *ROWS]
+    rows[line - 1] += "é"
+    (tmp_path / "boxes.csv").write_bytes("\n".join(rows).encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"boxes\.csv, line {line} is not UTF-8 \(byte 0xe9\)"):
+        index_boxes(tmp_path / "boxes.csv", tmp_path / "index")
+
+
+@pytest.mark.parametrize("content, message", [("{", "is not JSON"), ("[1]", "has version None")])
+def test_broken_meta_is_named(index, content, message):
+    (index / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"meta\.json {message}.*; index again"):
+        open_images.read_facts(index)
+
+
 def test_records_hold_the_rows(tmp_path, index):
     source = OpenImages(index, pictures(tmp_path / "images"))
     assert len(source) == 4

@@ -31,7 +31,7 @@ def plain_example(record: Record, config: RecipeConfig, generator: torch.Generat
     """The example that `make_example` gives, as one writes it first with PIL and torchvision (and as the original
     does): decode, convert, normalise and mask the whole photo, then crop and resize.
 
-    For upright photos with a box each, squashed, without targets or object masks.
+    For upright photos with a box each, squashed, without targets or object masks. Its `source` is already masked.
     """
     with Image.open(record.image) as file:
         photo = file.convert("RGB")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pbe.data.recipe import Stages
     from pbe.windows import Box
 
-STAGES = ("photo", "window", "mask", "masked", "reference", "exemplar")
+STAGES = ("photo", "window", "mask", "masked", "reference", "exemplar", "target")
 COLOURS = {"box": (230, 30, 30), "grown": (255, 170, 0), "reference": (30, 160, 60), "window": (30, 90, 255)}
 
 
@@ -27,7 +27,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder for grid.png and a picture a stage and example")
     p.add_argument("-n", type=int, default=16, help="how many examples (default 16)")
     p.add_argument("--epoch", type=int, default=0, help="whose draws are shown (default 0)")
-    p.add_argument("--val", action="store_true", help="show validation examples")
+    split = p.add_mutually_exclusive_group()
+    split.add_argument("--val", action="store_true", help="show validation examples")
+    split.add_argument("--test", action="store_true", help="show test examples")
     return p
 
 
@@ -39,8 +41,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
     try:
         data = ExampleDataModule(load_config(args.config).data)
-        data.setup("fit")
-        dataset = data.val if args.val else data.train
+        data.setup("test" if args.test else "fit")
+        dataset = data.test if args.test else data.val if args.val else data.train
         if dataset is None:
             raise ValueError("there are no validation examples: set data.val_source or data.val_size")
         dataset.set_epoch(args.epoch)
@@ -77,11 +79,11 @@ def stage_pictures(stages: Stages) -> list[Image.Image]:
     from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
     example = stages.example
-    image, masked = example.image / 2 + 0.5, example.masked_image / 2 + 0.5
-    tinted = image + (1 - example.mask) * 0.5 * (torch.tensor([1.0, 0.2, 0.2])[:, None, None] - image)
+    source, masked, target = (x / 2 + 0.5 for x in (example.source, example.masked_image, example.image))
+    tinted = source + (1 - example.mask) * 0.5 * (torch.tensor([1.0, 0.2, 0.2])[:, None, None] - source)
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     exemplar = (example.exemplar * std + mean).clamp(0, 1)
-    tensors = (image, tinted, masked, stages.pixels.reference, exemplar)
+    tensors = (source, tinted, masked, stages.pixels.reference, exemplar, target)
     return [photo_with_boxes(stages), *map(to_pil_image, tensors)]
 
 
@@ -126,4 +128,5 @@ def captions_of(stages: Stages) -> list[str]:
         "",
         f"{plan.reference.width}x{plan.reference.height}" if record.reference is None else record.reference.name,
         "",
+        "" if record.target is None else record.target.name,
     ]

@@ -19,6 +19,7 @@ from pbe.data.records import (
     check_shape,
     clip_boxes,
     in_area,
+    number_photos,
     upright_size,
 )
 from pbe.pictures import fill_polygon
@@ -72,6 +73,22 @@ def decode_rle(rle: dict[str, Any]) -> np.ndarray:
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
+def check_segmentation(segmentation: Any) -> None:
+    """ValueError unless it looks like a list of polygons or an RLE; their numbers are not looked at."""
+    if isinstance(segmentation, dict):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+            raise ValueError(f"the size of an RLE is {size!r}, not [height, width]")
+        if not isinstance(counts, (list, str)):
+            raise ValueError(f"the counts of an RLE are {counts!r}, not a list or a text")
+    elif not isinstance(segmentation, list):
+        raise ValueError(f"segmentation is {segmentation!r}, not a list of polygons or an RLE")
+    else:
+        for ring in segmentation:
+            if not isinstance(ring, list) or len(ring) % 2:
+                raise ValueError(f"a polygon is {str(ring)[:40]}, not a list of x, y, x, y, ...")
+
+
 def read_segmentation(segmentation: Any, size: tuple[int, int]) -> MaskSource:
     """A COCO `segmentation` (list of polygons x, y, x, y, ... or an RLE) of a picture of `size` (height, width)."""
     if isinstance(segmentation, dict):
@@ -79,24 +96,79 @@ def read_segmentation(segmentation: Any, size: tuple[int, int]) -> MaskSource:
     return Polygons(tuple(np.reshape(ring, (-1, 2)) / (size[1], size[0]) for ring in segmentation))
 
 
+NUMBER, TEXT, ID = ((int, float), "a number"), ((str,), "a text"), ((int, str), "a number or a text")
+LIST = ((list,), "a list")
+FIELDS: dict[str, dict[str, tuple[tuple[type, ...], str]]] = {
+    "images": {"id": ID, "file_name": TEXT, "width": NUMBER, "height": NUMBER},
+    "categories": {"id": ID, "name": TEXT},
+    "annotations": {"image_id": ID, "category_id": ID, "bbox": LIST},
+}
+
+
+def read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The content of an annotation file. ValueError naming the file and the first entry that is not as it should be."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    for part, fields in FIELDS.items():
+        if not isinstance(content, dict) or not isinstance(content.get(part), list):
+            raise ValueError(f"{path} has no list {part!r}, as COCO's files of instances have")
+        for k, entry in enumerate(content[part]):
+            try:
+                check_fields(entry, fields)
+                if part == "images":
+                    check_image(entry)
+                if part == "annotations":
+                    check_annotation(entry)
+            except ValueError as error:
+                raise ValueError(f"{path}: {part}[{k}]: {error}") from None
+    return content
+
+
+def check_fields(entry: Any, fields: dict[str, tuple[tuple[type, ...], str]]) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"it is {str(entry)[:40]}, not an object")
+    for name, (kinds, expected) in fields.items():
+        if name not in entry:
+            raise ValueError(f"it has no {name}")
+        if not isinstance(entry[name], kinds):
+            raise ValueError(f"{name} is {str(entry[name])[:40]}, not {expected}")
+
+
+def check_image(image: dict[str, Any]) -> None:
+    if not (image["width"] > 0 and image["height"] > 0):
+        raise ValueError(f"its size is {image['width']}x{image['height']} (width x height)")
+
+
+def check_annotation(annotation: dict[str, Any]) -> None:
+    box = annotation["bbox"]
+    if len(box) != 4 or not all(isinstance(number, (int, float)) for number in box):
+        raise ValueError(f"bbox is {box}, not [x, y, width, height]")
+    if annotation.get("segmentation") and not annotation.get("iscrowd"):
+        check_segmentation(annotation["segmentation"])
+
+
 class Coco:
     """The pictures of an annotation file that have a box within `area` (least and most share of the picture).
 
     annotations: such as `instances_train2017.json`; read whole at the start. images: the folder of its `file_name`s.
     Crowds (`iscrowd`) are no single objects and left out. Records have masks where every object of a picture has a
-    segmentation. ValueError or FileNotFoundError where the file is no such file, or none of its pictures is there.
+    segmentation. ValueError or FileNotFoundError where the file is no such file, naming the first entry that is not
+    as it should be, or where none of its pictures is there.
     """
 
     def __init__(self, annotations: str | Path, images: str | Path, area: tuple[float, float] = (0.0, 1.0)) -> None:
         path = Path(annotations)
         self.name, self._images = str(path), Path(images)
-        content = json.loads(path.read_bytes())
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(content, dict) or key not in content:
-                raise ValueError(f"{path} has no entry {key!r}, as COCO's files of instances have")
+        content = read_annotations(path)
         names = {category["id"]: category["name"] for category in content["categories"]}
         objects = defaultdict(list)
         for annotation in content["annotations"]:
+            if annotation["category_id"] not in names:
+                raise ValueError(
+                    f"{path}: annotations name category {annotation['category_id']}, which is not among the categories"
+                )
             if not annotation.get("iscrowd"):
                 objects[annotation["image_id"]].append(annotation)
 
@@ -107,7 +179,7 @@ class Coco:
             x, y, w, h = np.array([annotation["bbox"] for annotation in found], dtype=np.float64).reshape(-1, 4).T
             corners = np.stack([x, y, x + w, y + h], axis=1) / np.tile([image["width"], image["height"]], 2)
             clipped, sound = clip_boxes(corners)
-            bad += [found[k]["id"] for k in np.flatnonzero(~sound)]
+            bad += [found[k] for k in np.flatnonzero(~sound)]
             chosen = np.flatnonzero(sound & in_area(clipped, area))
             if not chosen.size:
                 continue
@@ -124,7 +196,7 @@ class Coco:
         if bad:
             warnings.warn(
                 f"{path}: {len(bad)} boxes have no area inside their picture and are left out; the first is "
-                f"annotation {bad[0]}",
+                f"{bad[0]['bbox']} of image {bad[0]['image_id']}",
                 DataWarning,
                 stacklevel=2,
             )
@@ -134,6 +206,7 @@ class Coco:
             raise FileNotFoundError(f"none of the {len(files)} pictures of {path}, such as {files[0]}, is in {images}")
         self._files, self._sizes, self._ends = Texts(files), np.array(sizes), np.array(ends)
         self._boxes, self._labels = np.concatenate(boxes), Texts(labels)
+        self.photos = number_photos(files)
         # As texts and not as objects: those of COCO's 860,000 objects would take some gigabytes in every worker.
         self._segmentations = Texts(segmentations)
 

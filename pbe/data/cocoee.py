@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pbe.data.records import MaskFile, Record
+from pbe.data.records import MaskFile, Record, number_photos
 
 
 class CocoEE:
     """A folder of `GT_3500/<id>_GT.png`, `Ref_3500/<id>_ref.png`, `Mask_bbox_3500/<id>_mask.png` and `id_list.npy`.
 
-    The ids are zero-filled to 12 digits; masks are white where to repaint. Each record has one box and the mask it
-    was taken from. FileNotFoundError where any file is missing: results on a part of it compare with none.
+    The ids are zero-filled to 12 digits; masks are white where to repaint. Each record is fixed, with one box and the
+    mask it was taken from. FileNotFoundError where any file is missing: results on a part of it compare with none.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -21,10 +21,14 @@ class CocoEE:
         listed = self._folder / "id_list.npy"
         if not listed.is_file():
             raise FileNotFoundError(f"{listed}: there is no such file, and COCOEE has it")
-        ids = np.load(listed, allow_pickle=False)
+        try:
+            ids = np.load(listed, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{listed} cannot be read: {error}") from None
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"{listed} must hold a list of integers, got {ids.dtype} {ids.shape}")
         self._ids = ids
+        self.photos = number_photos(ids.tolist())
         missing = [path for i in range(len(ids)) for path in self._paths(i) if not path.is_file()]
         if missing:
             raise FileNotFoundError(f"{len(missing)} files of {folder} are missing; the first is {missing[0]}")
@@ -35,7 +39,7 @@ class CocoEE:
     def __getitem__(self, i: int) -> Record:
         image, reference, mask_file = self._paths(i)
         mask = MaskFile(mask_file).read()
-        return Record(image, mask.box(), (mask,), reference)
+        return Record(image, mask.box(), (mask,), reference, repaint_masks=True, fixed=True)
 
     def _paths(self, i: int) -> tuple[Path, Path, Path]:
         name = f"{self._ids[i]:012d}"

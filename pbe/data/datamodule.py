@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import lightning
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pbe.data.dataset import ExampleDataset, hold_out
 from pbe.data.example import collate, make_generator
-from pbe.data.recipe import RecipeConfig
+from pbe.data.recipe import RecipeConfig, changed
 from pbe.data.records import Source
 from pbe.data.sources import SourceConfig, open_source
 
@@ -23,10 +24,10 @@ _SHUFFLE = 3  # beside the purposes of a hash in dataset.py
 class DataConfig:
     """Where examples come from, and how they are loaded.
 
-    source: the training pictures. val_source: those of validation; without it, `val_size` pictures held out of
-        `source`, always the same ones; 0: no validation. test_source: those of the test.
-    recipe: how training examples are made. val_recipe: of validation and test; by default the same without
-        augmentation. COCOEE's boxes and masks are taken as they are with min_area 0, max_area 1, grow 0, object_mask 1.
+    source: the training pictures. val_source: those of validation; without it, `val_size` photos held out of `source`
+        with all their objects, always the same ones; 0: no validation. test_source: those of the test.
+    recipe: how training examples are made. val_recipe: what is different for validation and test; they are never
+        augmented unless it says `augment: true`. What COCOEE fixes is taken as it is, whatever the recipe.
     batch_size: examples a step and process (a GPU has one).
     workers: processes that make examples, beside each process that trains; 0: none.
     seed: of all that is random about the examples and their order.
@@ -37,7 +38,7 @@ class DataConfig:
     test_source: SourceConfig | None = None
     val_size: int = 0
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    val_recipe: RecipeConfig | None = None
+    val_recipe: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 4
     workers: int = 4
     seed: int = 0
@@ -47,10 +48,25 @@ class DataConfig:
             raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
         if self.workers < 0:
             raise ValueError(f"data.workers must be 0 or more, got {self.workers}")
-        if self.val_size < 0 or (self.val_size and self.val_source is not None):
+        if self.val_size < 0:
+            raise ValueError(f"data.val_size must be 0 or more, got {self.val_size}")
+        self.recipe_for_validation()
+
+    def recipe_for_validation(self) -> RecipeConfig:
+        """How examples of validation and test are made. ValueError for a wrong name or value in `val_recipe`."""
+        return changed(self.recipe, {"augment": False, **self.val_recipe}, "data.val_recipe")
+
+
+def check_sizes(config: DataConfig, multiple: int, exemplar_size: int) -> None:
+    """ValueError unless all examples suit a model whose pictures have sides of a `multiple` of pixels, and whose
+    exemplars are of `exemplar_size`."""
+    for key, recipe in (("data.recipe", config.recipe), ("data.val_recipe", config.recipe_for_validation())):
+        if recipe.resolution % multiple:
             raise ValueError(
-                f"data.val_size is how many pictures to hold out where there is no data.val_source, got {self.val_size}"
+                f"{key}.resolution must be a multiple of {multiple} for this model, got {recipe.resolution}"
             )
+        if recipe.exemplar_size != exemplar_size:
+            raise ValueError(f"{key}.exemplar_size must be {exemplar_size} for this model, got {recipe.exemplar_size}")
 
 
 class ExampleSampler(DistributedSampler):
@@ -138,7 +154,7 @@ class ExampleDataModule(lightning.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Opens the sources that the stage needs: "fit", "validate" or "test". ValueError for one that is not set."""
         config = self.config
-        val_recipe = config.val_recipe or replace(config.recipe, augment=False)
+        val_recipe = config.recipe_for_validation()
         if stage in ("fit", "validate") and self.train is None:
             source, val = open_for(config.recipe, config.source), None
             if config.val_source is not None:
@@ -169,9 +185,11 @@ class ExampleDataModule(lightning.LightningDataModule):
         return self._loader(self.test, InOrder(self.test, *self._processes()))
 
     @property
-    def skipped(self) -> dict[str, int]:
-        """How often a training picture could not be used, by reason, in this process and its workers."""
-        return self.train.skipped if self.train is not None else {}
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """How often a picture could not be used in this process and its workers: by "train", "val" or "test", as far as
+        they are set up, and by reason. All processes have the same keys."""
+        datasets = {"train": self.train, "val": self.val, "test": self.test}
+        return {split: dataset.skipped for split, dataset in datasets.items() if dataset is not None}
 
     def _processes(self) -> tuple[int, int]:
         """(rank, number of processes)"""

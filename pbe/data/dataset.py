@@ -26,7 +26,7 @@ class UnusablePictureWarning(UserWarning):
 
 
 class ExampleDataset(Dataset):
-    """One example a picture of the source and epoch.
+    """One example a record of the source and epoch.
 
     All that is random about example `i` follows from `seed`, the epoch and `i`. Where its picture cannot be used,
     one that these numbers choose takes its place; that is counted (`skipped`), and warned of once a file and process.
@@ -96,11 +96,15 @@ class ExampleDataset(Dataset):
 
 
 class Part:
-    """Some of a source's pictures, as a source: a share held out for validation, or the rest."""
+    """Some of a source's records, as a source: a share held out for validation, or the rest."""
 
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray, name: str):
         self.source, self.name = source, name
         self._indices = np.asarray(indices, dtype=np.int32)  # an array: workers share it, where lists would be copied
+
+    @property
+    def photos(self) -> np.ndarray:
+        return np.unique(self.source.photos[self._indices], return_inverse=True)[1]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -110,12 +114,18 @@ class Part:
 
 
 def hold_out(source: Source, n: int) -> tuple[Source, Source]:
-    """(the rest, n pictures) of a source, chosen at random but always the same ones.
+    """(the rest, all records of n photos) of a source, chosen at random but always the same ones.
 
-    ValueError unless 0 < n < len(source).
+    ValueError unless n is above 0 and less than the number of photos.
     """
-    if not 0 < n < len(source):
-        raise ValueError(f"{n} pictures cannot be held out of the {len(source)} of {source.name}")
-    order = torch.randperm(len(source), generator=make_generator(len(source))).numpy()
-    held, rest = np.sort(order[:n]), np.sort(order[n:])
-    return Part(source, rest, f"{source.name} (training)"), Part(source, held, f"{source.name} (held out)")
+    photos = source.photos
+    count = int(photos.max()) + 1
+    if not 0 < n < count:
+        raise ValueError(f"{n} pictures cannot be held out of the {count} of {source.name}")
+    chosen = np.zeros(count, dtype=bool)
+    chosen[torch.randperm(count, generator=make_generator(count))[:n].numpy()] = True
+    held = chosen[photos]  # (N,)
+    return (
+        Part(source, np.flatnonzero(~held), f"{source.name} (training)"),
+        Part(source, np.flatnonzero(held), f"{source.name} (held out)"),
+    )

@@ -15,23 +15,35 @@ _64_BITS = (1 << 64) - 1
 class Example(NamedTuple):
     """A photo with a region to repaint and the exemplar to repaint it as; in a batch each tensor has B in front.
 
-    image: (3, H, W) float32 in [-1, 1], what the edit should give. masked_image: (3, H, W), the source photo times
-    the mask. mask: (1, H, W) in {0, 1}, 1 = keep. exemplar: (3, S, S), CLIP-normalised. seed: int64 (), for the
-    draws of the training step (timestep, noise, posterior, dropped exemplar). file: for messages; a list in a batch.
+    image: (3, H, W) float32 in [-1, 1], what the edit should give. source: (3, H, W), the photo to edit; it is the same
+    tensor as `image` unless there is a target picture. mask: (1, H, W) in {0, 1}, 1 = keep. exemplar: (3, S, S),
+    CLIP-normalised. seed: int64 (), for the draws of the training step (timestep, noise, posterior, dropped exemplar).
+    file: for messages; a list in a batch.
     """
 
     image: Tensor
-    masked_image: Tensor
+    source: Tensor
     mask: Tensor
     exemplar: Tensor
     seed: Tensor
     file: str | list[str]
 
+    @property
+    def masked_image(self) -> Tensor:
+        """What is kept of the source, (3, H, W) in [-1, 1], gray (0) where it is repainted.
+
+        Computed and not stored: it need not travel from worker processes and to the device.
+        """
+        return self.source * self.mask
+
 
 def collate(examples: Sequence[Example]) -> Example:
-    """A batch of examples: tensors stacked, files in a list."""
-    batch = default_collate(list(examples))
-    return batch._replace(file=list(batch.file))
+    """A batch of examples: tensors stacked, files in a list; image and source are one tensor if they are in each."""
+    images, sources, masks, exemplars, seeds, files = zip(*examples, strict=True)
+    image = default_collate(images)
+    shared = all(a is b for a, b in zip(images, sources, strict=True))
+    source = image if shared else default_collate(sources)
+    return Example(image, source, default_collate(masks), default_collate(exemplars), default_collate(seeds), [*files])
 
 
 def hash64(*values: int) -> int:

@@ -21,13 +21,24 @@ import csv
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pbe.data.records import MaskArray, MaskFile, Record, Texts, check_shape, clip_boxes, in_area, upright_size
+from pbe.data.records import (
+    MaskArray,
+    MaskFile,
+    Record,
+    Texts,
+    check_shape,
+    clip_boxes,
+    in_area,
+    number_photos,
+    upright_size,
+)
 
 CORNERS = ("x0", "y0", "x1", "y1")
 ALIASES = {"file": "image", "class": "label"}
@@ -38,7 +49,7 @@ LARGEST_FRACTION = 1.5  # more than a box in fractions may reach over the edge, 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and rows of a `.csv` file with a header or a `.jsonl` file with an object a line; empty cells are
-    left out. ValueError for what is neither, and for a name that looks like one of COLUMNS misspelt."""
+    left out. ValueError for what is neither, and for a name that looks like one of COLUMNS misspelt or stands twice."""
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path}: a manifest ends in .csv or .jsonl")
@@ -52,33 +63,54 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, {ALIASES.get(name, name): value for name, value in row.items() if value not in ("", None)}
 
 
+def _read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, with their ends. ValueError naming the line that is not UTF-8."""
+    # Bytes that are not UTF-8 are let through at first: the decoder's own error knows of no line.
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.encode()
+            except UnicodeEncodeError as error:
+                byte = line[error.start].encode(errors="surrogateescape").hex()
+                raise ValueError(
+                    f"{path}, line {number} is not UTF-8 (byte 0x{byte}); save the file as UTF-8 text"
+                ) from None
+            if "\0" in line:
+                raise ValueError(f"{path}, line {number} holds a NUL byte; save the file as UTF-8 text")
+            yield line
+
+
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
+    reader = csv.DictReader(_read_lines(path), strict=True)
+    try:
+        names = reader.fieldnames or []
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{path}: column {twice!r} stands twice in its header")
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"{path}, line {reader.line_num}: its cells are not as many as the header's")
             yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.reader.line_num} is not CSV: {error}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {line} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {line} is not a JSON object: {text.strip()[:40]}")
-            yield line, row
+    for line, text in enumerate(_read_lines(path), start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {line} is not a JSON object: {text.strip()[:40]}")
+        yield line, row
 
 
 def _number(name: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} is {value!r}, not a number")
@@ -86,9 +118,22 @@ def _number(name: str, value: Any) -> float:
 
 
 def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "\0" in value:
         raise ValueError(f"{name} is {value!r}, not a text")
+    value.encode()  # a ValueError for half of a surrogate pair, which JSON can spell
     return value
+
+
+def _size(row: dict[str, Any]) -> list[float]:
+    """Height and width of a row; zeros where it has none."""
+    if "width" not in row and "height" not in row:
+        return [0, 0]
+    if "width" not in row or "height" not in row:
+        raise ValueError("width and height need each other")
+    size = [_number(name, row[name]) for name in ("height", "width")]
+    if min(size) < 1:
+        raise ValueError(f"width and height are {size[1]:g} and {size[0]:g}; a picture has 1 pixel at least")
+    return size
 
 
 def _corners(row: dict[str, Any]) -> list[float] | None:
@@ -121,13 +166,11 @@ class Manifest:
         for line, row in read_rows(Path(path)):
             try:
                 if "image" not in row:
-                    raise ValueError("it has no image (or file)")
+                    raise ValueError(f"it has no image (or file); it has: {', '.join(row) or 'nothing'}")
                 for name in TEXTS:
                     texts[name].append(_text(name, row.get(name, "")))
                 boxes.append(_corners(row) or [math.nan] * 4)
-                if ("width" in row) != ("height" in row):
-                    raise ValueError("width and height need each other")
-                sizes.append([_number(name, row.get(name, 0)) for name in ("height", "width")])
+                sizes.append(_size(row))
             except ValueError as error:
                 raise ValueError(f"{path}, line {line}: {error}") from None
             lines.append(line)
@@ -162,6 +205,7 @@ class Manifest:
             raise ValueError(f"{path}: no picture has a box of {area[0]:g} to {area[1]:g} of its area")
         self._rows = np.array([i for rows in records.values() for i in rows])
         self._ends = np.cumsum([0, *map(len, records.values())])
+        self.photos = number_photos([os.path.normpath(texts["image"][rows[0]]) for rows in records.values()])
         self._texts = {name: Texts(values) for name, values in texts.items()}
         self._images = self._find_images(images)
 
@@ -195,6 +239,7 @@ class Manifest:
             self._other(rows[0], "reference"),
             self._other(rows[0], "target"),
             tuple(labels[k] for k in chosen) if all(labels) else None,
+            repaint_masks=masks[0] is not None,
         )
 
     def _object(self, row: int, image: Path, size: tuple[int, int]) -> tuple[np.ndarray, MaskArray | MaskFile | None]:

@@ -63,7 +63,7 @@ def _read_rows(path: Path, progress: Callable[[int], Any]) -> Iterator[tuple[int
     """Blocks of rows as structured arrays of the columns wanted, each with its first row's line number."""
     with open(path, "rb") as file:
         header = file.readline()
-        names = header.decode("utf-8-sig").strip().split(",")
+        names = _decode(header, path, 1).removeprefix("\ufeff").strip().split(",")
         for name in ("ImageID", "LabelName", *COORDINATES):
             if name not in names:
                 raise ValueError(f"{path} has no column {name!r}, as OpenImages' files of boxes have; it has: {names}")
@@ -74,7 +74,7 @@ def _read_rows(path: Path, progress: Callable[[int], Any]) -> Iterator[tuple[int
         line = 2
         while block := file.read(BLOCK):
             block += file.readline()
-            text = block.decode("utf-8").replace("\r\n", "\n")
+            text = _decode(block, path, line).replace("\r\n", "\n")
             if not text.strip():  # blank lines at the end
                 continue
             try:
@@ -84,6 +84,15 @@ def _read_rows(path: Path, progress: Callable[[int], Any]) -> Iterator[tuple[int
             yield line, rows
             line += block.count(b"\n")
             progress(len(block))
+
+
+def _decode(block: bytes, path: Path, line: int) -> str:
+    """The text of a block that starts in this line; ValueError naming the line that is not UTF-8."""
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += block.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}, line {line} is not UTF-8 (byte 0x{block[error.start]:02x})") from None
 
 
 def _first_bad_row(text: str, line: int, names: list[str], columns: list[str]) -> str | None:
@@ -303,6 +312,10 @@ class OpenImages:
             raise ValueError(f"{index}: no picture has a box of {area[0]:g} to {area[1]:g} of its area")
         self._shards = self._find_pictures()
 
+    @property
+    def photos(self) -> np.ndarray:
+        return np.arange(len(self), dtype=np.uint32)
+
     def __len__(self) -> int:
         return len(self._chosen)
 
@@ -385,7 +398,11 @@ def read_facts(index: Path) -> IndexFacts:
     path = index / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"{index} is no index of boxes: it has no meta.json; `pbe index-boxes` writes one")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if values.get("version") != VERSION:
-        raise ValueError(f"{path} has version {values.get('version')}, this library reads {VERSION}; index again")
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; index again") from None
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version}, this library reads {VERSION}; index again")
     return IndexFacts(**{**values, "labels": tuple(values["labels"])})

@@ -10,9 +10,11 @@ exemplar pixels by (the exemplar's side) / 224.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -49,8 +51,9 @@ class RecipeConfig:
 
     grow: of the free space on a side of the box, the most that the box to repaint grows by.
     arbitrary_mask: probability of a Bezier shape in place of the grown box; jitter: of its points, in photo pixels.
-    object_mask: probability of the object's own outline in place of both, where it is known; object_mask_margin:
-        what it is grown by, in photo pixels.
+    object_mask: probability of the object's own mask in place of both, where there is one; None: 1 for masks of a
+        manifest, which say what to repaint, 0 for COCO's, which say where objects are. object_mask_margin: what it is
+        grown by, in photo pixels.
 
     augment: False switches off what the paper's ablation calls augmentation: every change of the exemplar, and the
         Bezier shapes.
@@ -73,7 +76,7 @@ class RecipeConfig:
     grow: float = 0.4
     arbitrary_mask: float = 0.5
     jitter: float = 5.0
-    object_mask: float = 0.0
+    object_mask: float | None = None
     object_mask_margin: float = 0.0
 
     augment: bool = True
@@ -87,8 +90,8 @@ class RecipeConfig:
     warp_shift: float = 50.0
 
     def __post_init__(self) -> None:
-        shares = ("min_area", "max_area", "shrink", "grow", "arbitrary_mask", "object_mask")
-        for name in (*shares, "flip", "rotation", "blur", "warp"):
+        shares = ["min_area", "max_area", "shrink", "grow", "arbitrary_mask", "flip", "rotation", "blur", "warp"]
+        for name in shares if self.object_mask is None else [*shares, "object_mask"]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"recipe.{name} must be between 0 and 1, got {getattr(self, name)}")
         for name in ("jitter", "object_mask_margin", "reference_margin", "rotation_degrees", "warp_shift"):
@@ -110,6 +113,36 @@ class RecipeConfig:
             raise ValueError(f"recipe.blur_kernels must be [smallest, largest], odd numbers, got {kernels}")
 
 
+def changed(recipe: RecipeConfig, changes: Mapping[str, Any], key: str) -> RecipeConfig:
+    """A recipe with other values for some of its fields.
+
+    ValueError for a name that is no field, a value of another type or out of bounds, named as in the config's `key`.
+    """
+    types = get_type_hints(RecipeConfig)
+    for name, value in changes.items():
+        if name not in types:
+            close = difflib.get_close_matches(name, types, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(types)}"
+            raise ValueError(f"{key}.{name}: a recipe has no {name!r}{hint}")
+        if not has_type(value, types[name]):
+            raise ValueError(f"{key}.{name} must be {RecipeConfig.__annotations__[name]}, got {value!r}")
+    try:
+        return replace(recipe, **changes)
+    except ValueError as error:
+        raise ValueError(str(error).replace("recipe", key, 1)) from None
+
+
+def has_type(value: Any, expected: Any) -> bool:
+    """Whether a value is of a field's type: a class, a list, a Literal or a union of these; an int is also a float."""
+    if get_origin(expected) is Literal:
+        return value in get_args(expected)
+    if get_origin(expected) is list:
+        return isinstance(value, list) and all(has_type(item, *get_args(expected)) for item in value)
+    if get_args(expected):
+        return any(has_type(value, choice) for choice in get_args(expected))
+    return type(value) is expected or (expected is float and type(value) is int)
+
+
 class Plan(NamedTuple):
     """Where everything is, in pixels of the upright photo."""
 
@@ -126,7 +159,7 @@ class Pixels(NamedTuple):
     """What was read and drawn, before augmentation: uint8 (3, h, w) pictures."""
 
     image: Tensor  # what the edit should give
-    source: Tensor  # the photo to edit; the same unless the record has a target
+    source: Tensor  # the photo to edit; the same tensor unless the record has a target
     repaint: Tensor  # bool (1, h, w)
     reference: Tensor  # (3, S, S)
 
@@ -145,10 +178,17 @@ def make_example(record: Record, config: RecipeConfig, generator: torch.Generato
 
     UnusablePicture if a picture of it is missing or unreadable, or no box has an area within the config's bounds.
     """
+    if record.fixed:
+        config = as_it_is(config)
     with Photo(record.image) as photo:
         plan = draw_plan(record, photo.size, config, generator)
         pixels = read_pixels(record, plan, photo, config)
     return Stages(record, plan, pixels, finish(record, plan, pixels, config, generator, seed))
+
+
+def as_it_is(config: RecipeConfig) -> RecipeConfig:
+    """The recipe for a fixed edit: its sizes and resampling, and no limit or change of what is given."""
+    return replace(config, augment=False, min_area=0.0, max_area=1.0, grow=0.0, object_mask=1.0, object_mask_margin=0.0)
 
 
 def draw_plan(record: Record, size: tuple[int, int], config: RecipeConfig, generator: torch.Generator) -> Plan:
@@ -158,14 +198,17 @@ def draw_plan(record: Record, size: tuple[int, int], config: RecipeConfig, gener
     grown = grow_box(box, size, config.grow, generator)
     px = max(size) / PHOTO_SIDE
 
-    if record.masks is not None and happens(config.object_mask, generator):
+    object_mask = float(record.repaint_masks) if config.object_mask is None else config.object_mask
+    if record.masks is not None and happens(object_mask, generator):
         outline = None
     elif config.augment and happens(config.arbitrary_mask, generator):
         outline = bezier_outline(box, grown, config.jitter * px, generator)
     else:
         outline = box_outline(grown)
 
-    if config.coverage is None:
+    if record.fixed:
+        window = None
+    elif config.coverage is None:
         window = paper_window(grown, size, config.shrink, config.fit == "letterbox", generator)
     else:
         window = coverage_window(grown, size, tuple(config.coverage), generator)
@@ -254,18 +297,22 @@ def finish(
     record: Record, plan: Plan, pixels: Pixels, config: RecipeConfig, generator: torch.Generator, seed: int
 ) -> Example:
     """Augments the exemplar, puts the letterbox around and brings everything to the networks' ranges."""
-    image, source = to_unit_range(pixels.image), to_unit_range(pixels.source)
-    mask = (~pixels.repaint).float()
     around = plan.place
-    if (around.width, around.height) != (config.resolution,) * 2:
-        sides = (around.x0, config.resolution - around.x1, around.y0, config.resolution - around.y1)
-        image, source = F.pad(image, sides), F.pad(source, sides)
-        mask = F.pad(mask, sides, value=1.0)
+    sides = (around.x0, config.resolution - around.x1, around.y0, config.resolution - around.y1)
+    image = source = letterbox(to_unit_range(pixels.image), sides, 0.0)
+    if pixels.source is not pixels.image:
+        source = letterbox(to_unit_range(pixels.source), sides, 0.0)
+    mask = letterbox((~pixels.repaint).float(), sides, 1.0)
     exemplar = pixels.reference.contiguous().float() / 255
     if config.augment:
         exemplar = augment_exemplar(exemplar, config, generator)
     exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
-    return Example(image, source * mask, mask, exemplar, torch.tensor(seed, dtype=torch.int64), str(record.image))
+    return Example(image, source, mask, exemplar, torch.tensor(seed, dtype=torch.int64), str(record.image))
+
+
+def letterbox(picture: Tensor, sides: tuple[int, int, int, int], value: float) -> Tensor:
+    """A picture with bars of this value on its left, right, top and bottom, so wide in pixels."""
+    return F.pad(picture, sides, value=value) if any(sides) else picture
 
 
 def to_unit_range(picture: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ orientation applied), so that they fit the picture at any size it is decoded to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -33,7 +33,9 @@ class Record(NamedTuple):
 
     boxes: (N, 4) float32, fractions. masks: one a box, or None where only boxes are known. reference: a picture to
     take as the exemplar in place of the crop. target: what the edited picture should be, in place of itself.
-    labels: one a box, or None.
+    labels: one a box, or None. repaint_masks: the masks are what to repaint, and do not only tell where objects are;
+    a recipe's `object_mask` comes before it. fixed: a benchmark's edit, with one box, its mask and a reference: the
+    whole picture, this mask and this reference are taken as they are, whatever the recipe.
     """
 
     image: Path
@@ -42,6 +44,8 @@ class Record(NamedTuple):
     reference: Path | None = None
     target: Path | None = None
     labels: tuple[str, ...] | None = None
+    repaint_masks: bool = False
+    fixed: bool = False
 
 
 class Source(Protocol):
@@ -52,10 +56,20 @@ class Source(Protocol):
 
     name: str
 
+    @property
+    def photos(self) -> np.ndarray:
+        """Each record's photo (N,), numbered from 0 to the number of photos: records of one photo have one number."""
+
     def __len__(self) -> int:
-        """The number of pictures."""
+        """The number of records."""
 
     def __getitem__(self, i: int) -> Record: ...
+
+
+def number_photos(names: Sequence[Hashable]) -> np.ndarray:
+    """Numbers (N,) as `Source.photos` has them, in the order of appearance; equal names are one photo."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], dtype=np.int32)
 
 
 # --- boxes ------------------------------------------------------------------------------------------------
