@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import time
-from collections import Counter
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,44 +41,64 @@ from pbe.sampling import NoiseSchedule, ddim, guided_eps, make_generators, randn
 class TrainingMetrics(Callback):
     """Logs, every `trainer.log_every_n_steps` optimiser steps, means over the samples of all processes since last time.
 
-    What is averaged are the 1-D tensors in `metrics` of a training step's result, which may be empty. Beside them: the
-    learning rate, pictures per second outside of validation, and the highest memory use in GiB (the device's on CUDA,
-    else the process's).
+    What is averaged are the 1-D tensors in `metrics` of a training step's result, a value a sample, NaN where a sample
+    has none. Beside them: the learning rate, pictures per second outside of validation, the highest memory use in GiB
+    (the device's on CUDA, else the process's), and how many pictures could not be used so far.
+
+    What was summed since the last line is in the checkpoints: a resumed run logs what an uninterrupted one does.
     """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}  # (2,) each: sum and count, on the device until they are logged
+        self.seconds = 0.0  # before this process began
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self.last_step = trainer.global_step
-        self.begin()
-
-    def begin(self) -> None:
-        self.sums: Counter[str] = Counter()
-        self.counts: Counter[str] = Counter()
-        self.num_pictures = 0
-        self.since = time.monotonic()
+        self.since = time.monotonic() - self.seconds
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         for name, values in outputs["metrics"].items():
-            self.sums[name] += values.sum().item()
-            self.counts[name] += len(values)
-        self.num_pictures += len(outputs["metrics"]["loss"])
+            counted = ~values.isnan()
+            total = torch.stack([values.nansum(), counted.sum()]).float()
+            self.totals[name] = self.totals[name].to(total.device) + total if name in self.totals else total
         step = trainer.global_step
         if step == self.last_step or step % trainer.log_every_n_steps:
             return
         self.last_step = step
-        totals = torch.tensor([*self.sums.values(), *self.counts.values(), self.num_pictures], dtype=torch.float64)
-        if trainer.world_size > 1:
-            totals = trainer.strategy.reduce(totals.to(pl_module.device), reduce_op="sum")
-        *totals, num_pictures = totals.tolist()
-        means = zip(self.sums, totals[: len(self.sums)], totals[len(self.sums) :], strict=True)
-        metrics = {f"train/{name}": total / count for name, total, count in means if count}
+        totals = self.reduced(trainer)
+        metrics = {f"train/{name}": total / count for name, (total, count) in totals.items() if count}
         metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        metrics["pictures_per_second"] = num_pictures / (time.monotonic() - self.since)
+        metrics["pictures_per_second"] = totals["loss"][1] / (time.monotonic() - self.since)
         metrics["peak_memory_gib"] = peak_memory(pl_module.device)
+        metrics |= skipped_pictures(trainer)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
-        self.begin()
+        self.totals, self.since = {}, time.monotonic()
+
+    def reduced(self, trainer: Trainer) -> dict[str, list[float]]:
+        """[sum, count] of each metric over all processes; the one place where the device is waited for."""
+        if not self.totals:
+            return {}
+        totals = torch.stack(list(self.totals.values()))
+        if trainer.world_size > 1:
+            totals = trainer.strategy.reduce(totals, reduce_op="sum")
+        return dict(zip(self.totals, totals.tolist(), strict=True))
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["metrics"] = {"totals": self.reduced(trainer), "seconds": time.monotonic() - self.since}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.seconds = checkpoint["metrics"]["seconds"]
+        # Sums over all processes go on in the first one alone.
+        own = 1.0 if trainer.is_global_zero else 0.0
+        totals = checkpoint["metrics"]["totals"].items()
+        self.totals = {name: torch.tensor(total) * own for name, total in totals}
 
     def on_validation_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self.paused = time.monotonic()
@@ -86,6 +106,16 @@ class TrainingMetrics(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         if not trainer.sanity_checking:
             self.since += time.monotonic() - self.paused
+
+
+def skipped_pictures(trainer: Trainer) -> dict[str, float]:
+    """How many pictures could not be used so far, over all processes, by split and reason; none: nothing."""
+    skipped = trainer.datamodule.skipped
+    counts = torch.tensor([n for reasons in skipped.values() for n in reasons.values()], dtype=torch.float64)
+    if trainer.world_size > 1:
+        counts = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
+    names = [f"data/skipped_{split}_{reason.replace(' ', '_')}" for split, of in skipped.items() for reason in of]
+    return {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}
 
 
 def peak_memory(device: torch.device) -> float:
@@ -160,7 +190,10 @@ class SamplesConfig:
 
 
 class SampleGrids(Callback):
-    """Writes `step-00001000.png` into `folder`: masked | exemplar | result | target, the same examples each time."""
+    """Writes `step-00001000.png` into `folder`: source | masked | exemplar | result | target of the same examples.
+
+    Where that fails for want of memory or of room on the disk, it warns, and training goes on.
+    """
 
     def __init__(self, folder: Path, config: SamplesConfig):
         self.folder, self.config = folder, config
@@ -177,21 +210,22 @@ class SampleGrids(Callback):
             return
         self.last_step = step
         if trainer.is_global_zero:
-            if self.examples is None:
-                self.examples = first_examples(trainer.datamodule.val_dataloader(), self.config.count)
-            average = pl_module.model_ema
-            if average:
-                average.swap()
-            with trainer.precision_plugin.forward_context():
-                picture = sample_grid(pl_module.model, self.examples, self.config)
-            if average:
-                average.swap()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            picture.save(self.folder / f"step-{step:08}.png")
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image("samples", T.pil_to_tensor(picture), step)
+            try:
+                self.write(trainer, pl_module, step)
+            except (OSError, torch.OutOfMemoryError) as error:
+                warnings.warn(f"no sample grid of step {step}: {error}", stacklevel=2)
         trainer.strategy.barrier("samples")
+
+    def write(self, trainer: Trainer, pl_module: lightning.LightningModule, step: int) -> None:
+        if self.examples is None:
+            self.examples = first_examples(trainer.datamodule.val_dataloader(), self.config.count)
+        with pl_module.averaged(), trainer.precision_plugin.forward_context():
+            picture = sample_grid(pl_module.model, self.examples, self.config)
+        with replacing(self.folder / f"step-{step:08}.png", overwrite=True) as part:
+            picture.save(part, "PNG")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", T.pil_to_tensor(picture), step)
 
 
 def first_examples(loader: Iterable[Example], count: int) -> Example:
@@ -202,9 +236,11 @@ def first_examples(loader: Iterable[Example], count: int) -> Example:
 
 @torch.no_grad()
 def sample_grid(model: PaintByExample, examples: Example, config: SamplesConfig) -> Image.Image:
-    """A row for each example (on any device): masked | exemplar | result | target. The result is the model's own
-    picture, before any compositing."""
-    masked_image, mask, exemplar = (x.to(model.device) for x in examples[1:4])
+    """A row for each example (on any device): source | masked | exemplar | result | target. The result is the model's
+    own picture, before any compositing."""
+    masked_image, mask, exemplar = (
+        x.to(model.device) for x in (examples.masked_image, examples.mask, examples.exemplar)
+    )
     condition = Condition(
         z_masked=model.vae.encode(masked_image).mean.float(),
         mask=latent_mask(mask, model.config.vae.downsampling),
@@ -217,9 +253,15 @@ def sample_grid(model: PaintByExample, examples: Example, config: SamplesConfig)
     H, W = masked_image.shape[-2:]
     result = model.vae.decode(z_0)[..., :H, :W]
     mean, std = (exemplar.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    columns = (masked_image / 2 + 0.5, exemplar * std + mean, result / 2 + 0.5, examples.image / 2 + 0.5)
-    rows = [[to_picture(one) for one in row] for row in zip(*columns, strict=True)]
-    return grid(rows, column_labels=["masked", "exemplar", "result", "target"], cell_height=max(128, min(H, 320)))
+    columns = {
+        "source": examples.source / 2 + 0.5,
+        "masked": masked_image / 2 + 0.5,
+        "exemplar": exemplar * std + mean,
+        "result": result / 2 + 0.5,
+        "target": examples.image / 2 + 0.5,
+    }
+    rows = [[to_picture(one) for one in row] for row in zip(*columns.values(), strict=True)]
+    return grid(rows, column_labels=list(columns), cell_height=max(128, min(H, 320)))
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -343,9 +385,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def prepare_folder(folder: Path, num_bytes: int) -> None:
-    """Makes a run's folder, removes what writing was interrupted in its `checkpoints`, and tries whether `num_bytes`
-    more can be written there. Raises `OSError` if not."""
+def prepare_folder(folder: Path) -> None:
+    """Makes a run's folder. Raises `OSError` if it cannot be written."""
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         trial = folder / f".{os.getpid()}.trial"
@@ -353,8 +394,16 @@ def prepare_folder(folder: Path, num_bytes: int) -> None:
         trial.unlink()
     except OSError as error:
         raise OSError(f"the run's folder {folder} cannot be written: {error.strerror or error}") from error
+
+
+def clear_parts(folder: Path) -> None:
+    """Removes the checkpoints of a run whose writing was interrupted."""
     for part in (folder / "checkpoints").glob(".step-*.part"):
         part.unlink()
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Raises `OSError` unless the disk has room for `num_bytes` of checkpoints."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(

@@ -55,9 +55,13 @@ class PaintByExampleRun(RunConfig):
 
 @dataclass
 class VAERun(RunConfig):
-    """Training an autoencoder."""
+    """Training an autoencoder.
+
+    init: a checkpoint whose autoencoder is where training starts, or "scratch", where `size` says how large it is.
+    """
 
     task: Literal["vae"] = "vae"
+    init: str = "scratch"
     size: VAEConfig = field(default_factory=VAEConfig)
     training: VAETrainingConfig = field(default_factory=VAETrainingConfig)
 

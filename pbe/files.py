@@ -1,5 +1,6 @@
-"""Writing files so that a crash leaves no half file."""
+"""Writing files so that a crash leaves no half file, and two processes do not write the same ones."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -36,3 +37,18 @@ def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
             if left.is_dir():
                 shutil.rmtree(left)
             left.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, holder: str) -> Iterator[None]:
+    """Keeps other processes that ask for the same lock out, for as long as this one lives or the block lasts.
+
+    Raises `BlockingIOError` that says `holder` where another process has it.
+    """
+    with path.open("a") as file:
+        try:
+            # lockf and not flock: data workers would inherit the latter, and keep it where a run was killed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise BlockingIOError(f"{holder} ({path})") from None
+        yield

@@ -26,6 +26,12 @@ class OptimizerConfig:
     decay_steps: int | None = None
 
     def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"optimizer.lr must be positive, got {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
+        if not 0 <= self.warmup_start <= 1:
+            raise ValueError(f"optimizer.warmup_start must be between 0 and 1, got {self.warmup_start}")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps must be at least 0, got {self.warmup_steps}")
         if self.decay_steps is not None and self.decay_steps < 1:

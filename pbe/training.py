@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -38,6 +40,10 @@ class TrainingConfig:
     drop_exemplar: the probability with which the learned null context stands in for the exemplar's, so that guidance
         has an unconditional prediction; drawn for each sample, or as in the original for a whole batch.
     ema_decay: of the parameters' moving average; None: no average.
+    loss: whose squared error is minimised: that of the predicted "noise", as in the paper, or that of the "velocity"
+        sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 it implies (Salimans and Ho 2022, arXiv 2202.00512, section 4),
+        which is the noise's over alpha_bar: it gives the noisiest timesteps, where form and colour are decided, as
+        much to say as the others, and lets a small model learn them sooner.
     gradient_checkpointing: compute the UNet's activations again in the backward pass: more time, far less memory.
     val_timesteps: where the validation loss is measured.
     """
@@ -47,6 +53,7 @@ class TrainingConfig:
     drop_exemplar: float = 0.2
     drop_exemplar_by: Literal["sample", "batch"] = "sample"
     ema_decay: float | None = None
+    loss: Literal["noise", "velocity"] = "noise"
     gradient_checkpointing: bool = False
     compile: bool = False
     channels_last: bool = False
@@ -55,10 +62,14 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.lora and (self.train or self.ema_decay is not None):
             raise ValueError("training.lora trains adapters alone, without averages: set train=[] and ema_decay=null")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"training.ema_decay must be between 0 and 1, or null for none, got {self.ema_decay}")
         if not self.train and not self.lora:
             raise ValueError(f"training.train is empty; it lists parts to train, of {', '.join(PARTS)}")
         if not 0 <= self.drop_exemplar <= 1:
             raise ValueError(f"training.drop_exemplar is a probability, got {self.drop_exemplar}")
+        if self.loss not in ("noise", "velocity"):
+            raise ValueError(f"training.loss must be noise or velocity, got {self.loss!r}")
         if not self.val_timesteps or not all(0 <= t < 1000 for t in self.val_timesteps):
             raise ValueError(f"training.val_timesteps must be timesteps from 0 to 999, got {self.val_timesteps}")
 
@@ -222,28 +233,40 @@ class PaintByExampleTraining(lightning.LightningModule):
         mask = latent_mask(example.mask, self.model.config.vae.downsampling)
         context = self.drop_exemplars(self.model.encode_exemplar(example.exemplar), draws.drop)
         losses = self.losses(z_0, z_masked, mask, context, draws.t, draws.noise)
-        loss = losses.mean()
+        loss = (losses * self.weights(draws.t)).mean()
         check_finite(loss, self.global_step + 1, example.file)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return {"loss": loss, "metrics": {"loss": losses.detach(), **self.by_band(losses.detach(), draws.t)}}
 
+    def weights(self, t: Tensor) -> Tensor:
+        """What the squared error of the noise at each timestep (B,) is multiplied by."""
+        if self.config.loss == "noise":
+            return torch.ones_like(t, dtype=torch.float32)
+        return (1 / self.schedule.alpha_bar).float().to(t.device)[t]
+
     def by_band(self, losses: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """The losses (B,) by bands of timesteps; a band may have none."""
+        """The losses (B,) by bands of timesteps, NaN where a sample is in another band."""
         T = self.schedule.num_timesteps
         edges = [T * i // NUM_BANDS for i in range(NUM_BANDS + 1)]
-        return {f"loss_t{a:03}-{b - 1:03}": losses[(t >= a) & (t < b)] for a, b in itertools.pairwise(edges)}
+        # not `losses[in_band]`, whose length a GPU would have to be asked for
+        return {
+            f"loss_t{a:03}-{b - 1:03}": losses.where((t >= a) & (t < b), math.nan) for a, b in itertools.pairwise(edges)
+        }
 
-    # --- validation ---------------------------------------------------------------------------------------
+    # --- validation and test ------------------------------------------------------------------------------
     # The same noise at the same timesteps each time, so that a difference is the model's; the averages, where there
     # are any, since they are what is used in the end.
 
-    def on_validation_start(self) -> None:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averages in the parameters' place, where there are any."""
         if self.model_ema:
             self.model_ema.swap()
-
-    def on_validation_end(self) -> None:
-        if self.model_ema:
-            self.model_ema.swap()
+        try:
+            yield
+        finally:
+            if self.model_ema:
+                self.model_ema.swap()
 
     def on_validation_epoch_start(self) -> None:
         self.val_losses: list[Tensor] = []  # (B, K) each, at the K timesteps
@@ -251,6 +274,11 @@ class PaintByExampleTraining(lightning.LightningModule):
         self.last_context: Tensor | None = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with self.averaged():
+            self.compare_exemplars(batch)
+
+    def compare_exemplars(self, batch: Batch) -> None:
+        """Losses of a validation batch with the right exemplars and with wrong ones."""
         example, draws = batch
         z_0, z_masked = self.encode(example, draws.posterior_noise)
         mask = latent_mask(example.mask, self.model.config.vae.downsampling)
@@ -270,6 +298,19 @@ class PaintByExampleTraining(lightning.LightningModule):
         self.last_context = context[-1:]
 
     def on_validation_epoch_end(self) -> None:
+        log_validation(self, self.compared("val"))
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        log_validation(self, self.compared("test"))
+
+    def compared(self, split: str) -> dict[str, float]:
+        """What `compare_exemplars` found, over all processes."""
         losses = torch.cat(self.val_losses).double().cpu()
         pairs = torch.cat([*self.val_pairs, self.val_losses[0].new_empty(0, 2)]).double().cpu()
         gain = pairs[:, 1] - pairs[:, 0]
@@ -279,15 +320,15 @@ class PaintByExampleTraining(lightning.LightningModule):
             sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
         *at_timesteps, right, wrong, squares, n, pairs_n = sums.tolist()
 
-        metrics = {f"val/loss_t{t:03}": x / n for t, x in zip(self.config.val_timesteps, at_timesteps, strict=True)}
-        metrics["val/loss"] = sum(metrics.values()) / len(metrics)
+        metrics = {f"{split}/loss_t{t:03}": x / n for t, x in zip(self.config.val_timesteps, at_timesteps, strict=True)}
+        metrics[f"{split}/loss"] = sum(metrics.values()) / len(metrics)
         if pairs_n > 1:
             gain = (wrong - right) / pairs_n
             variance = max(squares / pairs_n - gain**2, 0.0) * pairs_n / (pairs_n - 1)
-            metrics["val/loss_wrong_exemplar"] = wrong / pairs_n
-            metrics["val/exemplar_gain"] = gain  # how much worse a wrong exemplar is, and the standard error of that
-            metrics["val/exemplar_gain_se"] = (variance / pairs_n) ** 0.5
-        log_validation(self, metrics)
+            metrics[f"{split}/loss_wrong_exemplar"] = wrong / pairs_n
+            metrics[f"{split}/exemplar_gain"] = gain  # how much worse a wrong exemplar is, and its standard error
+            metrics[f"{split}/exemplar_gain_se"] = (variance / pairs_n) ** 0.5
+        return metrics
 
     # --- checkpoints --------------------------------------------------------------------------------------
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -20,12 +21,20 @@ from pbe.training import check_finite, log_validation
 
 @dataclass
 class VAETrainingConfig:
-    """kl_weight: of the Kullback-Leibler divergence, a mean over latent values, against the mean absolute error."""
+    """How an autoencoder is trained.
 
+    train: "all" of it, or the "decoder" alone: the latents stay what they are, and a model trained on them can take
+        the decoder over (`tools/checkpoint.py set-vae`).
+    kl_weight: of the Kullback-Leibler divergence, a mean over latent values, against the mean absolute error.
+    """
+
+    train: Literal["all", "decoder"] = "all"
     kl_weight: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.kl_weight < 0:
+        if self.train not in ("all", "decoder"):
+            raise ValueError(f"training.train must be all or decoder, got {self.train!r}")
+        if not self.kl_weight >= 0:
             raise ValueError(f"training.kl_weight must be at least 0, got {self.kl_weight}")
 
 
@@ -33,7 +42,8 @@ class VAETraining(lightning.LightningModule):
     """Trains an autoencoder on the images of batches of `Example`.
 
     Its checkpoints have the autoencoder's keys as they are in Paint by Example, and an entry `pbe` with `about` and
-    with the `latent_scale` that brings its latents to unit variance, measured on the validation pictures.
+    with the `latent_scale` that brings its latents to unit variance, measured on the validation pictures where the
+    encoder trains.
 
     Raises `FloatingPointError` in the step whose loss is not finite, naming the batch's files.
     """
@@ -46,8 +56,11 @@ class VAETraining(lightning.LightningModule):
         about: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        if vae.config.latent_scale != 1:
+        if config.train == "all" and vae.config.latent_scale != 1:
             raise ValueError(f"an autoencoder is trained with latent_scale 1, got {vae.config.latent_scale}")
+        if config.train == "decoder":
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
         self.vae, self.config, self.optimizer_config, self.about = vae, config, optimizer, dict(about or {})
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -93,19 +106,27 @@ class VAETraining(lightning.LightningModule):
     def measure_scale(self) -> float:
         """1 / the standard deviation of the validation pictures' latents."""
         sums = torch.zeros(3, dtype=torch.float64)  # of values, squares and ones
-        for batch in self.trainer.datamodule.val_dataloader():
+        loader = self.trainer.val_dataloaders or self.trainer.datamodule.val_dataloader()
+        for batch in itertools.islice(loader, self.num_scale_batches(len(loader))):
             example, noise = self.on_before_batch_transfer(batch, 0)
             z = self.vae.encode(example.image.to(self.device)).sample(noise.to(self.device)).cpu().double()
             sums += torch.tensor([z.sum().item(), z.square().sum().item(), z.numel()], dtype=torch.float64)
         first, second, n = total(self, sums)
         return (second / n - (first / n) ** 2) ** -0.5
 
+    def num_scale_batches(self, available: int) -> int:
+        """As many batches as validation uses; where it uses none, all."""
+        limit = self.trainer.limit_val_batches
+        limit = round(limit * available) if isinstance(limit, float) else limit
+        return min(limit, available) or available
+
     # --- checkpoints --------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {VAE_PREFIX + name.removeprefix("vae."): x for name, x in state.items()}
-        checkpoint["pbe"] = {"latent_scale": self.measure_scale(), **self.about}
+        scale = self.measure_scale() if self.config.train == "all" else self.vae.config.latent_scale
+        checkpoint["pbe"] = {"latent_scale": scale, **self.about}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]

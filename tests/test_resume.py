@@ -38,7 +38,7 @@ def same(a, b):
 
 
 def assert_same_run(run, whole):
-    for name in ("train/loss", "val/loss", "val/exemplar_gain", "lr"):
+    for name in ("train/loss", "train/loss_t500-749", "val/loss", "val/exemplar_gain", "lr"):
         assert toy_run.metrics(run, name) == toy_run.metrics(whole, name), name
     last, expected = toy_run.checkpoint(run, 24), toy_run.checkpoint(whole, 24)
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "data_position"):
@@ -92,3 +92,48 @@ def test_finished_and_made_longer(toy, whole, length, request):
     toy_run.run(toy, f"run={run}", *SETTINGS, *length)
     toy_run.run(toy, f"run={run}", *SETTINGS, "--resume")
     assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["trainer.accumulate_grad_batches=2"],  # of 5 batches an epoch: its last step has one
+        ["trainer.log_every_n_steps=4"],  # the checkpoint lies between two lines of the log
+        ["training={train: [], lora: {rank: 2}, ema_decay: null}"],
+        ["data.workers=2"],
+    ],
+    ids=["accumulation", "log window", "adapters", "workers"],
+)
+def test_resumed_runs_of_other_kinds(toy, settings, request):
+    kind = request.node.callspec.id.replace(" ", "_")
+    if kind == "adapters":
+        settings = [*settings, f"model={{init: {toy_run.write_model(toy.parent)}, size: null, vae: null}}"]
+    whole, run = toy.parent / f"{kind}_whole", toy.parent / f"{kind}_parts"
+    toy_run.run(toy, f"run={whole}", *SETTINGS, *settings)
+    (run / "checkpoints").mkdir(parents=True)
+    name = "step-00000009.ckpt"
+    (run / "checkpoints" / name).write_bytes((whole / "checkpoints" / name).read_bytes())
+    (run / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    toy_run.run(toy, f"run={run}", *SETTINGS, *settings, "--resume")
+    assert_same_run(run, whole)
+
+
+def test_resumed_autoencoder(toy):
+    settings = [
+        "task=vae",
+        "size={channels: 32, channel_mult: [1, 1], num_res_blocks: 1, latent_scale: 1.0}",
+        "optimizer={lr: 0.003, warmup_steps: 0}",
+        f"data={{val_size: 2, batch_size: 2, workers: 0, source: {{path: {toy}}}}}".replace("toy.yaml", "boxes.csv"),
+        "data.recipe={resolution: 32, exemplar_size: 16}",
+        "checkpoint.every_n_steps=2",
+        "trainer={accelerator: cpu, log_every_n_steps: 1, enable_progress_bar: false, enable_model_summary: false}",
+    ]
+    whole, parts = toy.parent / "vae_whole", toy.parent / "vae_parts"
+    toy_run.run(*settings, f"run={whole}", "trainer.max_steps=6")
+    toy_run.run(*settings, f"run={parts}", "trainer.max_steps=4")
+    toy_run.run(*settings, f"run={parts}", "trainer.max_steps=6", "--resume")
+    assert toy_run.metrics(parts, "train/l1") == toy_run.metrics(whole, "train/l1")
+    for name in ("state_dict", "optimizer_states"):
+        assert same(toy_run.checkpoint(parts, 6)[name], toy_run.checkpoint(whole, 6)[name]), name
+    scale = toy_run.checkpoint(whole, 6)["pbe"]["latent_scale"]
+    assert toy_run.checkpoint(parts, 6)["pbe"]["latent_scale"] == scale

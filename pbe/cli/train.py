@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import inspect
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import lightning
 
     from pbe.config import PaintByExampleRun, VAERun
+    from pbe.models.vae import AutoencoderKL
 
 EPILOG = """\
 examples:
@@ -29,6 +32,9 @@ A run's folder gets config.yaml, metrics.jsonl, samples/ and checkpoints/step-â€
 
 # arguments of lightning.Trainer that are no business of a config
 OURS = ("callbacks", "logger", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing")
+
+# 32-bit weights, computed with in 32 or 16 bits; weights of 16 bits alone would lose updates as small as these
+PRECISIONS = (32, "32", "32-true", "16-mixed", "bf16-mixed")
 
 # what Lightning warns of without reason
 UNTRUE_HERE = (
@@ -75,7 +81,25 @@ def train(config: PaintByExampleRun | VAERun, resume: bool = False) -> None:
     """
     from lightning.pytorch.utilities import rank_zero_only
 
-    from pbe.callbacks import list_checkpoints, prepare_folder, step_of
+    from pbe.callbacks import prepare_folder
+    from pbe.files import locked
+
+    check_trainer(config.trainer)
+    # Lightning starts the other processes later, from the same command.
+    guard = nullcontext()
+    if rank_zero_only.rank == 0:
+        folder = Path(config.run)
+        prepare_folder(folder)
+        guard = locked(folder / ".lock", f"another process is training in {folder}")
+    with guard:
+        run(config, resume)
+
+
+def run(config: PaintByExampleRun | VAERun, resume: bool) -> None:
+    """What `train` does once the folder is this run's alone."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from pbe.callbacks import check_room, clear_parts, list_checkpoints, skipped_pictures, step_of
     from pbe.config import save_config
     from pbe.data.datamodule import ExampleDataModule
 
@@ -89,13 +113,12 @@ def train(config: PaintByExampleRun | VAERun, resume: bool = False) -> None:
     last = checkpoints[-1] if checkpoints else None
     if last:
         check_same_run(config, last)
-    check_trainer(config.trainer)
     module = make_module(config)
-    # Lightning starts the other processes later, from the same command: they find the folder as it is now.
+    # The other processes find the folder as it is now.
     if rank_zero_only.rank == 0:
         adapters_only = getattr(config.training, "lora", None) is not None
-        nbytes = checkpoint_bytes(module, adapters_only)
-        prepare_folder(folder, nbytes * (config.checkpoint.keep + 1 - len(checkpoints)))
+        clear_parts(folder)
+        check_room(folder, checkpoint_bytes(module, adapters_only) * (config.checkpoint.keep + 1 - len(checkpoints)))
         save_config(config, folder / "config.yaml")
     data = ExampleDataModule(config.data)
     trainer = make_trainer(config, folder, step_of(last) if last else 0)
@@ -103,9 +126,10 @@ def train(config: PaintByExampleRun | VAERun, resume: bool = False) -> None:
         for message in UNTRUE_HERE:
             warnings.filterwarnings("ignore", message=message)
         trainer.fit(module, data, ckpt_path=last)
-    if trainer.is_global_zero and any(data.skipped.values()):
-        counts = ", ".join(f"{n} {reason}" for reason, n in data.skipped.items() if n)
-        print(f"pictures that could not be used and were replaced by others: {counts}")
+    skipped = skipped_pictures(trainer)
+    if trainer.is_global_zero and skipped:
+        counts = ", ".join(f"{n:.0f} {name.removeprefix('data/skipped_')}" for name, n in skipped.items())
+        print(f"pictures that could not be used and were replaced by others: {counts.replace('_', ' ')}")
 
 
 def check_same_run(config: PaintByExampleRun | VAERun, last: Path) -> None:
@@ -118,7 +142,7 @@ def check_same_run(config: PaintByExampleRun | VAERun, last: Path) -> None:
 
     before, now = open_checkpoint(last).extras["pbe"]["config"], to_dict(config)
     changed = []
-    for section in ("task", "seed", "model", "size", "training", "optimizer", "data"):
+    for section in ("task", "seed", "init", "model", "size", "training", "optimizer", "data"):
         old, new = flatten(before.get(section), section), flatten(now.get(section), section)
         changed += [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     changed = [key for key in changed if key not in ("data.workers", "data.batch_size")]  # the latter with the devices
@@ -138,6 +162,7 @@ def flatten(value: Any, prefix: str) -> dict[str, Any]:
 
 def make_module(config: PaintByExampleRun | VAERun) -> lightning.LightningModule:
     from pbe.config import PaintByExampleRun, to_dict
+    from pbe.data.datamodule import check_sizes
     from pbe.initialization import starting_model, starting_vae
     from pbe.training import PaintByExampleTraining
     from pbe.vae_training import VAETraining
@@ -145,8 +170,26 @@ def make_module(config: PaintByExampleRun | VAERun) -> lightning.LightningModule
     about = {"trained_on": f"{config.data.source.kind} {config.data.source.path}", "config": to_dict(config)}
     if isinstance(config, PaintByExampleRun):
         model = starting_model(config.model, config.seed)
+        check_sizes(config.data, model.config.vae.downsampling, model.config.exemplar.vision.image_size)
         return PaintByExampleTraining(model, config.training, config.optimizer, about)
-    return VAETraining(starting_vae(config.size, config.seed), config.training, config.optimizer, about)
+    if config.init == "scratch" and config.training.train == "decoder":
+        raise ValueError("training.train=decoder needs init=, a checkpoint whose encoder stays as it is")
+    vae = starting_vae(config.size, config.seed) if config.init == "scratch" else trained_vae(config)
+    return VAETraining(vae, config.training, config.optimizer, about)
+
+
+def trained_vae(config: VAERun) -> AutoencoderKL:
+    """The autoencoder in the checkpoint `config.init`; its latents are measured anew where its encoder trains."""
+    from pbe.checkpoints.meta import build_on_meta
+    from pbe.initialization import VAE_PREFIX, read_vae
+    from pbe.models.vae import AutoencoderKL
+
+    size, state = read_vae(config.init)
+    if config.training.train == "all":
+        size = dataclasses.replace(size, latent_scale=1.0)
+    vae = build_on_meta(AutoencoderKL, size)
+    vae.load_state_dict({name.removeprefix(VAE_PREFIX): x for name, x in state.items()}, assign=True)
+    return vae
 
 
 def checkpoint_bytes(module: lightning.LightningModule, adapters_only: bool) -> int:
@@ -168,6 +211,10 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean trainer.{close[0]}?" if close else ""
             raise ValueError(f"trainer.{name} is no argument of lightning.Trainer{hint}")
+    precision = arguments.get("precision", 32)
+    if precision not in PRECISIONS:
+        choices = ", ".join(str(known) for known in PRECISIONS[2:])
+        raise ValueError(f"trainer.precision={precision} is not one of {choices}")
 
 
 def make_trainer(config: PaintByExampleRun | VAERun, folder: Path, step: int) -> lightning.Trainer:
