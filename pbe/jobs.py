@@ -354,6 +354,9 @@ def identify(checkpoint: Path, dtype: torch.dtype) -> Weights:
 
     The checksum is over each file's size and evenly spaced samples of it, which takes no longer for large files.
     """
+    from pbe.checkpoints.reading import find_checkpoint
+
+    checkpoint = find_checkpoint(checkpoint)
     if not checkpoint.exists():
         raise FileNotFoundError(f"{checkpoint}: there is no such checkpoint")
     files = [checkpoint]

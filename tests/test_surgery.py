@@ -195,6 +195,24 @@ def test_merge(model, tmp_path, capsys):
     assert "add up to" in capsys.readouterr().err
 
 
+def test_set_vae(model, tmp_path, capsys):
+    entry = {**pbe_entry(CONFIG), "latent_scale": 0.7}
+    other = write(tmp_path / "other.ckpt", seeded_state(CONFIG, 2), pbe=entry)
+    out = tmp_path / "out.ckpt"
+    assert main(["set-vae", str(model), str(other), "--out", str(out)]) == 0
+    a, b = seeded_state(CONFIG, 1), seeded_state(CONFIG, 2)
+    loaded = pbe.load_model(out, device="cpu")
+    assert loaded.config.vae.latent_scale == 0.7
+    for name, x in loaded.state_dict().items():
+        assert torch.equal(x, (b if name.startswith("first_stage_model.") else a)[name]), name
+
+    vae = replace(CONFIG.vae, num_res_blocks=2)
+    odd = replace(CONFIG, vae=vae)
+    odd = write(tmp_path / "odd.ckpt", seeded_state(odd, 1), pbe=pbe_entry(odd))
+    assert main(["set-vae", str(model), str(odd), "--out", str(out), "--force"]) == 2
+    assert "the autoencoder has other sizes than that of" in capsys.readouterr().err
+
+
 def test_merge_refuses_another_architecture(model, sd, tmp_path, capsys):
     out = tmp_path / "merged.ckpt"
     assert main(["merge", str(model), str(sd), "--weights", "0.5", "0.5", "--out", str(out)]) == 2

@@ -1,8 +1,8 @@
 """Which names a checkpoint gives its tensors, and how they correspond to this library's.
 
-The library's modules hold the keys of the original Paint by Example checkpoint: CompVis names, and Hugging Face names
-for CLIP. Every other layout is one table of rules; a name that no rule lists is an error, and a name that is dropped on
-purpose is listed with its reason.
+The library's modules hold the keys of the original checkpoints: CompVis names, and for CLIP Hugging Face's, as Paint by
+Example has them; guided diffusion's own for its network. Every other layout is one table of rules; a name that no rule
+lists is an error, and a name that is dropped on purpose is listed with its reason.
 """
 
 import re
@@ -103,6 +103,11 @@ def openai_clip(vision_layers: int, text_layers: int) -> Table:
                 rules.append(Rule(q_k_v, (f"{b}.attn.in_proj_{kind}",)))
     return Table(tuple(rules), {"input_resolution|context_length|vocab_size": "sizes, which the shapes tell"})
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# OpenAI's guided diffusion: the state dict of the UNet alone
+
+GUIDED_DIFFUSION = Table(same("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # diffusers folders; names begin with the component's folder
@@ -261,6 +266,11 @@ LAYOUTS = (
     Layout("diffusers-stable-diffusion", "Stable Diffusion v1, diffusers folder", ("unet", "vae", "text_encoder")),
     Layout("openai-clip", "CLIP, OpenAI's layout", ("visual.conv1", "visual.proj", "token_embedding")),
     Layout("hf-clip", "CLIP, Hugging Face's layout", ("vision_model", "text_model", "visual_projection")),
+    Layout(
+        "guided-diffusion",
+        "guided diffusion (ADM), OpenAI's layout",
+        ("input_blocks", "middle_block.1.qkv", "output_blocks"),
+    ),
 )
 
 
@@ -284,6 +294,8 @@ def table_of(layout: Layout, names: Collection[str]) -> Table:
         return STABLE_DIFFUSION
     if layout.name == "hf-clip":
         return HF_CLIP
+    if layout.name == "guided-diffusion":
+        return GUIDED_DIFFUSION
     if layout.name == "openai-clip":
         return openai_clip(count(names, "visual.transformer.resblocks.*."), count(names, "transformer.resblocks.*."))
     unet_levels = count(names, "unet.down_blocks.*.")

@@ -12,6 +12,7 @@ from pbe.checkpoints.layouts import LAYOUTS, Layout, recognise, table_of
 from pbe.checkpoints.meta import build_on_meta
 from pbe.checkpoints.reading import Checkpoint, CheckpointError, open_checkpoint
 from pbe.checkpoints.rules import Recipe, Table, UnlistedNames, shorten
+from pbe.models.adm import ADM
 from pbe.models.clip import CLIP
 from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion
@@ -25,15 +26,17 @@ MODELS: Mapping[str, tuple[type[nn.Module], Callable]] = {
     "diffusers-stable-diffusion": (StableDiffusion, sizes.stable_diffusion_config),
     "openai-clip": (CLIP, sizes.clip_config),
     "hf-clip": (CLIP, sizes.clip_config),
+    "guided-diffusion": (ADM, sizes.adm_config),
 }
 
 
 def load_model(
     path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
-) -> PaintByExample | StableDiffusion | CLIP:
+) -> PaintByExample | StableDiffusion | CLIP | ADM:
     """The model that a checkpoint holds, in evaluation mode.
 
-    `path` is a file or folder in any layout that `pbe.checkpoints.layouts` lists: the class follows from it.
+    `path` is a file or folder in any layout that `pbe.checkpoints.layouts` lists: the class follows from it; or "demo",
+    the small Paint by Example that is part of this package.
     `device` "auto" is CUDA, else MPS, else the CPU; `dtype` "auto" is float16 on CUDA, else float32.
 
     A float32 file on the CPU is memory-mapped, not read: keep it where it is while the model is in use. Otherwise

@@ -17,7 +17,9 @@ from torch import Tensor
 from pbe.checkpoints.archives import Archive, parse_json, read_legacy, read_safetensors, read_zip
 from pbe.checkpoints.mapping import CheckpointError, StoredNumber, StoredTensor
 
-__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "read_state_dict"]
+__all__ = ["Checkpoint", "CheckpointError", "find_checkpoint", "open_checkpoint", "read_state_dict"]
+
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "weights" / "demo.ckpt"
 
 EXPECTED = (
     "expected a PyTorch checkpoint (.ckpt, .pt, .pth, .bin), a TorchScript archive, a .safetensors file "
@@ -113,8 +115,16 @@ class Checkpoint:
         return self.tensors[name]
 
 
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Where a checkpoint is: `path`, or for "demo" the small model that is part of this package (docs/demo-model.md).
+
+    A file of one's own that is called demo is "./demo".
+    """
+    return DEMO_MODEL if os.fspath(path) == "demo" else Path(path)
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a checkpoint without reading its tensors or executing anything in it.
+    """Open a checkpoint, or "demo", without reading its tensors or executing anything in it.
 
     Reads zip and pre-zip files of `torch.save` (Lightning checkpoints, whose weights are their `state_dict`, and plain
     state dicts), TorchScript archives, safetensors files, diffusers folders (names are prefixed with the component, as
@@ -123,7 +133,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises `FileNotFoundError`; `CheckpointError` where it is none of these or is damaged; `ImportError` where
     safetensors is needed and not installed.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():

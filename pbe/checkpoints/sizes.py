@@ -10,6 +10,7 @@ from typing import Any
 
 from pbe.checkpoints.layouts import count
 from pbe.checkpoints.reading import CheckpointError
+from pbe.models.adm import ADMConfig
 from pbe.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
 from pbe.models.paint_by_example import PaintByExampleConfig
@@ -28,6 +29,7 @@ class Hints:
     vision_heads: int | None = None
     text_heads: int | None = None
     mapper_heads: int | None = None
+    adm_head_channels: int | None = None
     exemplar_tokens: str | None = None
     latent_scale: float | None = None
     resolution: int | None = None
@@ -176,8 +178,37 @@ def clip_config(shapes: Shapes, hints: Hints) -> CLIPConfig:
     )
 
 
-def pbe_entry(config: PaintByExampleConfig | StableDiffusionConfig | CLIPConfig) -> dict[str, int | float | str]:
+def adm_config(shapes: Shapes, hints: Hints) -> ADMConfig:
+    """Sizes of guided diffusion's UNet."""
+    model_channels = shapes["time_embed.0.weight"][1]
+    # all but the highest level end, on the way up, with a second residual block, which doubles the size
+    up = [
+        i
+        for i in range(count(shapes, "output_blocks.*."))
+        if any(f"output_blocks.{i}.{j}.in_layers.2.weight" in shapes for j in (1, 2))
+    ]
+    num_res_blocks = up[0] if up else count(shapes, "output_blocks.*.") - 1
+    firsts = [1 + level * (num_res_blocks + 1) for level in range(len(up) + 1)]  # each level's first input block
+    widths = [shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0] for i in firsts]
+    return ADMConfig(
+        in_channels=shapes["input_blocks.0.0.weight"][1],
+        out_channels=shapes["out.2.weight"][0],
+        model_channels=model_channels,
+        channel_mult=tuple(width / model_channels for width in widths),
+        num_res_blocks=num_res_blocks,
+        attention_levels=tuple(n for n, i in enumerate(firsts) if f"input_blocks.{i}.1.qkv.weight" in shapes),
+        head_channels=hints.adm_head_channels or ADMConfig.head_channels,
+        num_classes=shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
+        resolution=hints.resolution or 8 * 2 ** len(up),  # the released models end at 8x8
+    )
+
+
+def pbe_entry(
+    config: PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConfig,
+) -> dict[str, int | float | str]:
     """The entry that files written by this library carry, from which `Hints.from_entry` reads the sizes back."""
+    if isinstance(config, ADMConfig):
+        return {"adm_head_channels": config.head_channels, "resolution": config.resolution}
     if isinstance(config, CLIPConfig):
         return {"vision_heads": config.vision.num_heads, "text_heads": config.text.num_heads}
     entry: dict[str, int | float | str] = {

@@ -16,6 +16,7 @@ from pbe.checkpoints.meta import build_on_meta
 from pbe.checkpoints.reading import CheckpointError
 from pbe.checkpoints.rules import shorten
 from pbe.checkpoints.sizes import clip_config, pbe_entry
+from pbe.models.adm import ADMConfig
 from pbe.models.clip import CLIPConfig
 from pbe.models.exemplar import ExemplarConfig, ExemplarEncoder
 from pbe.models.paint_by_example import PaintByExampleConfig
@@ -27,7 +28,7 @@ EMA_PREFIX = "model_ema."
 Tensors = dict[str, Tensor]
 
 
-def config_of(source: Source) -> PaintByExampleConfig | StableDiffusionConfig | CLIPConfig:
+def config_of(source: Source) -> PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConfig:
     """The sizes of the networks in a checkpoint; raises `CheckpointError` where they do not fit together."""
     return build(source).config
 
@@ -185,6 +186,20 @@ def diff(a: Source, b: Source) -> Iterator[Difference]:
             b.release(name)
 
 
+def set_vae(source: Source, vae: Mapping[str, Tensor]) -> Tensors:
+    """The networks' tensors with the autoencoder `vae`, under its keys in the original layout, in its own's place.
+
+    Raises `CheckpointError` unless it has the same names and shapes.
+    """
+    tensors = network(source)
+    own = {name: tuple(shape) for name, shape in source.shapes.items() if name.startswith("first_stage_model.")}
+    other = {name: tuple(x.shape) for name, x in vae.items()}
+    if own != other:
+        odd = sorted({name for name, _ in own.items() ^ other.items()})
+        raise CheckpointError(f"the autoencoder has other sizes than that of {source.checkpoint.path}: {shorten(odd)}")
+    return {**tensors, **{name: x.to(source.dtype(name)) for name, x in vae.items()}}
+
+
 def merge(sources: Sequence[Source], weights: Sequence[float]) -> Tensors:
     """The weighted sum of checkpoints, computed in float32, in the first one's dtypes.
 
@@ -196,7 +211,7 @@ def merge(sources: Sequence[Source], weights: Sequence[float]) -> Tensors:
     for other in sources[1:]:
         if other.recipes.keys() != first.recipes.keys() or config_of(other) != config_of(first):
             raise CheckpointError(f"{other.checkpoint.path} has other sizes than {first.checkpoint.path}")
-        if "clip" not in first.layout.name and input_order(other) != input_order(first):
+        if f"{FIRST_CONVOLUTION}.weight" in first.shapes and input_order(other) != input_order(first):
             raise CheckpointError(
                 f"{other.checkpoint.path} has the inputs {input_order(other)}, {first.checkpoint.path} has "
                 f"{input_order(first)}: expand brings them into one order"
@@ -246,6 +261,7 @@ NETWORKS = {
     "cond_stage_model.transformer.text_model": "CLIP text",
     "vision_model": "CLIP vision",
     "text_model": "CLIP text",
+    **dict.fromkeys(("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"), "ADM"),
 }
 
 

@@ -64,6 +64,10 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     sub.add_argument("adapter", type=Path)
     sub.add_argument("--weight", type=float, default=1.0, help="how much of the adapters shows (default 1)")
 
+    sub = add("set-vae", set_vae, "put another checkpoint's autoencoder in the place of this one's")
+    sub.add_argument("checkpoint", type=Path)
+    sub.add_argument("vae", type=Path, help="a checkpoint that holds an autoencoder of the same sizes")
+
     sub = add("seed", seed, "write random weights in the original layout, for trials and timings", out="a .ckpt file")
     sub.add_argument("--size", choices=("full", "small"), default="small", help="the released model's, or small")
     sub.add_argument("--seed", type=int, default=0)
@@ -211,6 +215,21 @@ def merge_lora(args: argparse.Namespace) -> int:
     lora.load_lora(model, args.adapter, args.weight)
     lora.merge_lora(model)
     save_checkpoint(model.state_dict(), args.out, entry, overwrite=args.force)
+    return 0
+
+
+def set_vae(args: argparse.Namespace) -> int:
+    from pbe.checkpoints import surgery
+    from pbe.checkpoints.loading import open_source
+    from pbe.checkpoints.writing import save_checkpoint
+    from pbe.initialization import read_vae
+
+    check_output(args)
+    source = open_source(args.checkpoint)
+    entry = surgery.entry_of(source)
+    size, state = read_vae(args.vae)
+    entry["latent_scale"] = size.latent_scale
+    save_checkpoint(surgery.set_vae(source, state), args.out, entry, overwrite=args.force)
     return 0
 
 

@@ -99,7 +99,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
 
     g = p.add_argument_group("model")
-    g.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint, or a folder of diffusers")
+    g.add_argument(
+        "--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint, a folder of diffusers, or demo"
+    )
     g.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     g.add_argument(
         "--dtype", metavar="NAME", default="auto", help="auto (default: float16 on cuda), float32, bfloat16, float16"

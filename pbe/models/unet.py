@@ -1,17 +1,16 @@
 """The denoising UNet of Stable Diffusion v1 and Paint by Example (Rombach et al. 2022, arXiv 2112.10752).
 
-Attribute names are the keys of the CompVis checkpoints. The numbered children of a residual block's `in_layers`,
-`emb_layers` and `out_layers` are those of the sequences in the original: a norm, SiLU, dropout, a convolution.
-`input_blocks`, `middle_block` and `output_blocks` are lists of short sequences: a residual block, then a transformer or
-a change of resolution where the level has one.
+Attribute names are the keys of the CompVis checkpoints. `input_blocks`, `middle_block` and `output_blocks` are lists of
+short sequences: a residual block, then a transformer or a change of resolution where the level has one.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pbe.models.blocks import ResBlock, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -38,40 +37,6 @@ class UNetConfig:
             width = self.model_channels * self.channel_mult[i]
             if width % self.num_heads:
                 raise ValueError(f"{width} channels at level {i} do not divide into num_heads={self.num_heads}")
-
-
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Cosines then sines of the timesteps t (B,) at `dim / 2` geometric frequencies; float32 (B, dim)."""
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponent)  # (B, half)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class ResBlock(nn.Module):
-    """Two 3x3 convolutions around a skip; the timestep's embedding is added between them."""
-
-    def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
-        super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
-            nn.SiLU(),
-            nn.Identity(),  # the original's dropout, always 0: it keeps the convolution's number
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
-        if in_channels != out_channels:
-            self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
-        else:
-            self.skip_connection = nn.Identity()
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)
-        h = h + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
 
 
 class Attention(nn.Module):

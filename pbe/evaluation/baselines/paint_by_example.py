@@ -1,0 +1,43 @@
+"""Paint by Example as the paper's benchmark ran it: the whole frame, PLMS, 50 steps, guidance 5."""
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from pbe.checkpoints.loading import load_model
+from pbe.editing import edit as edit_picture
+from pbe.evaluation.baselines.systems import Edit, Weights
+from pbe.models.paint_by_example import PaintByExample
+
+
+@dataclass(frozen=True, eq=False)
+class PaintByExampleSystem:
+    """Paints the exemplar's object with this library's own `edit`, without putting the photo's pixels back."""
+
+    model: PaintByExample
+    steps: int = 50
+    guidance: float = 5.0
+    sampler: str = "plms"
+
+    @classmethod
+    def load(cls, weights: Weights) -> "PaintByExampleSystem":
+        """Raises as `load_model` does, and ValueError where the file is not given or is of another kind."""
+        model = load_model(weights.path("paint_by_example"), weights.device, weights.dtype)
+        if not isinstance(model, PaintByExample):
+            raise ValueError(f"{weights.paint_by_example} holds a {type(model).__name__}, not a Paint by Example")
+        return cls(model)
+
+    def __call__(self, edit: Edit) -> Image.Image:
+        (picture,) = edit_picture(
+            self.model,
+            Image.fromarray(edit.photo),
+            edit.repaint,
+            edit.exemplar,
+            steps=self.steps,
+            guidance=self.guidance,
+            sampler=self.sampler,
+            seed=edit.seed,
+            window="full",
+            composite=False,
+        )
+        return picture

@@ -1,0 +1,76 @@
+"""Blocks that the UNets share: the timestep's embedding and the residual block.
+
+Attribute names are the keys of the CompVis and guided-diffusion checkpoints: the numbered children of a residual
+block's `in_layers`, `emb_layers` and `out_layers` are those of the sequences in the originals, a norm, SiLU, dropout, a
+convolution.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Cosines then sines of the timesteps t (B,) at `dim / 2` geometric frequencies; float32 (B, dim)."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponent)  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a skip, told the timestep by an embedding between them.
+
+    The embedding is added, or with `scale_shift` it scales and shifts the second norm's output (Dhariwal and Nichol
+    2021, arXiv 2105.05233, adaptive group normalisation). `resample` halves or doubles both paths before the first
+    convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int,
+        scale_shift: bool = False,
+        resample: Literal["down", "up"] | None = None,
+    ):
+        super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1)))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Identity(),  # the originals' dropout, 0 here: it keeps the convolution's number
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        if in_channels != out_channels:
+            self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
+        else:
+            self.skip_connection = nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.resample is None:
+            h = self.in_layers(x)
+        else:
+            norm, act, conv = self.in_layers
+            h = conv(resized(act(norm(x)), self.resample))
+            x = resized(x, self.resample)
+        emb = self.emb_layers(emb)[:, :, None, None]
+        if self.scale_shift:
+            norm, act, dropout, conv = self.out_layers
+            scale, shift = emb.chunk(2, dim=1)
+            h = conv(dropout(act(norm(h) * (1 + scale) + shift)))
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+
+def resized(x: Tensor, how: Literal["down", "up"]) -> Tensor:
+    """x (B, C, h, w) at half its size, averaged, or twice its size, repeated."""
+    return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
