@@ -20,8 +20,10 @@ def version() -> str:
 SAFETENSORS = ["safetensors>=0.4"]
 LOG = ["tensorboard>=2.14"]
 PLOT = ["matplotlib>=3.7"]
+APP = ["gradio>=6.29"]
+EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
 # ruff is pinned: another version formats and finds other things.
-TEST = ["pytest>=8", "ruff==0.17.6", "diffusers>=0.33", "transformers>=4.48", *SAFETENSORS]
+TEST = ["pytest>=8", "ruff==0.17.6", "diffusers>=0.33", "transformers>=4.48", *SAFETENSORS, *APP, *EVAL]
 
 setup(
     name="pbe",
@@ -39,6 +41,7 @@ setup(
         "torch>=2.6",
         "torchvision",
         "lightning>=2.4",
+        "torchmetrics>=1.4",
         "omegaconf>=2.4",
         "ftfy",
         "regex",
@@ -50,8 +53,10 @@ setup(
         "safetensors": SAFETENSORS,
         "log": LOG,
         "plot": PLOT,
+        "app": APP,
+        "eval": EVAL,
         "test": TEST,
-        "dev": [*TEST, *LOG, *PLOT],
+        "dev": [*TEST, *LOG, *PLOT, "playwright>=1.65"],
     },
     entry_points={"console_scripts": ["pbe = pbe.cli:main"]},
     classifiers=[

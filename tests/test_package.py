@@ -17,8 +17,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-MASKS = {"coffee_mask.png": "coffee.png", "china_mask.png": "china.jpg"}
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+MASKS = {"coffee_mask.png": "coffee.png", "china_mask.png": "china.jpg", "flower_mask.png": "flower.jpg"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "torch_fidelity": "torch-fidelity",
+}
 
 
 @pytest.fixture
@@ -148,7 +153,7 @@ def test_example_masks_fit_their_photos(mask, photo):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_example_masks_are_what_the_script_draws(mask):
-    script = runpy.run_path(str(EXAMPLES / "make_masks.py"))
+    script = runpy.run_path(str(EXAMPLES / "make_examples.py"))
     drawn = np.asarray(script[Path(mask).stem]())
     with Image.open(EXAMPLES / mask) as stored:
         # Pillow's releases may differ along the outline, about 1 % of the pixels.

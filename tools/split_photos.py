@@ -2,9 +2,9 @@
 
 python tools/split_photos.py ../shared/data/clothing ../shared/data/flowers --out runs/data
 
-A photo is held out by its file name's hash: always the same ones, whatever else is added. Both files are in the order of
-those hashes, so that their first rows are of every kind. A folder named twice is twice in `train.csv`: its photos are seen
-twice as often.
+A photo is held out by its file name's hash: always the same ones, whatever else is added. Both files are in the order
+of those hashes, so that their first rows are of every kind. A folder named twice is twice in `train.csv`: its photos are
+seen twice as often.
 """
 
 import argparse

@@ -8,9 +8,11 @@ import pbe
 # Each module has `main(argv, prog) -> exit code`, and is imported only when its command is chosen.
 COMMANDS = {
     "edit": ("pbe.cli.inference", "repaint the masked part of a photo, or of a batch of photos"),
+    "app": ("pbe.cli.app", "serve a page on which photos are edited by hand"),
     "checkpoint": ("pbe.cli.checkpoint", "look into checkpoints and change them"),
     "train": ("pbe.cli.train", "train or fine-tune, as a YAML file says"),
     "index-boxes": ("pbe.cli.index_boxes", "make the boxes of OpenImages quick to look up"),
+    "evaluate": ("pbe.cli.evaluate", "score a checkpoint, or any results, on COCOEE or a benchmark like it"),
     "show-data": ("pbe.cli.show_data", "see what becomes of training pictures, stage by stage"),
 }
 

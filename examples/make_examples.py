@@ -1,8 +1,11 @@
-"""Draws the masks of the example photos, white where the photo is to be repainted: `python examples/make_masks.py`."""
+"""Draws the masks of the example photos, white where the photo is to be repainted, and the recoloured exemplars.
+
+python examples/make_examples.py
+"""
 
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 HERE = Path(__file__).resolve().parent
 
@@ -23,6 +26,10 @@ PAVILION = [
     (118, 95), (150, 88), (182, 68), (189, 52),
 ]  # fmt: skip
 
+DAHLIA = (160, 78, 456, 370)
+# Turns of the hue, where 256 is the whole circle, and what is left of the saturation.
+COLOURS = {"red": (-14, 1.25), "yellow": (18, 1.3), "pink": (-38, 0.8), "violet": (-70, 0.7), "white": (0, 0.12)}
+
 
 def coffee_mask() -> Image.Image:
     mask = Image.new("L", (600, 400))
@@ -38,6 +45,28 @@ def china_mask() -> Image.Image:
     return mask
 
 
+def flower_mask() -> Image.Image:
+    mask = Image.new("L", (640, 427))
+    ImageDraw.Draw(mask).ellipse(DAHLIA, fill=255)
+    return mask
+
+
+def recoloured(flower: Image.Image, turn: int, saturation: float) -> Image.Image:
+    """The dahlia in another colour, mirrored and smaller; the leaves behind it keep theirs."""
+    hue, strength, value = flower.convert("HSV").split()
+    hue = hue.point([(h + turn) % 256 for h in range(256)])
+    strength = strength.point([min(255, round(s * saturation)) for s in range(256)])
+    other = Image.merge("HSV", (hue, strength, value)).convert("RGB")
+    red, _, blue = flower.split()
+    petals = ImageChops.subtract(red, blue).point([min(255, 6 * max(0, x - 20)) for x in range(256)])
+    petals = petals.filter(ImageFilter.MedianFilter(5)).filter(ImageFilter.GaussianBlur(1))
+    return ImageOps.mirror(Image.composite(other, flower, petals)).resize((196, 196), Image.Resampling.LANCZOS)
+
+
 if __name__ == "__main__":
     coffee_mask().save(HERE / "coffee_mask.png", optimize=True)
     china_mask().save(HERE / "china_mask.png", optimize=True)
+    flower_mask().save(HERE / "flower_mask.png", optimize=True)
+    with Image.open(HERE / "flower.png") as flower:
+        for name, change in COLOURS.items():
+            recoloured(flower.convert("RGB"), *change).save(HERE / f"flower_{name}.jpg", quality=92)

@@ -1,0 +1,45 @@
+"""`pbe app`: serve a page on which photos are edited by hand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog=prog, description=__doc__)
+    p.add_argument(
+        "--ckpt",
+        type=Path,
+        default=Path("demo"),
+        metavar="FILE",
+        help="a checkpoint, a folder of diffusers, or demo (default): the small model that comes with this package",
+    )
+    p.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    p.add_argument(
+        "--dtype", metavar="NAME", default="auto", help="auto (default: float16 on cuda), float32, bfloat16, float16"
+    )
+    p.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1; 0.0.0.0: for the whole network)"
+    )
+    p.add_argument("--port", type=int, default=7860, help="default 7860")
+    return p
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Serves the page until it is interrupted; returns the exit code."""
+    args = parser(prog).parse_args(argv)
+    try:
+        from pbe.app import build_page, files_of_page, serve, warnings_on_page
+        from pbe.jobs import identify, load_editor
+
+        model = load_editor(args.ckpt, args.device, args.dtype)
+        with files_of_page(), warnings_on_page():
+            page = build_page(model, identify(args.ckpt, model.dtype))
+            print(f"serving at {serve(page, args.host, args.port)} (Ctrl+C ends it)", flush=True)
+            page.block_thread()
+    except (ValueError, OSError, MemoryError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
