@@ -1,0 +1,264 @@
+"""A benchmark like COCOEE from COCO-format data (arXiv 2211.13227, section 4.1).
+
+A source is a square part of a photo with one object's box to repaint; its reference is the patch of an object of the
+same category in another photo, the one whose features are nearest to those of the source's own object.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pbe import __version__
+from pbe.data.records import Record, Source, upright_size
+from pbe.evaluation.backbones import Backbone
+from pbe.evaluation.benchmark import MANIFEST
+from pbe.evaluation.stand_in import object_box
+from pbe.evaluation.views import read_rgb, squared
+from pbe.files import replacing
+from pbe.windows import Box
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What a benchmark is made by.
+
+    num_items: how many sources; None takes all that fit.
+    size: side of the sources in pixels. area: least and most share of a source that its box takes.
+    grow: pixels of a reference's surroundings on each side of its box, as in training.
+    min_side: of a reference's box, in pixels.
+    candidates: how many objects of a category, drawn by the seed, are looked at for references.
+    """
+
+    num_items: int | None = 3500
+    size: int = 512
+    area: tuple[float, float] = (0.02, 0.8)
+    grow: int = 10
+    min_side: int = 32
+    candidates: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_items is not None and self.num_items < 2:
+            raise ValueError(f"num_items must be 2 or more, got {self.num_items}")
+        if self.size < 16 or self.min_side < 1 or self.candidates < 1 or self.grow < 0:
+            raise ValueError("size must be 16 or more, min_side and candidates 1 or more, grow 0 or more")
+        if not 0 < self.area[0] < self.area[1] < 1:
+            raise ValueError(f"area must be two shares, 0 < least < most < 1, got {self.area}")
+
+
+class _Object(NamedTuple):
+    """One box of a data set: the record's position and the box's in it."""
+
+    record: int
+    box: int
+
+
+class _Chosen(NamedTuple):
+    """A source before its reference is known."""
+
+    id: int
+    record: Record
+    box: Box  # in the photo
+    window: Box
+    label: str
+
+
+def build_benchmark(
+    sources: Source,
+    references: Source,
+    out: str | Path,
+    backbone: Backbone,
+    config: BuildConfig = BuildConfig(),
+    overwrite: bool = False,
+    on_item: Callable[[], None] | None = None,
+) -> int:
+    """Writes a folder in COCOEE's layout with `benchmark.json`, and returns the number of its items.
+
+    `sources` and `references` may be one data set: an object's own photo is never its reference. The same data,
+    settings and backbone give the same folder. Sources whose category has no object in another photo are left out.
+    Ids are those in the files' names, as in COCO's, if all have one; else they count from 1.
+
+    ValueError where labels are missing or nothing fits; FileExistsError for an existing folder unless `overwrite`.
+    """
+    out = Path(out)
+    if out.exists() and not (overwrite and (out / "id_list.npy").is_file()):
+        raise FileExistsError(f"{out} exists; --force (overwrite=True) replaces it, if it is a benchmark")
+    rng = np.random.default_rng(config.seed)
+    candidates = _by_label(references, config, rng)
+    ids = _ids(sources)
+    features: dict[str, tuple[list[_Object], Tensor]] = {}
+    items = []
+    with replacing(out, overwrite) as part:
+        for folder in ("GT_3500", "Ref_3500", "Mask_bbox_3500"):
+            (part / folder).mkdir(parents=True)
+        for i in rng.permutation(len(sources)).tolist():
+            if len(items) == config.num_items:
+                break
+            chosen = _choose(sources[i], ids[i], config, rng)
+            if chosen is None or chosen.label not in candidates:
+                continue
+            if chosen.label not in features:
+                features[chosen.label] = _candidate_features(candidates[chosen.label], references, backbone, config)
+            found = _nearest(chosen, references, *features[chosen.label], backbone, config)
+            if found is None:
+                continue
+            reference, similarity = found
+            items.append(_write(part, chosen, references[reference.record], reference.box, similarity, config))
+            if on_item is not None:
+                on_item()
+        if len(items) < 2:
+            raise ValueError(
+                f"{sources.name} gives {len(items)} items: boxes of {config.area[0]:g} to {config.area[1]:g} of a "
+                f"square, whose category has a box of {config.min_side} pixels or more in another photo, are too few"
+            )
+        items.sort(key=lambda item: item["id"])
+        np.save(part / "id_list.npy", np.array([item["id"] for item in items], dtype=np.int64))
+        manifest = {
+            "pbe": __version__,
+            "sources": Path(sources.name).name,
+            "references": Path(references.name).name,
+            "backbone": {"name": backbone.name, "file": backbone.file, "sha256": backbone.sha256},
+            "settings": asdict(config),
+            "items": items,
+        }
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return len(items)
+
+
+# --- sources ----------------------------------------------------------------------------------------------
+
+
+def _ids(source: Source) -> list[int]:
+    """An id a record: the number in its file's name, if all have one of their own, else 1, 2, …"""
+    stems = [source[i].image.stem for i in range(len(source))]
+    if all(stem.isascii() and stem.isdigit() and len(stem) <= 12 for stem in stems) and len(set(stems)) == len(stems):
+        numbers = [int(stem) for stem in stems]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    return list(range(1, len(source) + 1))
+
+
+def _choose(record: Record, id_: int, config: BuildConfig, rng: np.random.Generator) -> _Chosen | None:
+    """One of the record's boxes with a square around it of which it takes a share within the area; None without."""
+    height, width = upright_size(record.image)
+    labels = _labels(record)
+    for i in rng.permutation(len(record.boxes)).tolist():
+        box = object_box(record, (height, width), i)
+        side = min(width, height)
+        if max(box.width, box.height) < side and config.area[0] <= box.area / side**2 <= config.area[1]:
+            x0, y0 = (
+                min(max((low + high - side) // 2, 0), length - side)
+                for low, high, length in ((box.x0, box.x1, width), (box.y0, box.y1, height))
+            )
+            return _Chosen(id_, record, box, Box(x0, y0, x0 + side, y0 + side), labels[i])
+    return None
+
+
+def _labels(record: Record) -> tuple[str, ...]:
+    if record.labels is None or not all(record.labels):
+        raise ValueError(f"{record.image} has no category, and a reference is of the same category")
+    return record.labels
+
+
+# --- references -------------------------------------------------------------------------------------------
+
+
+def _by_label(source: Source, config: BuildConfig, rng: np.random.Generator) -> dict[str, list[_Object]]:
+    """The objects that may be references, by category, at most `candidates` of each."""
+    found: dict[str, list[_Object]] = {}
+    for i in range(len(source)):
+        for k, label in enumerate(_labels(source[i])):
+            found.setdefault(label, []).append(_Object(i, k))
+    for label in sorted(found):
+        if len(found[label]) > config.candidates:
+            kept = np.sort(rng.choice(len(found[label]), config.candidates, replace=False))
+            found[label] = [found[label][k] for k in kept]
+    return found
+
+
+def _patch(record: Record, i: int, config: BuildConfig) -> tuple[Image.Image, Box]:
+    """An object with some surroundings, and its box."""
+    image = read_rgb(record.image)
+    box = object_box(record, image.size[::-1], i)
+    return _grown_crop(image, box, config), box
+
+
+def _grown_crop(image: Image.Image, box: Box, config: BuildConfig) -> Image.Image:
+    return image.crop(box.grown(config.grow, image.size[::-1]))
+
+
+def _candidate_features(
+    objects: list[_Object], source: Source, backbone: Backbone, config: BuildConfig
+) -> tuple[list[_Object], Tensor]:
+    """The objects that are large enough, and their features (N, C) of length 1."""
+    kept, features, patches = [], [], []
+    for number, one in enumerate(objects):
+        patch, box = _patch(source[one.record], one.box, config)
+        if min(box.width, box.height) >= config.min_side:
+            kept.append(one)
+            patches.append(squared(patch))
+        if patches and (len(patches) == BATCH or number == len(objects) - 1):
+            features.append(backbone.features(patches))
+            patches = []
+    return kept, F.normalize(torch.cat(features), dim=1) if kept else torch.zeros(0, backbone.num_features)
+
+
+def _nearest(
+    chosen: _Chosen,
+    references: Source,
+    objects: list[_Object],
+    features: Tensor,
+    backbone: Backbone,
+    config: BuildConfig,
+) -> tuple[_Object, float] | None:
+    """The object in another photo whose features have the greatest cosine with the source's, and that cosine."""
+    patch = _grown_crop(read_rgb(chosen.record.image), chosen.box, config)
+    similarity = features @ F.normalize(backbone.features([squared(patch)])[0], dim=0)
+    for k in similarity.argsort(descending=True, stable=True).tolist():
+        if references[objects[k].record].image.resolve() != chosen.record.image.resolve():
+            return objects[k], similarity[k].item()
+    return None
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def _write(
+    out: Path, chosen: _Chosen, reference: Record, reference_box: int, similarity: float, config: BuildConfig
+) -> dict[str, object]:
+    """Writes an item's three pictures; returns its entry of the manifest."""
+    name, size = f"{chosen.id:012d}", config.size
+    scale = size / chosen.window.width
+    source = read_rgb(chosen.record.image).crop(chosen.window).resize((size, size), Image.Resampling.LANCZOS)
+    x0, y0, x1, y1 = (
+        round((value - offset) * scale)
+        for value, offset in zip(chosen.box, (*chosen.window[:2], *chosen.window[:2]), strict=True)
+    )
+    mask = Image.new("L", (size, size))
+    mask.paste(255, (x0, y0, max(x1, x0 + 2), max(y1, y0 + 2)))
+    patch, box = _patch(reference, reference_box, config)
+    source.save(out / "GT_3500" / f"{name}_GT.png")
+    patch.save(out / "Ref_3500" / f"{name}_ref.png")
+    mask.save(out / "Mask_bbox_3500" / f"{name}_mask.png")
+    return {
+        "id": chosen.id,
+        "label": chosen.label,
+        "source": chosen.record.image.name,
+        "window": list(chosen.window),
+        "box": list(chosen.box),
+        "reference": reference.image.name,
+        "reference_box": list(box),
+        "similarity": round(similarity, 6),
+    }
