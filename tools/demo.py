@@ -1,33 +1,43 @@
-"""`make demo`: edit an example photo with a small model of random weights, from checkpoint to picture.
+"""`make demo`: repaint the flower of a photo as others, with the small model that is part of the package.
 
-The weights are untrained, so the result shows the mechanics only: where the model paints, what stays as it was.
+One edit for each exemplar and each of the seeds 0 to 2, all of them shown, in outputs/demo/grid.png.
 """
 
 import sys
+import time
 from pathlib import Path
 
-from pbe.cli import checkpoint, inference
+from PIL import Image
+from tqdm import tqdm
+
+import pbe
+from pbe.grids import grid
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, OUT = ROOT / "examples", ROOT / "outputs" / "demo"
+COLOURS = ("red", "yellow", "pink", "violet", "white")
+SEEDS = range(3)
+SETTINGS = {"sampler": "dpm_solver", "steps": 20, "guidance": 3.0}
 
 
 def main() -> int:
+    start = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    model = OUT / "random-weights.ckpt"
-    failed = checkpoint.main(["seed", "--size", "small", "--out", str(model), "--force"])
-    if failed:
-        return failed
-    return inference.main(
-        [
-            *("--ckpt", str(model)),
-            *("--image", str(EXAMPLES / "coffee.png")),
-            *("--mask", str(EXAMPLES / "coffee_mask.png")),
-            *("--reference", str(EXAMPLES / "flower.png")),
-            *("--steps", "20", "--num-images", "2", "--grid"),
-            *("--out", str(OUT)),
-        ]
-    )
+    model = pbe.load_model("demo")
+    photo, mask = Image.open(EXAMPLES / "flower.jpg"), Image.open(EXAMPLES / "flower_mask.png")
+    exemplars = {colour: Image.open(EXAMPLES / f"flower_{colour}.jpg") for colour in COLOURS}
+    results = {}
+    for colour, exemplar in tqdm(exemplars.items(), desc="exemplars"):
+        results[colour] = pbe.edit(model, photo, mask, exemplar, num_images=len(SEEDS), seed=SEEDS[0], **SETTINGS)
+        for seed, result in zip(SEEDS, results[colour], strict=True):
+            result.save(OUT / f"{colour}_{seed}.png")
+
+    hole = Image.composite(Image.new("RGB", photo.size, "gray"), photo, mask)
+    rows = [[photo, *exemplars.values()], *([hole, *(results[c][seed] for c in COLOURS)] for seed in SEEDS)]
+    labels = ["", *(f"seed {seed}" for seed in SEEDS)]
+    grid(rows, row_labels=labels, column_labels=["photo", *COLOURS], cell_height=180).save(OUT / "grid.png")
+    print(f"{OUT / 'grid.png'}: {len(COLOURS) * len(SEEDS)} edits in {time.monotonic() - start:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python tools/split_photos.py ../shared/data/clothing ../shared/data/flowers --out runs/data
 
 A photo is held out by its file name's hash: always the same ones, whatever else is added. Both files are in the order
-of those hashes, so that their first rows are of every kind. A folder named twice is twice in `train.csv`: its photos are
-seen twice as often.
+of those hashes, so that their first rows are of every kind. A folder named twice is twice in `train.csv`: training sees
+its photos twice as often.
 """
 
 import argparse
