@@ -35,7 +35,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["pbe", "pbe.*"]),
-    package_data={"pbe": ["weights/*"]},
+    package_data={"pbe": ["weights/*", "evaluation/study.html"]},
     install_requires=[
         # A torchvision release names the one torch it was built for; a second pin here could only contradict it.
         "torch>=2.6",

@@ -251,3 +251,30 @@ def test_latents_of_another_shape_are_named():
     eps = guided_eps(Model(), make_condition(batch=3), 5.0)
     with pytest.raises(ValueError, match=r"z_masked \(3, 4, 8, 6\), got \(2, 4, 8, 6\)"):
         eps(X_T, T)
+
+
+def test_trailing_timesteps():
+    """They end a stride above 0 and always start at the noisiest timestep, from which pure noise is drawn."""
+    schedule = NoiseSchedule.scaled_linear(spacing="trailing")
+    assert schedule.timesteps(10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    assert schedule.timesteps(3) == [999, 666, 332]
+    assert schedule.timesteps(1000) == list(range(999, -1, -1))
+    for steps in range(1, 1001):
+        timesteps = schedule.timesteps(steps)
+        assert timesteps[0] == 999
+        assert len(timesteps) == steps
+        assert all(a > b >= 0 for a, b in pairwise(timesteps))
+
+
+@pytest.mark.parametrize("steps", [5, 7, 20, 50, 250, 999])
+def test_trailing_timesteps_are_diffusers(steps):
+    diffusers = pytest.importorskip("diffusers")
+    other = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    other.set_timesteps(steps)
+    ours = NoiseSchedule.scaled_linear(spacing="trailing").timesteps(steps)
+    assert ours == other.timesteps.tolist()
+
+
+def test_unknown_spacing():
+    with pytest.raises(ValueError, match="spacing must be leading or trailing, got 'middle'"):
+        NoiseSchedule.scaled_linear(spacing="middle")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 from numbers import Integral
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ Eps = Callable[[Tensor, Tensor], Tensor]  # eps(x_t, t) with t (B,) long, on x_t
 class NoiseSchedule:
     """alpha_bar_t = prod_{s<=t} (1 - beta_s) of a discrete diffusion with T timesteps, 0 being the least noisy.
 
+    `spacing` says which timesteps a sampler visits, see `timesteps`.
+
     The table stays float64 on the CPU whatever the device of the samples: samplers read Python floats from it,
     which costs no device synchronisation and works where float64 does not exist.
 
@@ -29,9 +31,12 @@ class NoiseSchedule:
     """
 
     alpha_bar: Tensor  # (T,)
+    spacing: Literal["leading", "trailing"] = "leading"
 
     def __post_init__(self) -> None:
         a = self.alpha_bar
+        if self.spacing not in ("leading", "trailing"):
+            raise ValueError(f"spacing must be leading or trailing, got {self.spacing!r}")
         if a.ndim != 1 or a.numel() == 0 or a.dtype != torch.float64 or a.device.type != "cpu":
             raise ValueError(
                 "alpha_bar must be a non-empty float64 vector on the CPU, "
@@ -45,16 +50,20 @@ class NoiseSchedule:
             )
 
     @classmethod
-    def from_betas(cls, betas: Tensor) -> NoiseSchedule:
+    def from_betas(cls, betas: Tensor, spacing: Literal["leading", "trailing"] = "leading") -> NoiseSchedule:
         """The schedule of the variances beta_t, a (T,) vector of values in (0, 1)."""
-        return cls(torch.cumprod(1 - betas.to("cpu", torch.float64), dim=0))
+        return cls(torch.cumprod(1 - betas.to("cpu", torch.float64), dim=0), spacing)
 
     @classmethod
     def scaled_linear(
-        cls, num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+        cls,
+        num_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        spacing: Literal["leading", "trailing"] = "leading",
     ) -> NoiseSchedule:
         """Stable Diffusion's and Paint by Example's schedule: sqrt(beta_t) is linear in t (arXiv 2112.10752)."""
-        return cls.from_betas(_linspace(sqrt(beta_start), sqrt(beta_end), num_timesteps) ** 2)
+        return cls.from_betas(_linspace(sqrt(beta_start), sqrt(beta_end), num_timesteps) ** 2, spacing)
 
     @classmethod
     def linear(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
@@ -69,8 +78,10 @@ class NoiseSchedule:
     def timesteps(self, steps: int) -> list[int]:
         """The timesteps a sampler visits, noisiest first: exactly `steps` of them, evenly spaced.
 
-        They are arange(S) * (T // S) + 1 reversed, the original's for every S that divides T. For S = T, where the
-        offset would leave the table, they are arange(T) reversed.
+        "leading": arange(S) * (T // S) + 1 reversed, the original's for every S that divides T. For S = T, where the
+        offset would leave the table, they are arange(T) reversed. With few steps the first of them lies well below
+        T - 1, although sampling starts from pure noise. "trailing": round(T - i T / S) - 1 for i = 0, ..., S - 1, which
+        always starts at T - 1 (Lin et al. 2023, arXiv 2305.08891, table 2).
 
         Raises:
             ValueError: if `steps` is not an integer from 1 to T.
@@ -78,6 +89,8 @@ class NoiseSchedule:
         T = self.num_timesteps
         if not isinstance(steps, Integral) or not 1 <= steps <= T:
             raise ValueError(f"steps must be an integer from 1 to {T}, got {steps!r}")
+        if self.spacing == "trailing":
+            return [(2 * T * (steps - i) + steps) // (2 * steps) - 1 for i in range(int(steps))]
         offset = 0 if steps == T else 1
         return [i * int(T // steps) + offset for i in reversed(range(steps))]
 
