@@ -307,6 +307,8 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.fast_dev_run:  # which leaves nothing behind
+            return
         global_batch = trainer.datamodule.config.batch_size * trainer.world_size
         self.position = (trainer.current_epoch, (batch_idx + 1) * global_batch)
         step = trainer.global_step
@@ -322,6 +324,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         checkpoint["data_position"] = self.position
         checkpoint["global_batch"] = trainer.datamodule.config.batch_size * trainer.world_size
+        checkpoint["num_records"] = len(trainer.datamodule.train)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -332,6 +335,12 @@ class Checkpoints(Checkpoint):
             raise ValueError(
                 f"the run had {checkpoint['global_batch']} pictures in a batch over all processes and cannot go on "
                 f"with {global_batch}: change data.batch_size with the number of devices"
+            )
+        num_records = len(trainer.datamodule.train)
+        if checkpoint["num_records"] != num_records:
+            raise ValueError(
+                f"the run's data had {checkpoint['num_records']} records and now has {num_records}: "
+                "it cannot go on among others where it was"
             )
         self.position = checkpoint["data_position"]
         trainer.datamodule.set_position(*self.position)

@@ -109,6 +109,8 @@ def read_yaml(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path} holds a list; expected settings, key: value")
     base = config.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"{path}: base must be the name of another config, got {base!r}")
     return config if base is None else merge(read_yaml(path.parent / base), config, str(path))
 
 

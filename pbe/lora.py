@@ -5,6 +5,7 @@ An adapted layer computes W x + (alpha / rank) B A x. It keeps its own weight un
 adapters holds those tensors alone, a few megabytes, and can be laid over any checkpoint of the same sizes.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -35,6 +36,13 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank must be at least 1, got {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha must be positive, got {self.alpha}")
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(f"lora.targets: {target!r} is no regular expression: {error}") from None
 
 
 class LoRALinear(nn.Linear):

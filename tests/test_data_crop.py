@@ -15,6 +15,7 @@ from pbe.data.crop import (
     scaled,
 )
 from pbe.data.example import make_generator
+from pbe.data.records import upright_size
 from pbe.windows import Box
 
 # --- choosing ---------------------------------------------------------------------------------------------
@@ -157,6 +158,23 @@ def test_photos_are_upright(tmp_path, orientation):
         (crop,) = photo.read([Box(8, 16, 88, 120)], [(52, 40)])
     half = expected[16:120, 8:88].reshape(52, 2, 40, 2, 3).mean(axis=(1, 3))
     assert np.abs(crop.permute(1, 2, 0).numpy() - half).mean() < 2  # a mirrored side may be off by half a draft pixel
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+def test_photos_without_a_draft_are_upright(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo.{suffix}"
+    stored = Image.fromarray(triangles(160, 240))
+    stored.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    stored.getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(stored))
+    assert upright_size(path) == expected.shape[:2]
+    with Photo(path) as photo:
+        assert photo.size == expected.shape[:2]
+        (crop,) = photo.read([Box(10, 20, 90, 120)], [(100, 80)])
+    np.testing.assert_array_equal(crop.permute(1, 2, 0), expected[20:120, 10:90])
 
 
 @pytest.mark.parametrize(

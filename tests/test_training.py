@@ -2,8 +2,10 @@
 
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partialmethod
 from types import SimpleNamespace
 
@@ -364,7 +366,8 @@ def test_every_parameter_has_an_initial_weight():
 
 def test_checkpoints_load_straight(finished, toy):
     path = finished / "checkpoints" / "step-00000010.ckpt"
-    model = pbe.load_model(path, "cpu")
+    with pytest.warns(UserWarning, match=r"step-00000010\.ckpt: its averaged weights are not used; .*extract-ema"):
+        model = pbe.load_model(path, "cpu")
     saved = toy_run.checkpoint(finished, 10)
     assert all(torch.equal(x, saved["state_dict"][name]) for name, x in model.state_dict().items())
     assert model.config.vae.latent_scale == 0.5
@@ -630,6 +633,70 @@ def test_weights_are_trained_in_float32(toy, precision, capsys):
     assert main([str(toy), f"run={toy.parent / precision}", f"trainer.precision={precision}"]) == 2
     error = capsys.readouterr().err
     assert f"error: trainer.precision={precision} is not one of 32-true, 16-mixed, bf16-mixed" in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["trainer.max_steps=abc"], "lightning.Trainer does not take trainer="),
+        (["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches must be an integer of at least 1"),
+        (["data.batch_size=99"], "data.batch_size=99 is more than the 10 records of"),
+        (["data.val_size=64"], "64 pictures (data.val_size) cannot be held out of the 12"),
+        (["training={lora: {targets: ['(']}, train: [], ema_decay: null}"], "lora.targets: '(' is no regular"),
+    ],
+)
+def test_settings_that_cannot_be_leave_nothing(toy, settings, message, capsys):
+    run = toy.parent / "cannot"
+    assert main([str(toy), f"run={run}", *settings]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {message}" in error
+    assert "Traceback" not in error
+    assert not (run / "config.yaml").exists()
+
+
+def test_errors_of_data_workers_are_one_line(toy, tmp_path, capsys):
+    for i in range(toy_run.NUM_PICTURES):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    (tmp_path / "boxes.csv").write_bytes((toy.parent / "boxes.csv").read_bytes())
+    settings = [f"data.source.path={tmp_path / 'boxes.csv'}", "data.workers=1", f"run={tmp_path / 'run'}"]
+    assert main([str(toy), *settings]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "100 pictures in a row cannot be used; the first: " in line
+
+
+def test_sigterm_is_no_success(toy):
+    """Who queues runs must see that it did not come to its end."""
+    run = toy.parent / "terminated"
+    process = toy_run.start(toy, f"run={run}", "trainer.max_steps=100000")
+    while not (run / "checkpoints" / "step-00000005.ckpt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; --resume goes on from the last checkpoint" in output
+
+
+def test_a_trial_run_leaves_no_checkpoint(toy):
+    run = toy.parent / "trial"
+    toy_run.run(toy, f"run={run}", "trainer.fast_dev_run=true")
+    assert list_checkpoints(run / "checkpoints") == []
+
+
+def test_a_run_goes_on_where_its_files_have_moved_but_not_with_others(finished, toy, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(toy.parent / "images", tmp_path / "images")
+    shutil.copyfile(toy.parent / "boxes.csv", tmp_path / "boxes.csv")
+    shutil.copyfile(toy.parent / "vae.ckpt", tmp_path / "vae.ckpt")
+    moved = [f"data.source.path={tmp_path / 'boxes.csv'}", f"model.vae={tmp_path / 'vae.ckpt'}"]
+    more = [str(toy), f"run={tmp_path / 'run'}", "samples.every_n_steps=null", *moved, "--resume"]
+    toy_run.run(*more, "trainer.max_steps=11")
+    assert main([*more, "trainer.max_steps=12", "trainer.accumulate_grad_batches=2"]) == 2
+    assert "changed are trainer.accumulate_grad_batches." in capsys.readouterr().err
+    lines = (tmp_path / "boxes.csv").read_text().splitlines()
+    (tmp_path / "boxes.csv").write_text("\n".join(lines[:-1]) + "\n")
+    assert main([*more, "trainer.max_steps=12"]) == 2
+    assert "the run's data had 10 records and now has 9" in capsys.readouterr().err
 
 
 def test_exemplars_must_be_as_large_as_the_encoder_s(toy, capsys):

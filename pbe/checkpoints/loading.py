@@ -1,5 +1,6 @@
 """From a file to a model: recognise, infer sizes, build on the meta device, fill tensor by tensor."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -47,10 +48,23 @@ def load_model(
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     source = open_source(path)
+    warn_of_averages(source)
     model = build(source)
     state = {name: source.tensor(name, device, dtype) for name in source.recipes}
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def warn_of_averages(source: "Source") -> None:
+    """Says of a file that training wrote that its averages, which validation and sample grids showed, are not used."""
+    entry = source.checkpoint.extras.get("pbe")
+    written_by_training = isinstance(entry, dict) and "config" in entry
+    if written_by_training and any(name.startswith("model_ema.") for name in source.checkpoint.names()):
+        warnings.warn(
+            f"{source.checkpoint.path}: its averaged weights are not used; "
+            "`tools/checkpoint.py extract-ema` puts them in the parameters' place",
+            stacklevel=3,
+        )
 
 
 def build(source: "Source") -> nn.Module:

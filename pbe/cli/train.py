@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import re
+import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -60,17 +62,29 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Trains; returns the exit code."""
-    args = parser(prog).parse_args(argv)
+    args = parser(prog).parse_intermixed_args(argv)  # settings may follow --resume
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from pbe.config import load_config
 
     try:
         train(load_config(args.settings), args.resume)
     except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
+    except SIGTERMException:
+        print("stopped by SIGTERM; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 128 + signal.SIGTERM
     return 0
+
+
+def message_of(error: Exception) -> str:
+    """The message of an error; of one in a data worker, which holds the worker's traceback, its last line."""
+    message = str(error)
+    if re.match(r"Caught \w+ in DataLoader worker", message):
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return message
 
 
 def train(config: PaintByExampleRun | VAERun, resume: bool = False) -> None:
@@ -113,6 +127,12 @@ def run(config: PaintByExampleRun | VAERun, resume: bool) -> None:
     last = checkpoints[-1] if checkpoints else None
     if last:
         check_same_run(config, last)
+    data = ExampleDataModule(config.data)
+    data.setup("fit")  # before the networks, which take longer, and before anything is written
+    if len(data.train) < config.data.batch_size:
+        records = f"{len(data.train)} records of {data.train.source.name}"
+        raise ValueError(f"data.batch_size={config.data.batch_size} is more than the {records}")
+    trainer = make_trainer(config, folder, step_of(last) if last else 0)
     module = make_module(config)
     # The other processes find the folder as it is now.
     if rank_zero_only.rank == 0:
@@ -120,8 +140,6 @@ def run(config: PaintByExampleRun | VAERun, resume: bool) -> None:
         clear_parts(folder)
         check_room(folder, checkpoint_bytes(module, adapters_only) * (config.checkpoint.keep + 1 - len(checkpoints)))
         save_config(config, folder / "config.yaml")
-    data = ExampleDataModule(config.data)
-    trainer = make_trainer(config, folder, step_of(last) if last else 0)
     with warnings.catch_warnings():
         for message in UNTRUE_HERE:
             warnings.filterwarnings("ignore", message=message)
@@ -142,15 +160,23 @@ def check_same_run(config: PaintByExampleRun | VAERun, last: Path) -> None:
 
     before, now = open_checkpoint(last).extras["pbe"]["config"], to_dict(config)
     changed = []
-    for section in ("task", "seed", "init", "model", "size", "training", "optimizer", "data"):
+    for section in ("task", "seed", "model", "size", "training", "optimizer", "data", "trainer"):
         old, new = flatten(before.get(section), section), flatten(now.get(section), section)
         changed += [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    changed = [key for key in changed if key not in ("data.workers", "data.batch_size")]  # the latter with the devices
+    changed = [key for key in changed if matters(key)]
     if changed:
         raise ValueError(
             f"--resume goes on with the settings the run began with; changed are {', '.join(changed)}. "
             "Put them back, or begin another run with run= and model.init= this one's checkpoint"
         )
+
+
+def matters(key: str) -> bool:
+    """Whether a run that goes on with another value of a setting would not be the same run."""
+    if key.startswith("trainer."):
+        return key in ("trainer.accumulate_grad_batches", "trainer.precision", "trainer.gradient_clip_val")
+    # Files may have moved, and batches are smaller with more devices; the checkpoint knows what must stay.
+    return not key.endswith((".path", ".images", "model.init", "model.vae", "data.workers", "data.batch_size"))
 
 
 def flatten(value: Any, prefix: str) -> dict[str, Any]:
@@ -231,12 +257,19 @@ def make_trainer(config: PaintByExampleRun | VAERun, folder: Path, step: int) ->
     loggers = [JSONLinesLogger(folder / "metrics.jsonl", step)]
     if find_spec("tensorboard"):  # the extra `log`
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    for name in ("accumulate_grad_batches", "log_every_n_steps"):
+        value = config.trainer.get(name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"trainer.{name} must be an integer of at least 1, got {value!r}")
     shards = str(config.trainer.get("strategy", "")).startswith(("fsdp", "deepspeed"))  # which write files of their own
-    return Trainer(
-        **config.trainer,
-        callbacks=callbacks,
-        logger=loggers,
-        plugins=[] if shards else [AtomicCheckpointIO()],
-        default_root_dir=folder,
-        use_distributed_sampler=False,
-    )
+    try:
+        return Trainer(
+            **config.trainer,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[] if shards else [AtomicCheckpointIO()],
+            default_root_dir=folder,
+            use_distributed_sampler=False,
+        )
+    except TypeError as error:  # how Lightning meets a text where it wants a number
+        raise ValueError(f"lightning.Trainer does not take trainer={dict(config.trainer)}: {error}") from error

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
 from pbe.data.example import draw_integers, draw_uniform
+from pbe.data.records import upright_size_of
 from pbe.pictures import UNREADABLE, read_picture
 from pbe.windows import Box
 
@@ -112,9 +113,8 @@ class Photo:
         with usable(path), ExitStack() as opened:
             # Not by its path: Pillow would map uncompressed TIFFs into memory, and garbles those that are turned.
             self._image = Image.open(opened.enter_context(path.open("rb")))
-            turned = self._image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            self.size = upright_size_of(self._image)  # (height, width)
             self._close = opened.pop_all().close
-        self.size: tuple[int, int] = self._image.size if turned else self._image.size[::-1]  # (height, width), upright
 
     def __enter__(self) -> Photo:
         return self

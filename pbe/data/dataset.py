@@ -121,7 +121,7 @@ def hold_out(source: Source, n: int) -> tuple[Source, Source]:
     photos = source.photos
     count = int(photos.max()) + 1
     if not 0 < n < count:
-        raise ValueError(f"{n} pictures cannot be held out of the {count} of {source.name}")
+        raise ValueError(f"{n} pictures (data.val_size) cannot be held out of the {count} of {source.name}")
     chosen = np.zeros(count, dtype=bool)
     chosen[torch.randperm(count, generator=make_generator(count))[:n].numpy()] = True
     held = chosen[photos]  # (N,)

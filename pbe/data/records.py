@@ -99,11 +99,17 @@ def in_area(boxes: np.ndarray, area: tuple[float, float]) -> np.ndarray:
 def upright_size(path: Path) -> tuple[int, int]:
     """(height, width) of a picture once its EXIF orientation is applied, from the file's header alone."""
     with Image.open(path) as image:
-        # Pillow decodes a whole PNG to look for EXIF behind its pixels, where next to none has any.
-        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-        turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        width, height = image.size
-    return (width, height) if turned else (height, width)
+        return upright_size_of(image)
+
+
+def upright_size_of(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an opened picture, whose pixels are not loaded, once its EXIF orientation is applied."""
+    # Pillow decodes a whole PNG to look for EXIF behind its pixels, where next to none has any.
+    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+    width, height = image.size
+    if image.format == "TIFF":  # Pillow turns these itself, some releases already their size
+        width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+    return (width, height) if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else (height, width)
 
 
 def check_shape(path: Path, size: tuple[int, int], annotated: tuple[int, int]) -> None:
