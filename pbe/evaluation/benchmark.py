@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from pbe.data.cocoee import CocoEE
 from pbe.data.records import MaskFile
 from pbe.evaluation.views import read_rgb
 
-MANIFEST = "benchmark.json"  # what `build` writes beside the pictures; COCOEE has none
+# What a benchmark may hold beside COCOEE's own files:
+MANIFEST = "benchmark.json"  # by `build`
+REFERENCE_MASKS = "Ref_mask_3500"  # <id>_ref_mask.png, white where the object is
 RESULT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -25,7 +29,8 @@ class Item:
     source: Path
     reference: Path
     mask: Path
-    label: str | None = None  # the object's class, where the benchmark's manifest tells it
+    label: str | None = None  # the object's class, where the benchmark's manifest or a file of labels tells it
+    reference_mask: Path | None = None  # where the object is in the reference (white), where the benchmark has it
 
     @property
     def name(self) -> str:
@@ -38,23 +43,51 @@ class Item:
 
 
 class Benchmark(CocoEE):
-    """The items of a COCOEE folder, or the first `limit` of them; raises as `CocoEE`."""
+    """The items of a COCOEE folder, or the first `limit` of them; raises as `CocoEE`.
 
-    def __init__(self, folder: str | Path, limit: int | None = None) -> None:
+    `labels`, by id, are instead of those of the benchmark's manifest. ValueError for one of an id that is not there.
+    """
+
+    def __init__(self, folder: str | Path, limit: int | None = None, labels: Mapping[int, str] | None = None) -> None:
         super().__init__(folder)
         if limit is not None and limit < 2:
             raise ValueError(f"limit must be 2 or more, got {limit}")
         self.folder, self.total = Path(folder), len(self)
         if len(np.unique(self._ids)) < len(self._ids):
             raise ValueError(f"{folder}/id_list.npy names an id twice")
-        manifest = self.folder / MANIFEST
-        listed = json.loads(manifest.read_text(encoding="utf-8"))["items"] if manifest.is_file() else []
-        labels = {item["id"]: item["label"] for item in listed}
+        if labels is None:
+            manifest = self.folder / MANIFEST
+            listed = json.loads(manifest.read_text(encoding="utf-8"))["items"] if manifest.is_file() else []
+            labels = {item["id"]: item["label"] for item in listed}
+        elif unknown := labels.keys() - set(self._ids.tolist()):
+            raise ValueError(f"there is a label for the id {min(unknown)}, which {folder}/id_list.npy does not list")
         self.items = []
         for i in range(min(self.total, limit or self.total)):
             source, reference, mask = self._paths(i)
             id_ = int(self._ids[i])
-            self.items.append(Item(id_, source, reference, mask, labels.get(id_)))
+            mask_of_reference = self.folder / REFERENCE_MASKS / f"{id_:012d}_ref_mask.png"
+            there = mask_of_reference if mask_of_reference.is_file() else None
+            self.items.append(Item(id_, source, reference, mask, labels.get(id_), there))
+
+
+def read_labels(path: str | Path) -> dict[int, str]:
+    """The labels by id of a CSV file with the columns `id` and `label`; ValueError that names what is wrong with it."""
+    labels: dict[int, str] = {}
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if missing := {"id", "label"} - set(reader.fieldnames or ()):
+                raise ValueError(f"{path} has no column {min(missing)!r}; its first line must name id and label")
+            for row in reader:
+                id_, label = ((row[name] or "").strip() for name in ("id", "label"))
+                if not (id_.isascii() and id_.isdigit()) or not label:
+                    raise ValueError(f"{path}, line {reader.line_num}: {id_!r},{label!r} is not an id and its label")
+                if int(id_) in labels:
+                    raise ValueError(f"{path}, line {reader.line_num}: the id {id_} has a label already")
+                labels[int(id_)] = label
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    return labels
 
 
 def result_files(benchmark: Benchmark, folder: str | Path) -> list[Path]:

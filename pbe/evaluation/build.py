@@ -21,7 +21,7 @@ from torch import Tensor
 from pbe import __version__
 from pbe.data.records import Record, Source, upright_size
 from pbe.evaluation.backbones import Backbone
-from pbe.evaluation.benchmark import MANIFEST
+from pbe.evaluation.benchmark import MANIFEST, REFERENCE_MASKS
 from pbe.evaluation.stand_in import object_box
 from pbe.evaluation.views import read_rgb, squared
 from pbe.files import replacing
@@ -85,6 +85,8 @@ def build_benchmark(
     on_item: Callable[[], None] | None = None,
 ) -> int:
     """Writes a folder in COCOEE's layout with `benchmark.json`, and returns the number of its items.
+
+    Where the reference's object has a mask, it stands beside: `Ref_mask_3500/<id>_ref_mask.png`, white on the object.
 
     `sources` and `references` may be one data set: an object's own photo is never its reference. The same data,
     settings and backbone give the same folder. Sources whose category has no object in another photo are left out.
@@ -238,7 +240,7 @@ def _nearest(
 def _write(
     out: Path, chosen: _Chosen, reference: Record, reference_box: int, similarity: float, config: BuildConfig
 ) -> dict[str, object]:
-    """Writes an item's three pictures; returns its entry of the manifest."""
+    """Writes an item's pictures; returns its entry of the manifest."""
     name, size = f"{chosen.id:012d}", config.size
     scale = size / chosen.window.width
     source = read_rgb(chosen.record.image).crop(chosen.window).resize((size, size), Image.Resampling.LANCZOS)
@@ -252,6 +254,12 @@ def _write(
     source.save(out / "GT_3500" / f"{name}_GT.png")
     patch.save(out / "Ref_3500" / f"{name}_ref.png")
     mask.save(out / "Mask_bbox_3500" / f"{name}_mask.png")
+    if reference.masks is not None:
+        drawn = reference.masks[reference_box].draw(upright_size(reference.image))
+        shown = drawn[box.grown(config.grow, drawn.shape).slices]
+        if shown.any():  # else the mask is not of this box
+            (out / REFERENCE_MASKS).mkdir(exist_ok=True)
+            Image.fromarray(shown).save(out / REFERENCE_MASKS / f"{name}_ref_mask.png")
     return {
         "id": chosen.id,
         "label": chosen.label,

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+MAX_NAMED = 4  # systems in the heading
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --dim: #777; --accent: #c2410c; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1.2rem; max-width: 76rem; }
@@ -22,7 +24,7 @@ small { display: block; color: var(--dim); font-size: .75rem; font-weight: norma
 .controls { display: flex; gap: 1rem; flex-wrap: wrap; align-items: center; margin: .5rem 0 1rem; }
 select { font: inherit; padding: .15rem .4rem; }
 .sheet { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; } figure img { display: block; height: 112px; border-radius: 3px; }
+figure { margin: 0; } figure img { display: block; max-width: 100%; border-radius: 3px; }
 figcaption { font-size: .75rem; color: var(--dim); font-variant-numeric: tabular-nums; }
 pre { background: var(--soft); padding: .8rem; border-radius: 4px; overflow-x: auto; font-size: .8rem; }
 """
@@ -75,7 +77,8 @@ def number(value: float) -> str:
 
 def render(report: Mapping[str, Any], pictures: Mapping[str, str], worst: int) -> str:
     """The page of a report as `pbe.evaluation.report.make_report` makes it; `pictures` are data URIs by item's name."""
-    names = ", ".join(one["system"] for one in report["systems"])
+    systems = [one["system"] for one in report["systems"]]
+    names = ", ".join(systems) if len(systems) <= MAX_NAMED else f"{len(systems)} sets of results"
     benchmark, judges = report["benchmark"], report["judges"]
     part = "" if benchmark["items"] == benchmark["of"] else f" (of {benchmark['of']}: not the whole benchmark)"
     settings = {key: report[key] for key in ("settings", "judges", "benchmark", "versions", "pbe")}
@@ -100,7 +103,7 @@ def render(report: Mapping[str, Any], pictures: Mapping[str, str], worst: int) -
         ],
     }
     level = f"{100 * judges['bootstrap']['level']:g} %"
-    legend = escape(" · ".join(["source with its box", "reference", *(one["system"] for one in report["systems"])]))
+    legend = escape(" · ".join(["source with its box", "reference", *systems]))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

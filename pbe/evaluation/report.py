@@ -8,6 +8,7 @@ import io
 import json
 import math
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from pbe.windows import mask_bounding_box
 
 WORST = 20
 THUMBNAIL = 128  # pixels high
+MAX_COLUMNS = 8  # of results
 PACKAGES = ("torch", "torchvision", "torchmetrics", "lightning", "numpy", "pillow")
 
 
@@ -133,36 +135,62 @@ def choose_items(report: Mapping[str, Any], benchmark: Benchmark, most: int) -> 
 
 
 def strip(item: Item, results: Sequence[Path]) -> str:
-    """Source with the mask's box, reference, and results, side by side, small, as a JPEG in a data URI."""
+    """Source with the mask's box, reference, and results, side by side, small, as a JPEG in a data URI.
+
+    Many results stand in rows: with composited ones after as many raw ones, a system's two are above each other.
+    """
     source = read_rgb(item.source)
     box = mask_bounding_box(item.repaint())
     draw = ImageDraw.Draw(source)
     line = max(2, source.height // 100)
     draw.rectangle((box.x0, box.y0, box.x1 - 1, box.y1 - 1), outline=(230, 30, 30), width=line)
-    cells = [source, read_rgb(item.reference), *map(read_rgb, results)]
-    cells = [
-        cell.resize((min(2 * THUMBNAIL, max(1, round(cell.width * THUMBNAIL / cell.height))), THUMBNAIL))
-        for cell in cells
-    ]
-    canvas = Image.new("RGB", (sum(cell.width + 2 for cell in cells) - 2, THUMBNAIL), "white")
-    x = 0
-    for cell in cells:
-        canvas.paste(cell, (x, 0))
-        x += cell.width + 2
+    source, reference, *results = (
+        thumbnail(cell) for cell in (source, read_rgb(item.reference), *map(read_rgb, results))
+    )
+    first = source.width + reference.width + 4
+    columns = math.ceil(len(results) / math.ceil(len(results) / MAX_COLUMNS))
+    rows = math.ceil(len(results) / columns)
+    canvas = Image.new("RGB", (first + columns * (source.width + 2) - 2, rows * (THUMBNAIL + 2) - 2), "white")
+    canvas.paste(source, (0, 0))
+    canvas.paste(reference, (source.width + 2, 0))
+    for i, result in enumerate(results):  # each as large as the source
+        canvas.paste(result, (first + i % columns * (source.width + 2), i // columns * (THUMBNAIL + 2)))
     data = io.BytesIO()
     canvas.save(data, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
+def thumbnail(image: Image.Image) -> Image.Image:
+    return image.resize((min(2 * THUMBNAIL, max(1, round(image.width * THUMBNAIL / image.height))), THUMBNAIL))
+
+
 def table(report: Mapping[str, Any]) -> str:
-    """The systems' figures as text, a figure a line."""
-    lines = []
-    for system in report["systems"]:
-        lines.append(f"{system['system']}:")
-        width = max(len(figure["title"]) for figure in system["figures"])
-        for figure in system["figures"]:
-            value, low, high = (number(figure[name]) for name in ("value", "low", "high"))
-            lines.append(f"  {figure['title']:{width}}  {value}  [{low}, {high}]  n={figure['count']}")
+    """The figures as text: a row a system, with the intervals below."""
+    titles = {figure["key"]: figure["title"] for one in report["systems"] for figure in one["figures"]}
+    columns = [["", *(text for one in report["systems"] for text in (one["system"], ""))]]
+    for key, title in titles.items():
+        cells = []
+        for one in report["systems"]:
+            figure = next((figure for figure in one["figures"] if figure["key"] == key), None)
+            cells += cell(figure, report["benchmark"]["items"]) if figure else ("", "")
+        columns.append([title, *cells])
+    widths = [max(map(len, cells)) for _, *cells in columns]
+    heads = [
+        textwrap.wrap(head.replace(" ↑", "\xa0↑").replace(" ↓", "\xa0↓"), max(width, 12), break_long_words=False)
+        for (head, *_), width in zip(columns, widths, strict=True)
+    ]
+    widths = [max([width, *map(len, head)]) for width, head in zip(widths, heads, strict=True)]
+    height = max(map(len, heads))
+    heads = [[""] * (height - len(head)) + head for head in heads]
+    lines = [*zip(*heads, strict=True), *zip(*(cells for _, *cells in columns), strict=True)]
+    text = ["  ".join([f"{line[0]:{widths[0]}}", *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
     if any(backbone["stand_in"] for backbone in report["judges"]["backbones"]):
-        lines.append("Figures of the stand-in classifier compare with nothing published.")
-    return "\n".join(lines)
+        text.append("Figures of the stand-in classifier compare with nothing published.")
+    return "\n".join(text).replace("\xa0", " ")
+
+
+def cell(figure: Mapping[str, Any], items: int) -> tuple[str, str]:
+    """A figure, and its interval with the number of items if it is not over all."""
+    value, low, high = (number(figure[name]) for name in ("value", "low", "high"))
+    count = f" n={figure['count']}" if figure["count"] < items else ""
+    return value, f"[{low}, {high}]{count}"

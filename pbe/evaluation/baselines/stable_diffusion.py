@@ -31,9 +31,13 @@ class StableDiffusionText:
         """Raises as `load_model` does, and ValueError where a file is not given or is of another kind."""
         return cls(load_stable_diffusion(weights), CLIPTokenizer.from_file(weights.path("vocabulary")))
 
-    @torch.no_grad()
     def __call__(self, edit: Edit) -> Image.Image:
-        null_context, context = encode_text(self.model, self.tokenizer, ["", edit.prompt()]).split(1)
+        return self.paint(edit, edit.prompt())
+
+    @torch.no_grad()
+    def paint(self, edit: Edit, text: str) -> Image.Image:
+        """The edit guided by any text."""
+        null_context, context = encode_text(self.model, self.tokenizer, ["", text]).split(1)
         return inpaint(self.model, edit, context, null_context, self.steps, self.guidance)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -150,3 +152,38 @@ WEIGHT_FILES = {
     "clip": "a CLIP checkpoint (ViT-L-14.pt for Stable Diffusion, ViT-B-16.pt for Blended Diffusion)",
     "vocabulary": "CLIP's vocabulary (bpe_simple_vocab_16e6.txt.gz)",
 }
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What is known of a system before its files are read.
+
+    kind: the dataclass that it is. load: opens it.
+    guide: what it reads beside photo and mask: the object's own pixels, the exemplar as networks see it, or the label.
+    files: those of `Weights` that it needs.
+    settings: the fields of `kind`, with their published values, that make its pictures what they are.
+    """
+
+    kind: type
+    load: Callable[[Weights], System]
+    guide: Literal["cutout", "exemplar", "label"]
+    files: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+    def choose_settings(self, steps: int | None = None, guidance: float | None = None) -> dict[str, int | float | str]:
+        """The published values of the settings, but for `steps` and `guidance` where given and among them.
+
+        Blended Diffusion's skipped steps stay the same share of all. ValueError for values out of range.
+        """
+        chosen = {name: getattr(self.kind, name) for name in self.settings}
+        if steps is not None and "steps" in chosen:
+            if not 1 <= steps <= 1000:
+                raise ValueError(f"steps must be from 1 to 1000, got {steps}")
+            if "skipped" in chosen:
+                chosen["skipped"] = chosen["skipped"] * steps // chosen["steps"]
+            chosen["steps"] = steps
+        if guidance is not None and "guidance" in chosen:
+            if not (math.isfinite(guidance) and guidance >= 0):
+                raise ValueError(f"guidance must be 0 or more, got {guidance}")
+            chosen["guidance"] = guidance
+        return chosen

@@ -1,0 +1,104 @@
+"""What the commands of `pbe evaluate` share: a benchmark, the networks that judge, the report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from pbe.evaluation.benchmark import Benchmark
+    from pbe.evaluation.scoring import Judges
+
+
+def add_benchmark(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--bench", type=Path, required=True, help="COCOEE's folder, or one by `build`")
+    p.add_argument("--limit", type=int, help="its first items alone: for trials, not for figures")
+    p.add_argument("--labels", type=Path, help="CSV file with the columns id and label (default: those by `build`)")
+
+
+def add_loading(p: argparse._ActionsContainer) -> None:
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
+    p.add_argument("--batch-size", type=int, default=16, help="pictures a step through the backbones (default 16)")
+    workers = min(4, usable_cores())
+    p.add_argument("--workers", type=int, default=workers, help=f"processes that read pictures (default {workers})")
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def add_judges(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("scores")
+    g.add_argument("--backbone", nargs="+", default=[], metavar="KIND=FILE", help="whose features are compared")
+    g.add_argument("--real", type=Path, help="real photos for FID, such as COCO's test2017; their moments are kept")
+    g.add_argument("--mixture", type=Path, help="for QS: an .npz by fit-mixture or convert-mixture")
+    g.add_argument("--lpips", type=Path, help="torchvision's AlexNet (alexnet-owt-7be5be79.pth), for background LPIPS")
+    g.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default 1000; FID: 100)")
+    g.add_argument("--pictures", type=int, default=200, help="about so many items on the page (default 200)")
+    add_loading(g)
+
+
+def open_benchmark(args: argparse.Namespace) -> Benchmark:
+    from pbe.evaluation.benchmark import Benchmark, read_labels
+
+    return Benchmark(args.bench, args.limit, read_labels(args.labels) if args.labels else None)
+
+
+def load_judges(args: argparse.Namespace) -> Judges:
+    from pbe.checkpoints.loading import choose_device
+    from pbe.evaluation.backbones import load_backbone
+    from pbe.evaluation.lpips import load_lpips
+    from pbe.evaluation.mixture import load_mixture
+    from pbe.evaluation.scoring import Judges, picture_files, real_moments
+
+    if args.resamples < 1:
+        raise ValueError(f"--resamples must be 1 or more, got {args.resamples}")
+    device = choose_device(args.device)
+    loaded = [load_backbone(text, device) for text in args.backbone]
+    backbones = {backbone.kind: backbone for backbone in loaded}
+    if len(backbones) < len(loaded):
+        raise ValueError("--backbone names a kind twice")
+    if args.real and not backbones:
+        raise ValueError("--real is for FID, which needs a --backbone")
+    lpips = load_lpips(args.lpips, device) if args.lpips else None
+    mixture = load_mixture(args.mixture) if args.mixture else None
+    Judges(backbones, mixture=mixture)  # whether they fit each other shows before the photos are read
+    real = {}
+    for kind, backbone in backbones.items() if args.real else ():
+        with progress(args, len(picture_files(args.real)), f"real photos, {kind}") as bar:
+            real[kind] = real_moments(args.real, backbone, args.out, args.batch_size, args.workers, bar.update)
+    return Judges(backbones, real, mixture, lpips, args.resamples)
+
+
+def write_scores(
+    args: argparse.Namespace,
+    bench: Benchmark,
+    judges: Judges,
+    folders: Mapping[str, Path],
+    settings: Mapping[str, Any],
+) -> int:
+    from pbe.evaluation.report import make_report, table, write_report
+    from pbe.evaluation.scoring import score_results
+
+    found = []
+    for system, folder in folders.items():
+        with progress(args, len(bench.items), f"scoring {system}") as bar:
+            found.append(score_results(bench, folder, judges, system, args.batch_size, args.workers, bar.update))
+    report = make_report(bench, found, judges, args.real and args.real.resolve().name, settings)
+    write_report(report, bench, folders, args.out, args.pictures)
+    print(table(report))
+    print(f"{args.out / 'report.html'}")
+    return 0
+
+
+def progress(args: argparse.Namespace, total: int, what: str) -> tqdm:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, disable=args.quiet, file=sys.stderr)

@@ -1,0 +1,257 @@
+"""`pbe evaluate run` and `guidance-figure`: results of the systems that the paper compares with."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pbe.cli.scoring import add_benchmark, add_judges, load_judges, open_benchmark, progress, write_scores
+from pbe.jobs import Job
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from pbe.batch import Outcome
+    from pbe.evaluation.baselines import Weights
+    from pbe.evaluation.baselines.running import Plan
+    from pbe.evaluation.benchmark import Benchmark
+
+OURS = "paint-by-example"
+FLAGS = {
+    "paint_by_example": "--ckpt",
+    "stable_diffusion": "--stable-diffusion",
+    "adm": "--adm",
+    "clip": "--clip",
+    "vocabulary": "--vocabulary",
+}
+SYSTEMS = """\
+systems, and the files that they need:
+  paint-by-example          --ckpt
+  copy-paste                none: the reference's pixels in the place of the mask's box
+  copy-paste-poisson        none: the same, blended in seamlessly
+  stable-diffusion-text     --stable-diffusion --vocabulary
+  stable-diffusion-image    --stable-diffusion --vocabulary --clip
+  blended-diffusion-text    --adm --clip --vocabulary
+  blended-diffusion-image   --adm --clip
+those guided by text read "a photo of a <label>" (--labels)
+
+exit code: 0 all done, 1 some items could not be generated, 2 nothing could be done
+"""
+
+
+def add_files(g: argparse._ArgumentGroup) -> None:
+    g.add_argument("--ckpt", type=Path, help="Paint by Example: a checkpoint, a folder of diffusers, or demo")
+    g.add_argument("--stable-diffusion", type=Path, metavar="FILE", help="Stable Diffusion v1, such as sd-v1-4.ckpt")
+    g.add_argument("--vocabulary", type=Path, metavar="FILE", help="CLIP's: bpe_simple_vocab_16e6.txt.gz")
+
+
+def add_device(g: argparse._ArgumentGroup) -> None:
+    g.add_argument("--dtype", default="auto", help="auto (default: float16 on cuda), float32, bfloat16, float16")
+
+
+def add_run(p: argparse.ArgumentParser) -> None:
+    """The arguments of `run`."""
+    p.epilog, p.formatter_class = SYSTEMS, argparse.RawDescriptionHelpFormatter
+    p.add_argument("--system", nargs="+", default=[OURS], metavar="NAME", help=f"of those below (default {OURS})")
+    add_benchmark(p)
+    g = p.add_argument_group("files of weights")
+    add_files(g)
+    g.add_argument(
+        "--adm",
+        type=Path,
+        metavar="FILE",
+        help="256x256_diffusion_uncond.pt or 512x512_diffusion.pt (Blended Diffusion)",
+    )
+    g.add_argument("--clip", type=Path, metavar="FILE", help="CLIP; Stable Diffusion needs ViT-L-14.pt")
+    g.add_argument(
+        "--blended-clip",
+        type=Path,
+        metavar="FILE",
+        help="Blended Diffusion's, as released ViT-B-16.pt (default: --clip)",
+    )
+    g = p.add_argument_group("generation; what is done already, with the same settings and weights, is kept")
+    g.add_argument("--sampler", help=f"of {OURS}: plms, ddim, ddpm or dpm_solver (default {Job.sampler})")
+    g.add_argument("--steps", type=int, help="of all systems (default: each system's own, 50 or, blended, 100)")
+    g.add_argument(
+        "--scale", type=float, help=f"of classifier-free guidance (default {Job.scale:g}; Stable Diffusion: 7.5)"
+    )
+    g.add_argument("--seed", type=int, default=42, help="of the first item, the next have the next (default 42)")
+    g.add_argument("--resolution", type=int, help=f"of {OURS} (default: what it was trained on)")
+    add_device(g)
+    g.add_argument("--devices", type=int, default=1, help=f"divide {OURS}'s items over so many devices (default 1)")
+    g.add_argument("--num-nodes", type=int, default=1, help="and over this many nodes (default 1)")
+    g.add_argument("--redo", action="store_true", help="also generate what is there")
+    add_judges(p)
+
+
+def add_guidance_figure(p: argparse.ArgumentParser) -> None:
+    """The arguments of `guidance-figure`."""
+    p.add_argument("--source", type=Path, required=True, help="the photo")
+    p.add_argument("--mask", type=Path, required=True, help="white where to repaint")
+    p.add_argument("--exemplar", type=Path, required=True, help="the picture of the object")
+    p.add_argument("--texts", nargs="+", required=True, metavar="TEXT", help="ever more precise ones")
+    g = p.add_argument_group("files of weights")
+    add_files(g)
+    g = p.add_argument_group("generation")
+    g.add_argument("--seeds", type=int, nargs="+", default=[42], help="a row of the figure each (default 42)")
+    g.add_argument("--steps", type=int, help="default 50")
+    g.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
+    add_device(g)
+    p.add_argument("--force", action="store_true", help="replace an existing picture")
+
+
+# --- run --------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> int:
+    from pbe.evaluation.baselines.running import make_plan, run_plan
+    from pbe.evaluation.generate import composite_result, make_jobs
+
+    check_options(args)
+    bench = open_benchmark(args)
+    # A wrong option or file shows before hours of work; of several processes only the first needs the judges, later.
+    plans = {
+        name: make_plan(name, weights_of(args, name), bench, args.steps, args.scale, args.seed) for name in args.system
+    }
+    folders = {name: args.out / name for name in plans}
+    jobs = make_jobs(bench, folders[OURS] / "raw", seed=args.seed, **our_settings(args)) if OURS in plans else []
+    judges = load_judges(args) if args.devices * args.num_nodes == 1 else None
+    failed = False
+    for name in sorted(plans, key=lambda name: name != OURS):  # after ours, the first process goes on for all
+        with progress(args, len(bench.items), f"generating {name}") as bar:
+            if name == OURS:
+                outcomes = generate_ours(args, jobs, bar)
+            else:
+                outcomes = run_plan(plans[name], bench, folders[name] / "raw", args.redo, lambda _: bar.update())
+        if outcomes is None:
+            return 0
+        failed |= report_outcomes(name, outcomes, bench)
+    if failed:
+        return 1
+    results = {}
+    for name, folder in folders.items():
+        with progress(args, len(bench.items), f"compositing {name}") as bar:
+            for item in bench.items:
+                composite_result(item, folder / "raw" / f"{item.name}.png", folder / "composited" / f"{item.name}.png")
+                bar.update()
+        results[name] = folder / "raw"
+    results |= {f"{name}, composited": folder / "composited" for name, folder in folders.items()}
+    settings = {"seed": args.seed, "systems": {name: describe(args, plan) for name, plan in plans.items()}}
+    return write_scores(args, bench, judges or load_judges(args), results, settings)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError for systems named twice, and for an option that none of them has."""
+    from pbe.evaluation.baselines import get_baseline
+
+    names = args.system
+    if len(set(names)) < len(names):
+        raise ValueError(f"--system names one twice: {' '.join(names)}")
+    settings = {setting for name in names for setting in get_baseline(name).settings}
+    chosen = " and ".join(names)
+    for option, setting in (("steps", "steps"), ("scale", "guidance")):
+        if getattr(args, option) is not None and setting not in settings:
+            raise ValueError(f"--{option} is nothing that {chosen} has")
+    several = args.devices * args.num_nodes > 1
+    for option, given in (("sampler", args.sampler), ("resolution", args.resolution), ("devices", several or None)):
+        if given is not None and OURS not in names:
+            raise ValueError(f"--{option} is for {OURS} alone, and not for {chosen}")
+
+
+def weights_of(args: argparse.Namespace, name: str) -> Weights:
+    """The files given for the system called `name`; ValueError that names the options of those it lacks."""
+    from pbe.evaluation.baselines import Weights, get_baseline
+
+    files = get_baseline(name).files
+    given = {kind: args.ckpt if kind == "paint_by_example" else getattr(args, kind) for kind in files}
+    if name.startswith("blended") and args.blended_clip is not None:
+        given["clip"] = args.blended_clip
+    check_given(name, given)
+    return Weights(**given, device=args.device, dtype=args.dtype)
+
+
+def check_given(who: str, given: Mapping[str, Path | None]) -> None:
+    """ValueError that names the files which are None, and their options."""
+    from pbe.evaluation.baselines.systems import WEIGHT_FILES
+
+    missing = [f"{WEIGHT_FILES[kind]} by {FLAGS[kind]}" for kind, path in given.items() if path is None]
+    if missing:
+        raise ValueError(f"{who} needs {' and '.join(missing)}")
+
+
+def generate_ours(args: argparse.Namespace, jobs: Sequence[Job], bar: tqdm) -> Sequence[Outcome] | None:
+    """Paint by Example's results, by this library's own batches; None in all but the first process."""
+    from pbe.evaluation.generate import generate
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return generate(
+        jobs,
+        args.ckpt,
+        args.device,
+        args.dtype,
+        args.devices,
+        args.num_nodes,
+        args.redo,
+        on_done=lambda _: bar.update(),
+    )
+
+
+def our_settings(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in ("sampler", "steps", "scale", "resolution")}
+    defaults = {"sampler": Job.sampler, "steps": Job.steps, "scale": Job.scale}
+    return {name: defaults.get(name) if value is None else value for name, value in given.items()}
+
+
+def report_outcomes(name: str, outcomes: Sequence[Outcome], bench: Benchmark) -> bool:
+    """Says what became of a system's items; whether any failed."""
+    count = Counter(outcome.status for outcome in outcomes)
+    print(
+        f"{name}, {len(outcomes)} items: {count['done']} generated, {count['skipped']} were there, "
+        f"{count['failed']} failed"
+    )
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for outcome in failed[:10]:
+        print(f"{bench.items[outcome.line].name} failed: {outcome.reason}", file=sys.stderr)
+    return bool(failed)
+
+
+def describe(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    """How a system's results were made, for the report."""
+    from pbe.checkpoints.reading import find_checkpoint
+    from pbe.evaluation.backbones import sha256_of
+
+    files = {kind: find_checkpoint(plan.weights.path(kind)) for kind in plan.baseline.files}
+    about = {**our_settings(args), "window": "full"} if plan.name == OURS else dict(plan.settings)
+    if not files:
+        return about
+    weights = {kind: {"file": path.name, "sha256": sha256_of(path)} for kind, path in files.items()}
+    return {**about, "dtype": plan.about["dtype"], "weights": weights}
+
+
+# --- the figure -------------------------------------------------------------------------------------------
+
+
+def guidance_figure(args: argparse.Namespace) -> int:
+    from pbe.evaluation import guidance_figure as figures
+    from pbe.evaluation.baselines import Weights
+
+    if args.out.exists() and not args.force:
+        raise FileExistsError(f"{args.out} exists; --force replaces it")
+    given = {
+        "paint_by_example": args.ckpt,
+        "stable_diffusion": args.stable_diffusion,
+        "vocabulary": args.vocabulary,
+    }
+    check_given("the figure", given)
+    weights = Weights(**given, device=args.device, dtype=args.dtype)
+    with progress(args, len(args.seeds) * (len(args.texts) + 1), "painting") as bar:
+        figures.save_guidance_figure(
+            args.out, args.source, args.mask, args.exemplar, args.texts, args.seeds, weights, args.steps, bar.update
+        )
+    print(args.out)
+    return 0

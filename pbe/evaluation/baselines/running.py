@@ -1,0 +1,146 @@
+"""A system's results on a benchmark, a picture an item: what an earlier run made of the same things is kept."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pbe import __version__
+from pbe.batch import Outcome
+from pbe.checkpoints.loading import choose_device, choose_dtype
+from pbe.evaluation.baselines import Baseline, Edit, System, Weights, get_baseline
+from pbe.evaluation.benchmark import Benchmark, Item
+from pbe.jobs import identify, read_settings
+from pbe.saving import save_picture
+
+ABOUT_RESULT = ("pbe", "size")  # stored beside what a result follows from, no part of it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a system's results follow from, beside the items; the i-th item has the seed `seed + i`.
+
+    about: the settings, and the name and checksum of each file, as JSON values.
+    """
+
+    name: str
+    baseline: Baseline
+    weights: Weights
+    settings: dict[str, Any]
+    about: dict[str, Any]
+    seed: int
+
+    def open(self) -> System:
+        """The system, with its networks; raises as `open_baseline` does."""
+        return replace(self.baseline.load(self.weights), **self.settings)
+
+
+def make_plan(
+    name: str,
+    weights: Weights,
+    benchmark: Benchmark,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 42,
+) -> Plan:
+    """How the system called `name` is to run on a benchmark; `steps` and `guidance`: as `Baseline.choose_settings`.
+
+    All that can be known to fail before hours of work does so here. ValueError for an unknown name, for a file that is
+    not given, for settings that make no sense, and where the system reads labels and the benchmark lacks some;
+    FileNotFoundError for a file that is not there.
+    """
+    baseline = get_baseline(name)
+    settings = baseline.choose_settings(steps, guidance)
+    unlabelled = [item.name for item in benchmark.items if not item.label]
+    if baseline.guide == "label" and unlabelled:
+        raise ValueError(
+            f"{name} reads the class of each object, and {len(unlabelled)} of the {len(benchmark.items)} items of "
+            f"{benchmark.folder} have none; the first is {unlabelled[0]}. --labels (the benchmark's labels=) gives them"
+        )
+    about: dict[str, Any] = {"system": name, **settings}
+    if baseline.files:
+        dtype = choose_dtype(weights.dtype, choose_device(weights.device))
+        found = {kind: identify(Path(weights.path(kind)), dtype) for kind in baseline.files}
+        about["weights"] = {kind: {"file": one.checkpoint, "crc32": one.crc32} for kind, one in found.items()}
+        about["dtype"] = str(dtype).removeprefix("torch.")
+    return Plan(name, baseline, weights, settings, about, seed)
+
+
+def run_plan(
+    plan: Plan,
+    benchmark: Benchmark,
+    out: Path,
+    redo: bool = False,
+    on_done: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Writes each item's raw result to `out/<id>.png`, unless it is there; raises as `open_baseline` does.
+
+    The networks are read only if something is to be done. An item that fails becomes an outcome, as in a batch.
+    """
+    outcomes, system = [], None
+    for i, item in enumerate(benchmark.items):
+        path = out / f"{item.name}.png"
+        if not redo and is_finished(plan, item, i, path):
+            outcomes.append(Outcome(i, "skipped"))
+        else:
+            system = system or plan.open()
+            outcomes.append(run_item(plan, system, item, i, path))
+        if on_done is not None:
+            on_done(outcomes[-1])
+    return outcomes
+
+
+def run_item(plan: Plan, system: System, item: Item, i: int, path: Path) -> Outcome:
+    """Makes and saves one result; what it follows from is stored in the file."""
+    try:
+        follows_from = settings_of(plan, item, i)
+        # the networks see the whole patch, as in the paper
+        mask = item.reference_mask if plan.baseline.guide == "cutout" else None
+        edit = Edit.read(
+            item.source, item.mask, item.reference, exemplar_mask=mask, label=item.label, seed=plan.seed + i
+        )
+        picture = system(edit)
+        save_system_picture(picture, path, plan.name, follows_from)
+    except (ValueError, OSError, MemoryError) as error:
+        return Outcome(i, "failed", str(error))
+    except Exception as error:  # whatever befalls one item, hours into a run, those after it may still be fine
+        message = str(error).partition("\n")[0]
+        return Outcome(i, "failed", f"{type(error).__name__}: {message}")
+    return Outcome(i, "done")
+
+
+def save_system_picture(picture: Image.Image, path: Path, description: str, settings: dict[str, Any]) -> None:
+    """Saves a picture with its settings, as `pbe.jobs.save_result` does those of an edit."""
+    stored = {**settings, "pbe": __version__, "size": list(picture.size)}
+    info = {"pbe": json.dumps(stored), "Description": description, "Software": f"pbe {__version__}"}
+    save_picture(picture, path, info)
+
+
+def is_finished(plan: Plan, item: Item, i: int, path: Path) -> bool:
+    """Whether an item's result is there and follows from the plan, its seed and the item's files as they are now."""
+    try:
+        stored = read_settings(path) or {}
+        return {key: value for key, value in stored.items() if key not in ABOUT_RESULT} == settings_of(plan, item, i)
+    except OSError:
+        return False  # an input cannot be read: running the item says so
+
+
+def settings_of(plan: Plan, item: Item, i: int) -> dict[str, Any]:
+    """What an item's result follows from, as JSON values."""
+    files: dict[str, Path | None] = {"source": item.source, "mask": item.mask}
+    if plan.baseline.guide != "label":
+        files["reference"] = item.reference
+    if plan.baseline.guide == "cutout":
+        files["reference_mask"] = item.reference_mask
+    return {
+        **plan.about,
+        "seed": plan.seed + i,
+        **({"label": item.label} if plan.baseline.guide == "label" else {}),
+        "inputs_crc32": {name: f"{zlib.crc32(file.read_bytes()):08x}" for name, file in files.items() if file},
+    }
