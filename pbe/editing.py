@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pbe import windows
+from pbe.acceleration import PreparedModel, prepare_for_inference
 from pbe.models.paint_by_example import Condition, PaintByExample
 from pbe.pictures import (
     MaskLike,
@@ -40,6 +41,7 @@ def edit(
     guidance: float = 5.0,
     sampler: str = "plms",
     eta: float = 0.0,
+    spacing: Literal["leading", "trailing"] = "leading",
     seed: int = 321,
     num_images: int = 1,
     batch_size: int = 4,
@@ -58,6 +60,7 @@ def edit(
     back (palettes, CMYK, 16-bit colour files) becomes 8-bit RGB, with a warning where depth is lost.
 
     Args:
+        model: an ordinary model, or `pbe.acceleration.prepare_for_inference`'s, which saves preparing it for each edit.
         image: the photo.
         mask: what to repaint: a picture of the photo's size (white = repaint), a box (x0, y0, x1, y1) or a polygon.
         exemplar: the object to paint; or a list of them, mixed as `exemplar_weights` say (default: equally).
@@ -65,6 +68,8 @@ def edit(
         steps: sampling steps, 1 to 1000.
         guidance: the scale λ of classifier-free guidance, eps_u + λ (eps_c - eps_u).
         sampler: "plms", "ddim", "ddpm" or "dpm_solver"; `eta` in [0, 1] is for "ddim" alone.
+        spacing: of the timesteps: "leading", the original's, or "trailing", which starts from the noisiest timestep
+            whatever their number, and with few steps comes nearer to what many give.
         seed: of the first result; the others have seed + 1, … A result depends on its own seed alone.
         batch_size: how many results are sampled at once.
         window: the part of the photo that the model sees: "auto" (around the mask, so that it is neither tiny nor
@@ -87,6 +92,7 @@ def edit(
         guidance=guidance,
         sampler=sampler,
         eta=eta,
+        spacing=spacing,
         num_images=num_images,
         batch_size=batch_size,
         window=window,
@@ -95,7 +101,8 @@ def edit(
         margin=margin,
         resolution=resolution,
     )
-    schedule = NoiseSchedule.scaled_linear()
+    schedule = NoiseSchedule.scaled_linear(spacing=spacing)
+    timesteps = schedule.timesteps(steps)
     warn_of_low_start(schedule, steps)
     draw = partial(choose_sampler(sampler, eta), schedule=schedule, steps=steps, callback=callback)
     if resolution is None:
@@ -103,6 +110,8 @@ def edit(
 
     picture = read_picture(image)
     repaint = read_mask(mask, picture.size)
+    if not isinstance(model, PreparedModel):
+        model = prepare_for_inference(model)  # anew for each edit: the weights may have changed since the last
     context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights)
 
     results = [picture] * num_images
@@ -113,7 +122,7 @@ def edit(
         for first in range(0, num_images, batch_size):
             batch = results[first : first + batch_size]
             condition = window_condition(model, batch, region, box, size, context)
-            eps = guided_eps(model, condition, guidance)
+            eps = guided_eps(model, condition, guidance, timesteps)
             generators = make_generators(seed + first, len(batch))
             x_T = randn(condition.z_masked.shape[1:], generators, model.device)
             z_0 = draw(eps, x_T, generators=generators)
@@ -132,6 +141,7 @@ def check_settings(
     guidance: float,
     sampler: str,
     eta: float,
+    spacing: str,
     num_images: int,
     batch_size: int,
     window: Literal["auto", "full"] | tuple[int, int, int, int],
@@ -141,7 +151,7 @@ def check_settings(
     resolution: int | None,
 ) -> None:
     """Raises `ValueError` for settings of `edit` that no model and no photo could make right."""
-    NoiseSchedule.scaled_linear().timesteps(steps)
+    NoiseSchedule.scaled_linear(spacing=spacing).timesteps(steps)
     choose_sampler(sampler, eta)
     if not (math.isfinite(guidance) and guidance >= 0):
         raise ValueError(f"guidance must be 0 or more, got {guidance}")
@@ -192,7 +202,7 @@ def warn_of_low_start(schedule: NoiseSchedule, steps: int) -> None:
     if start < 0.75 * schedule.num_timesteps:
         warnings.warn(
             f"steps={steps} begins at timestep {start} of {schedule.num_timesteps}, where pictures show already, "
-            "and the result will be poor: 4 to 333 steps, or a divisor of 1000, begin higher",
+            "and the result will be poor: 4 to 333 steps, a divisor of 1000, or spacing='trailing' begin higher",
             PictureWarning,
             stacklevel=3,
         )

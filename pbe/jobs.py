@@ -50,6 +50,7 @@ class Job:
     reference_weights: tuple[float, ...] | None = None
     sampler: str = "plms"
     eta: float = 0.0
+    spacing: str = "leading"
     steps: int = 50
     scale: float = 5.0
     seed: int = 321
@@ -180,6 +181,7 @@ COLUMNS: dict[str, Callable[[Any], Any]] = {
     "out": parse_text,
     "sampler": parse_text,
     "eta": parse_float,
+    "spacing": parse_text,
     "steps": parse_int,
     "scale": parse_float,
     "seed": parse_int,
@@ -228,6 +230,7 @@ def check_job(job: Job) -> None:
         guidance=job.scale,
         sampler=job.sampler,
         eta=job.eta,
+        spacing=job.spacing,
         num_images=1,
         batch_size=1,
         window=job.window,
@@ -287,14 +290,16 @@ def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) 
 
 
 def load_editor(checkpoint: Path, device: str | torch.device = "auto", dtype: str = "auto") -> PaintByExample:
-    """`pbe.load_model` for a file that must hold Paint by Example; ValueError if it is another model."""
+    """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone; ValueError if it is
+    another model."""
+    from pbe.acceleration import prepare_for_inference
     from pbe.checkpoints.loading import load_model
     from pbe.models.paint_by_example import PaintByExample
 
     model = load_model(checkpoint, device, dtype)
     if not isinstance(model, PaintByExample):
         raise ValueError(f"{checkpoint} holds {type(model).__name__}, editing needs Paint by Example")
-    return model
+    return prepare_for_inference(model, consume=True)
 
 
 def run_job(
@@ -321,6 +326,7 @@ def run_job(
             guidance=job.scale,
             sampler=job.sampler,
             eta=job.eta,
+            spacing=job.spacing,
             seed=job.seed,
             num_images=num_images,
             batch_size=batch_size,

@@ -90,7 +90,15 @@ def pixels(path: Path | Image.Image) -> np.ndarray:
 def test_the_endpoint_gives_what_edit_gives(client, model, files):
     results = call(client, files, num_images=2)
     expected = pbe.edit(
-        model, *files.values(), guidance=3, steps=4, seed=7, num_images=2, sampler="ddim", batch_size=app.BATCH_SIZE
+        model,
+        *files.values(),
+        guidance=3,
+        steps=4,
+        seed=7,
+        num_images=2,
+        sampler="ddim",
+        spacing="trailing",
+        batch_size=app.BATCH_SIZE,
     )
     assert [path.name for path in results] == ["photo-7.png", "photo-8.png"]
     for path, image in zip(results, expected, strict=True):
@@ -207,7 +215,16 @@ def test_a_cropped_exemplar_is_as_good_as_one_cut_before(model, files, tmp_path)
         results[name] = pixels(paths[0])
     cut = Image.open(files["exemplar"]).crop(crop)
     (expected,) = pbe.edit(
-        model, files["photo"], files["mask"], cut, guidance=3, steps=4, seed=7, sampler="ddim", batch_size=4
+        model,
+        files["photo"],
+        files["mask"],
+        cut,
+        guidance=3,
+        steps=4,
+        seed=7,
+        sampler="ddim",
+        spacing="trailing",
+        batch_size=4,
     )
     assert (results["crop"] == pixels(expected)).all()
     assert (results["crop"] != results["whole"]).any()

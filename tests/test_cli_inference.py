@@ -150,7 +150,15 @@ def test_finished_batch_loads_no_model(cli, folder, capsys, monkeypatch):
 
 
 def test_flags_reach_edit(cli, edits):
-    flags = {"sampler": "ddim", "eta": 0.5, "scale": 3, "seed": 9, "window": "0,0,64,64", "regions": "each"}
+    flags = {
+        "sampler": "ddim",
+        "eta": 0.5,
+        "spacing": "trailing",
+        "scale": 3,
+        "seed": 9,
+        "window": "0,0,64,64",
+        "regions": "each",
+    }
     more = {"raw": True, "feather": 4, "margin": 0.2, "resolution": 128, "batch_size": 3, "num_images": 2}
     assert cli(**flags, **more, reference=["dog.png", "cat.png"], reference_weights="1,3") == 0
     (settings,) = edits
@@ -161,6 +169,7 @@ def test_flags_reach_edit(cli, edits):
         "guidance": 3,
         "sampler": "ddim",
         "eta": 0.5,
+        "spacing": "trailing",
         "seed": 9,
         "num_images": 2,
         "batch_size": 3,

@@ -302,3 +302,14 @@ def test_warns_of_steps_that_leave_the_noise_out(model, steps):
 
     with pytest.warns(PictureWarning, match=f"steps={steps}"), pytest.raises(Stop):
         edit(model, photo(80, 60), (20, 20, 60, 50), steps=steps, callback=stop)
+
+
+def test_trailing_spacing_starts_at_the_noisiest_timestep(model):
+    starts = {}
+    for spacing in ("leading", "trailing"):
+        steps = []
+        edit(model, photo(64, 64), (16, 16, 48, 48), sampler="ddim", spacing=spacing, callback=steps.append)
+        starts[spacing] = steps[0].t
+    assert starts == {"leading": 751, "trailing": 999}
+    with pytest.raises(ValueError, match="spacing must be leading or trailing"):
+        edit(model, photo(64, 64), (16, 16, 48, 48), spacing="middle")

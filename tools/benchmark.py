@@ -1,9 +1,9 @@
-"""Measurements side by side: `python tools/benchmark.py load …` and `data …`; `--help` after the section's name."""
+"""Measurements side by side: `tools/benchmark.py edit …`, `load …` and `data …`; `--help` after the section's name."""
 
 import sys
 from importlib import import_module
 
-SECTIONS = ("load", "data")
+SECTIONS = ("edit", "load", "data")
 
 
 def main() -> int:

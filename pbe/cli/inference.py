@@ -112,6 +112,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     g.add_argument(
         "--eta", metavar="N", help=f"noise of the ddim sampler: 0 none, 1 as much as ddpm (default {Job.eta:g})"
     )
+    g.add_argument(
+        "--spacing",
+        metavar="NAME",
+        help=f"of the timesteps: leading or trailing, better for few (default {Job.spacing})",
+    )
     g.add_argument("--steps", metavar="N", help=f"1 to 1000 (default {Job.steps})")
     g.add_argument("--scale", metavar="N", help=f"of the guidance (default {Job.scale:g})")
     g.add_argument(

@@ -55,13 +55,17 @@ class ResBlock(nn.Module):
             self.skip_connection = nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.body(x, self.emb_layers(emb))
+
+    def body(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The block, given what `emb_layers` makes of the embedding: the same for all positions."""
         if self.resample is None:
             h = self.in_layers(x)
         else:
             norm, act, conv = self.in_layers
             h = conv(resized(act(norm(x)), self.resample))
             x = resized(x, self.resample)
-        emb = self.emb_layers(emb)[:, :, None, None]
+        emb = emb[:, :, None, None]
         if self.scale_shift:
             norm, act, dropout, conv = self.out_layers
             scale, shift = emb.chunk(2, dim=1)

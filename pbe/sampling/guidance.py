@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import isfinite
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,12 +27,27 @@ class GuidanceCondition(Protocol):
     context: Tensor  # (B, T, 768)
 
 
-def guided_eps(model: GuidedModel, condition: GuidanceCondition, scale: float) -> Eps:
+Prediction = Callable[[Tensor, Tensor], Tensor]  # (unet_in (B, 9, h, w), t (B,)) → one eps for each of the contexts
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """A network that takes what stays the same through the loop before it: see `pbe.acceleration`."""
+
+    def bind(self, context: Tensor, timesteps: Sequence[int] | None) -> Prediction: ...
+
+
+def guided_eps(
+    model: GuidedModel, condition: GuidanceCondition, scale: float, timesteps: Sequence[int] | None = None
+) -> Eps:
     """The closure eps(x_t, t) that samplers call: eps_u + scale (eps_c - eps_u) (arXiv 2211.13227).
 
     Both halves go through the network in one batch of 2B, unconditional first; at scale 1 (conditional only) and 0
     (unconditional only) the other half is left out. The network runs in the condition's dtype; the two predictions
     are combined in x_t's, so that float32 latents keep guidance from magnifying a 16-bit network's rounding.
+
+    With the `timesteps` that the sampler will visit, a prepared model computes all their embeddings at once; the
+    closure must then be given no others.
 
     Raises:
         ValueError: if scale is negative or not finite; from the closure, if x_t is not shaped as z_masked.
@@ -46,21 +61,30 @@ def guided_eps(model: GuidedModel, condition: GuidanceCondition, scale: float) -
     both = scale not in (0, 1)
     if both:
         context = torch.cat([null_context, context])  # (2B, T, 768)
-        kept = torch.cat([kept, kept])  # (2B, 5, h, w)
     elif scale == 0:
         context = null_context
+    unet = model.unet
+    predict = unet.bind(context, timesteps) if isinstance(unet, Bindable) else repeated(unet, context)
     shape = condition.z_masked.shape
 
     def eps(x_t: Tensor, t: Tensor) -> Tensor:
         if x_t.shape != shape:
             raise ValueError(f"x_t must be shaped as z_masked {tuple(shape)}, got {tuple(x_t.shape)}")
-        z_t = x_t.to(kept.dtype)
-        if both:
-            z_t, t = torch.cat([z_t, z_t]), torch.cat([t, t])
-        prediction = model.unet(torch.cat([z_t, kept], dim=1), t, context).to(x_t.dtype)
+        unet_in = torch.cat([x_t.to(kept.dtype), kept], dim=1)
+        prediction = predict(unet_in, t).to(x_t.dtype)
         if not both:
             return prediction
         eps_u, eps_c = prediction.chunk(2)
         return eps_u + scale * (eps_c - eps_u)
 
     return eps
+
+
+def repeated(unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor) -> Prediction:
+    """The network's prediction with its samples repeated for each of their contexts (K, T, 768)."""
+
+    def predict(unet_in: Tensor, t: Tensor) -> Tensor:
+        times = len(context) // len(unet_in)
+        return unet(torch.cat([unet_in] * times), t.repeat(times), context)
+
+    return predict

@@ -1,0 +1,11 @@
+"""Faster forms of the networks for sampling: exact, derived from a model, never saved and never trained.
+
+    prepared = prepare_for_inference(model)
+    pictures = pbe.edit(prepared, "photo.png", "mask.png", "exemplar.png")
+
+`pbe.edit` prepares an ordinary model by itself, for the one edit; who makes several edits prepares once.
+"""
+
+from pbe.acceleration.prepare import PreparedModel, prepare_for_inference
+
+__all__ = ["PreparedModel", "prepare_for_inference"]

@@ -1,0 +1,245 @@
+"""One system of the editing benchmark in a process of its own: it loads, then does what lines on stdin ask for.
+
+The first line it prints tells how long loading took and when the first prediction was there; each line read (`unet`,
+`decode` or `edit`) is answered by the seconds that it took, with the output saved in the worker's folder; `memory` by
+the peaks so far; `matmul` by the speed of matrix products.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbe.sampling import NoiseSchedule, make_generators, randn
+
+SEED = 321
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all systems of a run do: `steps` PLMS steps at `guidance` on `batch` pictures of `resolution` pixels."""
+
+    ckpt: str
+    diffusers: str
+    device: str
+    dtype: str
+    batch: int
+    resolution: int
+    steps: int
+    guidance: float
+    compile: bool
+
+
+def pictures(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A photo and an exemplar of noise, (H, W, 3) of [0, 1], and what to repaint, bool (H, W), along latent cells."""
+    generator = np.random.default_rng(SEED)
+    side = task.resolution
+    repaint = np.zeros((side, side), bool)
+    quarter = side // 32 * 8
+    repaint[quarter : side - quarter, quarter : side - quarter] = True
+    photo, exemplar = (generator.random((n, n, 3), dtype=np.float32) for n in (side, 224))
+    return photo, repaint, exemplar
+
+
+class System:
+    """What a system computes once it is loaded, on inputs that are the same for all."""
+
+    def __init__(self, task: Task, context_dim: int, downsampling: int):
+        self.task = task
+        self.device, self.dtype = torch.device(task.device), getattr(torch, task.dtype)
+        side, generators = task.resolution // downsampling, make_generators(SEED, task.batch)
+        self.x_T = randn((4, side, side), generators)
+        # on the task's device, as a sampler holds them
+        self.unet_in = self.place(randn((9, side, side), generators))
+        self.context = self.place(randn((1, context_dim), make_generators(SEED, 2 * task.batch)))
+        self.timesteps = NoiseSchedule.scaled_linear().timesteps(task.steps)
+
+    def place(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self.dtype)
+
+
+class Ours(System):
+    """This library; `consume` gives the loaded model up for the prepared one, as the command line does."""
+
+    def __init__(self, task: Task, consume: bool):
+        from pbe.acceleration import prepare_for_inference
+        from pbe.checkpoints.loading import load_model
+
+        # what torch.compile traces must not be packed
+        consume = consume and not (task.compile and task.device == "cpu")
+        model = load_model(task.ckpt, task.device, task.dtype)
+        self.model = prepare_for_inference(model, consume=consume)
+        if task.compile:
+            self.model.unet.predict = torch.compile(self.model.unet.predict)
+            self.model.vae.decode = torch.compile(self.model.vae.decode)
+        config = self.model.config
+        super().__init__(task, config.unet.context_dim, config.vae.downsampling)
+        self.predict = self.model.unet.bind(self.context, self.timesteps)
+
+    def unet(self) -> Tensor:
+        t = torch.full((self.task.batch,), self.timesteps[0], device=self.device)
+        return self.predict(self.unet_in, t)
+
+    def decode(self) -> Tensor:
+        return self.model.vae.decode(self.unet_in[:, :4])
+
+    def edit(self) -> Tensor:
+        from PIL import Image
+
+        from pbe.editing import edit
+
+        photo, repaint, exemplar = pictures(self.task)
+        results = edit(
+            self.model,
+            photo,
+            repaint,
+            Image.fromarray((exemplar * 255).astype(np.uint8)),
+            steps=self.task.steps,
+            guidance=self.task.guidance,
+            seed=SEED,
+            num_images=self.task.batch,
+            batch_size=self.task.batch,
+            window="full",
+            resolution=self.task.resolution,
+            composite=False,
+        )
+        return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2)
+
+
+class Diffusers(System):
+    """diffusers' pipeline as it comes, or with `best` the channels-last layout and fused projections that it offers."""
+
+    def __init__(self, task: Task, best: bool):
+        import diffusers
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        if not hasattr(diffusers.pipelines, "paint_by_example"):
+            # since the pipeline moved, diffusers does not find the name that model_index.json gives its encoder
+            from diffusers.pipelines.deprecated import paint_by_example
+
+            diffusers.pipelines.paint_by_example = paint_by_example
+        # the masked picture's latent is the posterior's mean here and a sample there: compare what is the same
+        DiagonalGaussianDistribution.sample = lambda posterior, generator=None: posterior.mode()
+        dtype = getattr(torch, task.dtype)
+        pipeline = diffusers.PaintByExamplePipeline.from_pretrained(task.diffusers, torch_dtype=dtype).to(task.device)
+        pipeline.set_progress_bar_config(disable=True)
+        if best:
+            pipeline.unet.to(memory_format=torch.channels_last)
+            pipeline.vae.to(memory_format=torch.channels_last)
+            pipeline.unet.fuse_qkv_projections()
+            pipeline.vae.fuse_qkv_projections()
+        if task.compile:
+            pipeline.unet = torch.compile(pipeline.unet)
+            pipeline.vae.decode = torch.compile(pipeline.vae.decode)
+        self.pipeline = pipeline
+        downsampling = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        super().__init__(task, pipeline.unet.config.cross_attention_dim, downsampling)
+
+    def unet(self) -> Tensor:
+        unet_in = torch.cat([self.unet_in] * 2)
+        return self.pipeline.unet(unet_in, self.timesteps[0], encoder_hidden_states=self.context).sample
+
+    def decode(self) -> Tensor:
+        z = self.unet_in[:, :4] / self.pipeline.vae.config.scaling_factor
+        return self.pipeline.vae.decode(z, return_dict=False)[0]
+
+    def edit(self) -> Tensor:
+        from PIL import Image
+
+        photo, repaint, exemplar = pictures(self.task)
+        images = self.pipeline(
+            image=(torch.from_numpy(photo).permute(2, 0, 1)[None] * 2 - 1).to(self.dtype),
+            mask_image=torch.from_numpy(repaint)[None, None].to(self.dtype),
+            example_image=Image.fromarray((exemplar * 255).astype(np.uint8)),
+            latents=self.place(self.x_T),
+            num_images_per_prompt=self.task.batch,
+            num_inference_steps=self.task.steps,
+            guidance_scale=self.task.guidance,
+            output_type="pt",
+        ).images
+        return images.float().cpu()
+
+
+SYSTEMS: dict[str, Callable[[Task], System]] = {
+    "pbe": lambda task: Ours(task, consume=True),
+    "pbe, model kept": lambda task: Ours(task, consume=False),
+    "diffusers": lambda task: Diffusers(task, best=False),
+    "diffusers, best": lambda task: Diffusers(task, best=True),
+}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peaks in GiB: of the process's resident size, and of what is allocated on a GPU."""
+    peaks = {}
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        peaks["peak RSS GiB"] = int(line.split()[1]) / 2**20
+    if device.type == "cuda":
+        peaks["peak GPU GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return peaks
+
+
+def matmul_peak(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
+    """TFLOP/s of the largest of a few products of square matrices: what the arithmetic could reach here."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, generator=torch.Generator().manual_seed(i)).to(device, dtype) for i in range(2))
+    best = 0.0
+    for _ in range(rounds):
+        synchronize(torch.device(device))
+        start = time.perf_counter()
+        a @ b
+        synchronize(torch.device(device))
+        best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e12)
+    return best
+
+
+@torch.no_grad()
+def main() -> None:
+    """`edit_worker.py SYSTEM TASK FOLDER STARTED`: a name, the task as JSON, where outputs go, the start's clock."""
+    name, task, folder, started = sys.argv[1], Task(**json.loads(sys.argv[2])), Path(sys.argv[3]), float(sys.argv[4])
+    start = time.perf_counter()
+    system = SYSTEMS[name](task)
+    loaded = time.perf_counter() - start
+    system.unet()
+    synchronize(system.device)
+    say({"load s": loaded, "start to first prediction s": time.time() - started})
+    for line in sys.stdin:
+        what = line.strip()
+        if what == "memory":
+            say(memory(system.device))
+            continue
+        if what == "matmul":
+            say({"TFLOP/s": matmul_peak(task.device, system.dtype)})
+            continue
+        synchronize(system.device)
+        start = time.perf_counter()
+        output = getattr(system, what)()
+        synchronize(system.device)
+        seconds = time.perf_counter() - start
+        torch.save(output.float().cpu(), folder / f"{what}.pt")
+        say({"seconds": seconds})
+
+
+def say(values: dict[str, float]) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def command(name: str, task: Task, folder: Path) -> list[str]:
+    """What starts the worker now."""
+    return [sys.executable, "-m", __name__, name, json.dumps(asdict(task)), str(folder), str(time.time())]
+
+
+if __name__ == "__main__":
+    main()
