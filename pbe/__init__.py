@@ -9,18 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pbe.acceleration import prepare_for_inference
     from pbe.checkpoints.loading import load_model
     from pbe.editing import edit
     from pbe.models.paint_by_example import PaintByExample
 
 __version__ = "0.1.0"
-__all__ = ["PaintByExample", "__version__", "edit", "load_model"]
+__all__ = ["PaintByExample", "__version__", "edit", "load_model", "prepare_for_inference"]
 
 # Imported on first use: torch takes seconds, and `pbe --help` needs none of it.
 _HOMES = {
     "PaintByExample": "pbe.models.paint_by_example",
     "edit": "pbe.editing",
     "load_model": "pbe.checkpoints.loading",
+    "prepare_for_inference": "pbe.acceleration",
 }
 
 
