@@ -317,7 +317,8 @@ def test_a_photo_that_was_deleted_is_a_message(tmp_path):
 
 def test_the_command_serves_asks_no_other_machine_and_leaves_no_files(tiny_checkpoint, files, tmp_path):
     program = (
-        "import socket, sys\n"
+        "import signal, socket, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "look_up = socket.getaddrinfo\n"
         "def said(host, *args, **kwargs):\n"
         "    print('asks', host, flush=True)\n"
@@ -342,7 +343,7 @@ def test_the_command_serves_asks_no_other_machine_and_leaves_no_files(tiny_check
         call(Client(lines[-1].split()[2], verbose=False), files)
         assert any(path.name == "photo-7.png" for path in (tmp_path / "temporary").rglob("*"))
         server.send_signal(signal.SIGINT)
-        lines += server.communicate(timeout=20)[0].splitlines()
+        lines += server.communicate(timeout=60)[0].splitlines()
     finally:
         server.kill()
     assert server.returncode == 0

@@ -208,7 +208,7 @@ def test_hold_out_parts_the_source_the_same_way_each_time(source):
     assert (len(rest), len(held)) == (4, 2)
     assert sorted(files(rest) + files(held)) == sorted(files(source))
     assert files(hold_out(source, 2)[1]) == files(held)
-    with pytest.raises(ValueError, match="6 pictures cannot be held out of the 6 of listed"):
+    with pytest.raises(ValueError, match=r"6 pictures \(data.val_size\) cannot be held out of the 6 of listed"):
         hold_out(source, 6)
 
 
@@ -220,7 +220,7 @@ def test_hold_out_keeps_the_records_of_a_photo_together(source):
     assert not photos[0] & photos[1]
     assert len(photos[1]) == 2
     assert len(np.unique(rest.photos)) == rest.photos.max() + 1 == 4
-    with pytest.raises(ValueError, match="6 pictures cannot be held out of the 6 of listed"):
+    with pytest.raises(ValueError, match=r"6 pictures \(data.val_size\) cannot be held out of the 6 of listed"):
         hold_out(Listed(records), 6)
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, OUT = ROOT / "examples", ROOT / "outputs" / "demo"
 COLOURS = ("red", "yellow", "pink", "violet", "white")
 SEEDS = range(3)
-SETTINGS = {"sampler": "dpm_solver", "spacing": "trailing", "steps": 20, "guidance": 3.0}
+SETTINGS = {"sampler": "plms", "spacing": "trailing", "steps": 20, "guidance": 3.0}
 
 
 def main() -> int:

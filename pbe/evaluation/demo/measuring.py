@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pbe
 from pbe.checkpoints.loading import load_model
+from pbe.checkpoints.reading import find_checkpoint
 from pbe.config import load_config
 from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe import RecipeConfig
@@ -102,7 +103,7 @@ def measure(
     about = {
         "command": command,
         "checkpoint": str(checkpoint),
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(find_checkpoint(checkpoint).read_bytes()).hexdigest(),
         "versions": f"pbe {pbe.__version__}, torch {torch.__version__}, {model.device.type}",
         "held-out photos": ", ".join(f"{cases.kind.count(kind)} {kind}" for kind in sorted(set(cases.kind))),
         "classifier": f"{accuracy(classifier, classes, cases):.1%} of the held-out crops right",
