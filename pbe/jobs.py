@@ -275,7 +275,7 @@ def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) 
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give a file name")
-    trial = path.with_name(f".{path.stem}.trial{path.suffix}")
+    trial = path.with_name(f".trial-{path.stem}{path.suffix}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result's own saving warns

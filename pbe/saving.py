@@ -47,7 +47,8 @@ def save_picture(image: Image.Image, path: str | Path, info: dict[str, str] | No
         raise ValueError(f"{path} is a folder; give a file name")
     file_format = _SAVE_FORMATS.get(path.suffix.lower())
     if file_format is None:
-        raise ValueError(f"{path}: cannot save as {path.suffix!r}; choose one of {', '.join(_SAVE_FORMATS)}")
+        wanted = repr(path.suffix) if path.suffix else "a file without a suffix (a folder's name ends in /)"
+        raise ValueError(f"{path}: cannot save as {wanted}; choose one of {', '.join(_SAVE_FORMATS)}")
     if image.mode not in _SAVE_MODES[file_format]:
         able = [name for name, modes in _SAVE_MODES.items() if image.mode in modes]
         advice = f"save as {' or '.join(able)}" if able else "convert it to RGB"

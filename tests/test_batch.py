@@ -400,6 +400,7 @@ def test_another_dtype_or_checkpoint_is_not_finished(folder, edits):
         ({"mask": "dog.png"}, "20x30"),
         ({"mask": None, "box": "0,0,99,9"}, "outside"),
         ({"out": "out.gif"}, "out.gif: cannot save as '.gif'"),
+        ({"out": "out"}, "out: cannot save as a file without a suffix"),
         ({"out": "sub"}, "is a folder"),
         ({"sampler": "euler"}, "unknown sampler 'euler'"),
         ({"steps": 0}, "steps must be"),
