@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class StandIn(nn.Module):
         widths = [config.width * 2**i for i in range(config.num_levels)]
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.levels = nn.Sequential(
-            *(StandInLevel(a, b) for a, b in zip([widths[0], *widths], widths, strict=False)),
+            *(StandInLevel(a, b) for a, b in pairwise([widths[0], *widths])),
         )
         self.project = nn.Conv2d(widths[-1], config.num_features, 1)
         self.head = nn.Linear(config.num_features, config.num_classes)
