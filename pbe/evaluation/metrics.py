@@ -6,6 +6,7 @@ pictures and the seed alone, not from their order, the batches or the number of 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -104,9 +105,9 @@ class PictureMean(_Bootstrapped):
         super().__init__(resamples, level, seed)
         self.add_state("scores", [], dist_reduce_fx="cat")
 
+    @abstractmethod
     def score(self, *pictures: Tensor) -> Tensor:
         """One figure a picture: (B,)."""
-        raise NotImplementedError
 
     def update(self, *pictures: Tensor) -> None:
         self.scores.append(self.score(*pictures).double())
