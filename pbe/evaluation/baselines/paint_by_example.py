@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from pbe.acceleration import prepare_for_inference
 from pbe.checkpoints.loading import load_model
 from pbe.editing import edit as edit_picture
 from pbe.evaluation.baselines.systems import Edit, Weights
@@ -25,7 +26,7 @@ class PaintByExampleSystem:
         model = load_model(weights.path("paint_by_example"), weights.device, weights.dtype)
         if not isinstance(model, PaintByExample):
             raise ValueError(f"{weights.paint_by_example} holds a {type(model).__name__}, not a Paint by Example")
-        return cls(model)
+        return cls(prepare_for_inference(model))  # once, and not for each edit
 
     def __call__(self, edit: Edit) -> Image.Image:
         (picture,) = edit_picture(
