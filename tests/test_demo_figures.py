@@ -294,7 +294,7 @@ def test_augment_all_follows_the_recipe():
 
 
 def test_foreign_exemplars_are_others_and_each_is_used_once():
-    others = foreign(10, 4, torch.Generator().manual_seed(0))
+    others = foreign([""] * 10, 4, torch.Generator().manual_seed(0))
     assert others.shape == (10, 4)
     for column in others.T:
         assert sorted(column.tolist()) == list(range(10))
@@ -302,7 +302,19 @@ def test_foreign_exemplars_are_others_and_each_is_used_once():
         assert i not in row
         assert len(set(row)) == 4
     with pytest.raises(ValueError, match="at most 9"):
-        foreign(10, 10, torch.Generator())
+        foreign([""] * 10, 10, torch.Generator())
+
+
+def test_foreign_exemplars_stay_in_their_groups():
+    groups = ["flowers", "clothing", "clothing", "flowers", "flowers", "clothing", "flowers"]
+    others = foreign(groups, 2, torch.Generator().manual_seed(0))
+    for i, row in enumerate(others.tolist()):
+        assert i not in row
+        assert {groups[j] for j in row} == {groups[i]}
+    for column in others.T:
+        assert sorted(column.tolist()) == list(range(7))
+    with pytest.raises(ValueError, match="3 cases have at most 2"):
+        foreign(groups, 3, torch.Generator())
 
 
 def test_composites_are_the_photo_outside(cases):

@@ -1,4 +1,8 @@
-"""Curves of a training run: `python tools/plot_run.py runs/tiny --out curves.png`. Needs the extra `plot`."""
+"""Curves of a training run: `python tools/plot_run.py runs/tiny --out curves.png`. Needs the extra `plot`.
+
+Several runs are drawn as one, the steps of each counted on from the last of the run before: for a run that began with
+another's weights.
+"""
 
 import argparse
 import json
@@ -8,7 +12,7 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the run's folder, with metrics.jsonl")
+    parser.add_argument("run", type=Path, nargs="+", help="the run's folder, with metrics.jsonl")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     try:
@@ -17,7 +21,11 @@ def main() -> int:
         print("error: plotting needs the extra plot: pip install matplotlib", file=sys.stderr)
         return 2
 
-    lines = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
+    lines = []
+    for run in args.run:
+        before = lines[-1]["step"] if lines else 0
+        own = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines += [{**line, "step": line["step"] + before} for line in own]
 
     def curve(name: str) -> tuple[list[int], list[float]]:
         points = [(line["step"], line[name]) for line in lines if name in line]

@@ -67,16 +67,18 @@ def kind_of(parts: Sequence[str]) -> str:
     return next((part for part in reversed(parts[:-1]) if part != "images"), "")
 
 
-def foreign(count: int, number: int, generator: torch.Generator) -> Tensor:
-    """For each of `count` cases, the cases of `number` other ones to take exemplars from: long (count, number).
+def foreign(groups: Sequence[str], number: int, generator: torch.Generator) -> Tensor:
+    """For each case, `number` other cases of its own group to take exemplars from: long (cases, number).
 
-    Each column is a permutation, so that all exemplars are used as often. ValueError if there are not as many others.
+    Each column is a permutation, so that all exemplars are used as often. ValueError if a group has not as many others.
     """
-    if not 1 <= number < count:
-        raise ValueError(f"{count} cases have at most {count - 1} foreign exemplars each, not {number}")
-    order = torch.randperm(count, generator=generator)
-    others = torch.empty(count, number, dtype=torch.long)
-    others[order] = torch.stack([order.roll(-k) for k in range(1, number + 1)], dim=1)
+    others = torch.empty(len(groups), number, dtype=torch.long)
+    for group in sorted(set(groups)):
+        cases = torch.tensor([i for i, other in enumerate(groups) if other == group])
+        if not 1 <= number < len(cases):
+            raise ValueError(f"{len(cases)} cases have at most {len(cases) - 1} foreign exemplars each, not {number}")
+        order = cases[torch.randperm(len(cases), generator=generator)]
+        others[order] = torch.stack([order.roll(-k) for k in range(1, number + 1)], dim=1)
     return others
 
 

@@ -13,8 +13,9 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
-from pbe.evaluation.demo.settings import Settings
+from pbe.evaluation.demo.settings import Exemplars, Settings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +30,12 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--out", type=Path, required=True, help="folder for the figures, tables and grids")
     measure.add_argument("--classifier", type=Path, help="classifier.pt of an earlier run; without it one is trained")
     measure.add_argument("--classifier-epochs", type=int, default=10)
+    measure.add_argument(
+        "--exemplars",
+        choices=get_args(Exemplars),
+        default=Settings.exemplars,
+        help="taken from any other photo, or from one of the photo's own kind (default any)",
+    )
     measure.add_argument("--scales", type=float, nargs="+", default=Settings.scales, help="of the guidance figure")
     measure.add_argument("--sampler-steps", type=int, nargs="+", default=Settings.sampler_steps)
     for name, meaning in (

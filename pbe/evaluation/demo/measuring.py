@@ -161,7 +161,8 @@ def paint_all(
     say: Callable[[str], None],
 ) -> Painted:
     """All edits that the first five figures need; the generator chooses the exemplars."""
-    others = foreign(len(cases), settings.seeds, generator)
+    groups = cases.kind if settings.exemplars == "kind" else [""] * len(cases)
+    others = foreign(groups, settings.seeds, generator)
     own, n = others[:, 0], settings.seed_cases
 
     def results(count: int, exemplars: Tensor, guidance: float, shift: int = 0) -> Tensor:

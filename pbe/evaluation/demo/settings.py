@@ -2,18 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+Exemplars = Literal["any", "kind"]
 
 
 @dataclass(frozen=True)
 class Settings:
     """How much is measured, and how the pictures are made.
 
-    cases: photos of the retrieval, seam, guidance and copy figures. gallery: exemplars that retrieval chooses among.
+    cases: photos of the retrieval, seam, guidance and copy figures. exemplars: of "any" other photo, or of one of the
+    photo's own "kind", as COCOEE's are. gallery: exemplars that retrieval chooses among.
     guidance: of the results; scales: of the guidance figure. seed_cases photos with `seeds` seeds and as many
     exemplars; sampler_cases photos for the samplers, with sampler_steps against DDIM with reference_steps.
     """
 
     cases: int = 128
+    exemplars: Exemplars = "any"
     gallery: int = 16
     guidance: float = 3.0
     scales: Sequence[float] = (1.0, 2.0, 3.0, 5.0)
@@ -28,6 +33,8 @@ class Settings:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
+        if self.exemplars not in get_args(Exemplars):
+            raise ValueError(f"--exemplars must be one of {', '.join(get_args(Exemplars))}, got {self.exemplars!r}")
         if not 2 <= self.gallery <= self.cases:
             raise ValueError(f"--gallery must be 2 to the number of cases, {self.cases}; got {self.gallery}")
         for name in ("seed_cases", "sampler_cases"):
