@@ -186,12 +186,15 @@ def test_classifier_survives_its_file_and_draws_nothing_global(classifier, tmp_p
 
 def test_seam_ratio_of_the_photo_itself_is_one_and_of_a_pasted_box_more(cases):
     bright = torch.ones_like(cases.image)
-    figure = figures.seam_figure(cases, {"photo": cases.image, "pasted": composite(cases, bright)})
-    photo, pasted = figure.rows
+    pictures = {"photo": cases.image, "pasted": torch.where(cases.mask > 0.5, cases.image, bright)}
+    pictures |= {seam: composite(cases, bright, seam) for seam in ("feather", "poisson")}
+    photo, pasted, feather, poisson = figures.seam_figure(cases, pictures).rows
     for column in ("across the border", "inside the region"):
         assert photo[column].value == pytest.approx(1)
         assert photo[column].standard_error == pytest.approx(0, abs=1e-12)
     assert pasted["across the border"].low > 3
+    border = [row["across the border"].value for row in (pasted, feather, poisson)]
+    assert border == sorted(border, reverse=True), "each is to be less of a seam than the one before"
     assert pasted["inside the region"].value == 0, "one colour has no gradient"
 
 

@@ -1,5 +1,6 @@
 """The networks that judge: loaded strictly from files, and seeing pictures as the released scripts show them."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import nn
 from pbe.checkpoints.reading import CheckpointError
 from pbe.checkpoints.sizes import pbe_entry
 from pbe.checkpoints.writing import save_checkpoint
+from pbe.cli.evaluate import main
 from pbe.data.manifest import Manifest
 from pbe.evaluation.backbones import Backbone, load_backbone
-from pbe.evaluation.stand_in import load_stand_in, save_stand_in, train_stand_in
+from pbe.evaluation.stand_in import load_stand_in, recognised, save_stand_in, train_stand_in
 from pbe.evaluation.views import (
     centre,
     normalise,
@@ -314,6 +316,31 @@ def test_a_stand_in_learns_and_survives_its_file(colours, tmp_path):
     assert backbone.is_stand_in
     assert backbone.name == "stand-in classifier"
     assert backbone.features([photo(), photo()]).shape == (2, 64)
+
+
+def test_a_stand_in_is_checked_on_the_classes_it_knows(colours, tmp_path):
+    """Two pictures of its classes, one of them labelled wrongly, and one of a class that it never saw."""
+    model, names = train_stand_in(Manifest(colours), epochs=8, image_size=16, batch_size=8, seed=3)
+    header, *rows = colours.read_text().splitlines()
+    rows = [rows[0], rows[1].replace("blue", "red"), rows[2].replace("red", "green")]
+    (colours.parent / "other.csv").write_text("\n".join([header, *rows]))
+    assert recognised(model, names, Manifest(colours.parent / "other.csv")) == (1, 2)
+    (colours.parent / "green.csv").write_text("\n".join([header, rows[2]]))
+    with pytest.raises(ValueError, match="has no object of the classes blue, red"):
+        recognised(model, names, Manifest(colours.parent / "green.csv"))
+
+
+def test_a_stand_in_may_see_the_large_objects_alone(colours, tmp_path, capsys):
+    header, *rows = colours.read_text().splitlines()
+    rows = [row.replace("8,6,30,26", "0,0,12,12") if i % 3 else row for i, row in enumerate(rows)]
+    rows = [f"{header},width,height", *(f"{row},40,32" for row in rows)]
+    (colours.parent / "sizes.csv").write_text("\n".join(rows))
+    arguments = ["stand-in", "--data", str(colours.parent / "sizes.csv"), "--area", "0.2", "1", "--epochs", "1"]
+    arguments += ["--check", str(colours), "--size", "16", "--device", "cpu", "--quiet"]
+    assert main([*arguments, "--out", str(tmp_path / "judge.ckpt")]) == 0
+    printed = capsys.readouterr().out
+    assert "2 classes, 8 pictures" in printed
+    assert re.search(r"right on [\d.]+% of the 24 objects of .*boxes\.csv", printed)
 
 
 def test_a_stand_in_needs_classes(colours, tmp_path):

@@ -30,7 +30,7 @@ QUIET = ["--device", "cpu", "--workers", "0", "--resamples", "10", "--quiet"]
 
 @pytest.fixture(scope="module")
 def weights(tiny_weights) -> Weights:  # noqa: F811
-    return tiny_weights
+    return replace(tiny_weights, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,17 @@ def ran(files, judge, tmp_path_factory) -> tuple[Path, list[str]]:  # noqa: F811
     folder = tmp_path_factory.mktemp("systems")
     bench, labels = write_benchmark(folder / "bench"), write_labels(folder / "labels.csv", LABELS)
     arguments = ["run", "--system", *NAMES, "--bench", str(bench), "--labels", str(labels), *files]
-    arguments += ["--steps", str(STEPS), "--backbone", judge, "--out", str(folder / "out"), *QUIET]
+    arguments += [
+        "--steps",
+        str(STEPS),
+        "--dtype",
+        "float32",
+        "--backbone",
+        judge,
+        "--out",
+        str(folder / "out"),
+        *QUIET,
+    ]
     assert main(arguments) == 0
     return folder / "out", arguments
 
@@ -94,7 +104,7 @@ def test_a_result_is_what_the_system_gives(name, ran, weights):
     assert np.abs(raw.astype(int) - np.asarray(expected)).max() <= 1
     source, repaint = pixels_of(item.source), item.repaint()
     assert np.array_equal(composited[~repaint], source[~repaint])
-    assert np.array_equal(composited[30:34, 26:30], raw[30:34, 26:30])  # far from the seam
+    assert (composited[repaint] != source[repaint]).any(axis=1).mean() > 0.5
 
 
 def test_the_report_says_how_each_system_was_run(ran, weights, judge):  # noqa: F811
@@ -123,9 +133,9 @@ def test_the_report_says_how_each_system_was_run(ran, weights, judge):  # noqa: 
     assert systems["paint-by-example"] == {
         **about,
         "sampler": "plms",
-        "scale": 5.0,
+        "spacing": "leading",
+        "guidance": 5.0,
         "resolution": None,
-        "window": "full",
     }
 
 
@@ -139,6 +149,12 @@ def test_the_table_has_a_row_a_system(ran):
         for text, figure in zip(values, one["figures"], strict=True):
             assert float(text) == pytest.approx(figure["value"], abs=5e-3)
         assert lines[k + 1].count("[") == len(values)
+    head, rule, *rows = [line.split(" | ") for line in (ran[0] / "report.md").read_text().splitlines()]
+    assert len(head) == len(rule)
+    for row, one in zip(rows, found["systems"], strict=True):
+        assert row[0] == f"| {one['system']}"
+        values = [float(text.split()[0]) for text in row[1:]]
+        assert values == pytest.approx([figure["value"] for figure in one["figures"]], abs=5e-3)
     page = (ran[0] / "report.html").read_text()
     assert all(f"<td>{name}</td>" in page for name in NAMES)
 
@@ -161,7 +177,17 @@ CHEAP = ["copy-paste", "stable-diffusion-text", "stable-diffusion-image"]
 def small_arguments(folder: Path, weights: Weights) -> list[str]:
     arguments = ["run", "--system", *CHEAP, "--bench", str(folder / "bench"), "--out", str(folder / "out")]
     arguments += ["--labels", str(folder / "labels.csv"), "--stable-diffusion", str(weights.stable_diffusion)]
-    arguments += ["--clip", str(folder / "clip.pt"), "--vocabulary", str(weights.vocabulary), "--steps", "1", *QUIET]
+    arguments += [
+        "--clip",
+        str(folder / "clip.pt"),
+        "--vocabulary",
+        str(weights.vocabulary),
+        "--steps",
+        "1",
+        "--dtype",
+        "float32",
+        *QUIET,
+    ]
     return arguments
 
 
@@ -279,12 +305,16 @@ REFUSED = [
     ("stable-diffusion-text", ["stable_diffusion", "vocabulary"], "3 of the 3 items of"),
     ("copy-paste", ["--steps", "4"], "--steps is nothing that copy-paste has"),
     ("blended-diffusion-image", ["--scale", "3"], "--scale is nothing that blended-diffusion-image has"),
-    ("copy-paste", ["--sampler", "ddim"], "--sampler is for paint-by-example alone, and not for copy-paste"),
-    ("copy-paste", ["--devices", "2"], "--devices is for paint-by-example alone"),
+    ("copy-paste", ["--sampler", "ddim"], "--sampler is nothing that copy-paste has"),
+    ("stable-diffusion-text", ["--spacing", "trailing"], "--spacing is nothing that stable-diffusion-text has"),
     ("stable-diffusion-image", ["stable_diffusion", "vocabulary", "--clip", "no.pt"], "no.pt: there is no such"),
     ("stable-diffusion-image", ["stable_diffusion", "vocabulary", "clip", "--steps", "0"], "steps must be from 1"),
     ("stable-diffusion-image", ["stable_diffusion", "vocabulary", "clip", "--scale", "nan"], "guidance must be 0 or"),
     ("paint-by-example", ["paint_by_example", "--sampler", "euler"], "'euler'"),
+    ("paint-by-example", ["paint_by_example", "--spacing", "even"], "spacing must be leading or trailing, got 'even'"),
+    ("paint-by-example", ["paint_by_example", "--resolution", "60"], "a positive multiple of 8, got 60"),
+    ("copy-paste", ["--devices", "2", "--device", "cuda:1"], "device='cuda:1' cannot be several devices"),
+    ("copy-paste", ["--seed", "-1"], "seed must be between 0 and "),
     ("stable-diffusion-image", ["stable_diffusion", "vocabulary", "--clip", "ADM"], "holds a ADM, not the CLIP"),
 ]
 
@@ -296,8 +326,8 @@ def test_run_refuses(systems, options, message, weights, tmp_path, capsys):
     for option in options:
         kind = option in FLAGS
         given += option_of(option, weights) if kind else [str(weights.adm) if option == "ADM" else option]
-    arguments = ["run", "--system", *systems.split(), "--bench", str(bench), "--out", str(tmp_path / "out"), *given]
-    assert main([*arguments, *QUIET]) == 2
+    arguments = ["run", "--system", *systems.split(), "--bench", str(bench), "--out", str(tmp_path / "out"), *QUIET]
+    assert main([*arguments, *given]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -358,7 +388,7 @@ def figure_arguments(files, tmp_path) -> list[str]:
     ]
     for option, folder, end in pictures:
         arguments += [f"--{option}", str(bench / folder / f"{7:012d}_{end}.png")]
-    return [*arguments, "--device", "cpu", "--quiet"]
+    return [*arguments, "--device", "cpu", "--dtype", "float32", "--quiet"]
 
 
 def test_the_figure_shows_each_text_s_result_beside_the_exemplar_s(figure_arguments, weights, tmp_path):

@@ -7,10 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pbe.cli.scoring import add_benchmark, add_judges, add_loading, load_judges, open_benchmark, progress, write_scores
 from pbe.cli.study import add_study, add_study_report, named_folders
 from pbe.cli.systems import add_guidance_figure, add_run, guidance_figure, run
+
+if TYPE_CHECKING:
+    from pbe.data.records import Source
 
 CLIP_FEATURES = "CLIP ViT-B/32"  # those of the released mixture
 EPILOG = """\
@@ -53,10 +57,14 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     add_study(commands)
     add_study_report(commands)
 
-    sub = add("build", build, "make a benchmark like COCOEE from COCO-format data", "the benchmark's folder")
-    sub.add_argument("--coco", type=Path, required=True, help="annotations of the sources, such as instances_val2017")
-    sub.add_argument("--images", type=Path, required=True, help="the folder of their pictures")
-    sub.add_argument("--reference-coco", type=Path, help="annotations of the references (default: --coco)")
+    sub = add("build", build, "make a benchmark like COCOEE from photos with labelled boxes", "the benchmark's folder")
+    kinds = sub.add_mutually_exclusive_group(required=True)
+    kinds.add_argument("--coco", type=Path, help="annotations of the sources, such as instances_val2017")
+    kinds.add_argument("--manifest", type=Path, help="or a manifest of them with labels, .csv or .jsonl")
+    sub.add_argument("--images", type=Path, help="the folder of their pictures; a manifest's may be found without")
+    kinds = sub.add_mutually_exclusive_group()
+    kinds.add_argument("--reference-coco", type=Path, help="annotations of the references (default: the sources' own)")
+    kinds.add_argument("--reference-manifest", type=Path, help="or a manifest of them")
     sub.add_argument("--reference-images", type=Path, help="the folder of their pictures")
     sub.add_argument("--backbone", required=True, metavar="KIND=FILE", help="in whose features references are near")
     sub.add_argument("-n", "--num-items", type=int, default=3500, help="at most so many (default 3500)")
@@ -89,6 +97,10 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     sub.add_argument("--data", type=Path, required=True, help="a manifest with labels, disjoint from what is judged")
     sub.add_argument("--images", default="", help="the folder of its pictures, if they are elsewhere")
+    sub.add_argument(
+        "--area", type=float, nargs=2, default=(0.0, 1.0), metavar="N", help="its boxes' share of their photo alone"
+    )
+    sub.add_argument("--check", type=Path, metavar="MANIFEST", help="other photos, to tell how many it recognises")
     sub.add_argument("--epochs", type=int, default=20, help="default 20")
     sub.add_argument("--size", type=int, default=64, help="of its pictures, in pixels (default 64)")
     sub.add_argument("--seed", type=int, default=0, help="default 0")
@@ -111,7 +123,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 
 def score(args: argparse.Namespace) -> int:
-    return write_scores(args, open_benchmark(args), load_judges(args), named_folders(args.results), {})
+    from pbe.evaluation.baselines.running import settings_in
+
+    bench, folders = open_benchmark(args), named_folders(args.results)
+    settings = {"systems": {name: settings_in(bench, folder) for name, folder in folders.items()}}
+    return write_scores(args, bench, load_judges(args), folders, settings)
 
 
 # --- making benchmarks, mixtures, judges ------------------------------------------------------------------
@@ -119,22 +135,37 @@ def score(args: argparse.Namespace) -> int:
 
 def build(args: argparse.Namespace) -> int:
     from pbe.checkpoints.loading import choose_device
-    from pbe.data.coco import Coco
     from pbe.evaluation.backbones import load_backbone
     from pbe.evaluation.build import BuildConfig, build_benchmark
 
-    if (args.reference_coco is None) != (args.reference_images is None):
-        raise ValueError("--reference-coco and --reference-images belong together")
     config = BuildConfig(
         args.num_items, args.size, tuple(args.area), args.grow, args.min_side, args.candidates, args.seed
     )
+    sources = open_source(args, "")
+    references = open_source(args, "reference_") or sources
     backbone = load_backbone(args.backbone, choose_device(args.device))
-    sources = Coco(args.coco, args.images)
-    references = Coco(args.reference_coco, args.reference_images) if args.reference_coco else sources
     with progress(args, min(args.num_items, len(sources)), "building") as bar:
         count = build_benchmark(sources, references, args.out, backbone, config, args.force, bar.update)
     print(f"{args.out}: {count} items")
     return 0
+
+
+def open_source(args: argparse.Namespace, prefix: str) -> Source | None:
+    """The data that --coco or --manifest names, or --reference-…; None where neither does."""
+    from pbe.data.coco import Coco
+    from pbe.data.manifest import Manifest
+
+    coco, manifest, images = (getattr(args, prefix + name) for name in ("coco", "manifest", "images"))
+    flag = f"--{prefix.replace('_', '-')}"
+    if coco is not None:
+        if images is None:
+            raise ValueError(f"{flag}coco needs {flag}images, the folder of its pictures")
+        return Coco(coco, images)
+    if manifest is not None:
+        return Manifest(manifest, images or "")
+    if images is not None:
+        raise ValueError(f"{flag}images needs {flag}coco or {flag}manifest, which lists the pictures")
+    return None
 
 
 def fit(args: argparse.Namespace) -> int:
@@ -167,10 +198,11 @@ def convert(args: argparse.Namespace) -> int:
 def stand_in(args: argparse.Namespace) -> int:
     from pbe.checkpoints.loading import choose_device
     from pbe.data.manifest import Manifest
-    from pbe.evaluation.stand_in import save_stand_in, train_stand_in
+    from pbe.evaluation.stand_in import recognised, save_stand_in, train_stand_in
 
     check_output(args)
-    source = Manifest(args.data, args.images)
+    source = Manifest(args.data, args.images, tuple(args.area))
+    unseen = Manifest(args.check) if args.check else None
     with progress(args, args.epochs, "training") as bar:
 
         def shown(epoch: int, loss: float, right: float) -> None:
@@ -181,8 +213,12 @@ def stand_in(args: argparse.Namespace) -> int:
             source, args.epochs, args.size, seed=args.seed, device=choose_device(args.device), on_epoch=shown
         )
     about = {"data": args.data.name, "pictures": len(source), "epochs": args.epochs, "seed": args.seed}
+    about["area"] = list(args.area)
     save_stand_in(model, args.out, classes, about, args.force)
-    print(f"{args.out}: {len(classes)} classes, sizes {asdict(model.config)}")
+    print(f"{args.out}: {len(classes)} classes, {len(source)} pictures, sizes {asdict(model.config)}")
+    if unseen is not None:
+        right, objects = recognised(model, classes, unseen)
+        print(f"right on {right / objects:.1%} of the {objects} objects of {args.check}")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,17 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pbe.cli.scoring import add_benchmark, add_judges, load_judges, open_benchmark, progress, write_scores
-from pbe.jobs import Job
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from pbe.batch import Outcome
     from pbe.evaluation.baselines import Weights
     from pbe.evaluation.baselines.running import Plan
     from pbe.evaluation.benchmark import Benchmark
 
 OURS = "paint-by-example"
+# Options by the settings that they give; a system that lacks one has no use for the option.
+OPTIONS = {
+    "sampler": "sampler",
+    "spacing": "spacing",
+    "steps": "steps",
+    "guidance": "scale",
+    "resolution": "resolution",
+}
 FLAGS = {
     "paint_by_example": "--ckpt",
     "stable_diffusion": "--stable-diffusion",
@@ -75,15 +79,14 @@ def add_run(p: argparse.ArgumentParser) -> None:
         help="Blended Diffusion's, as released ViT-B-16.pt (default: --clip)",
     )
     g = p.add_argument_group("generation; what is done already, with the same settings and weights, is kept")
-    g.add_argument("--sampler", help=f"of {OURS}: plms, ddim, ddpm or dpm_solver (default {Job.sampler})")
+    g.add_argument("--sampler", help=f"of {OURS}: plms, ddim, ddpm or dpm_solver (default plms)")
+    g.add_argument("--spacing", help=f"of {OURS}'s timesteps: leading or trailing (default leading)")
     g.add_argument("--steps", type=int, help="of all systems (default: each system's own, 50 or, blended, 100)")
-    g.add_argument(
-        "--scale", type=float, help=f"of classifier-free guidance (default {Job.scale:g}; Stable Diffusion: 7.5)"
-    )
+    g.add_argument("--scale", type=float, help="of classifier-free guidance (default 5; Stable Diffusion: 7.5)")
     g.add_argument("--seed", type=int, default=42, help="of the first item, the next have the next (default 42)")
     g.add_argument("--resolution", type=int, help=f"of {OURS} (default: what it was trained on)")
     add_device(g)
-    g.add_argument("--devices", type=int, default=1, help=f"divide {OURS}'s items over so many devices (default 1)")
+    g.add_argument("--devices", type=int, default=1, help="divide the items over so many devices (default 1)")
     g.add_argument("--num-nodes", type=int, default=1, help="and over this many nodes (default 1)")
     g.add_argument("--redo", action="store_true", help="also generate what is there")
     add_judges(p)
@@ -109,28 +112,20 @@ def add_guidance_figure(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pbe.evaluation.baselines.running import make_plan, run_plan
-    from pbe.evaluation.generate import composite_result, make_jobs
+    from pbe.evaluation.baselines.running import make_plan
+    from pbe.evaluation.compositing import composite_result
 
     check_options(args)
     bench = open_benchmark(args)
+    given = {setting: getattr(args, option) for setting, option in OPTIONS.items()}
     # A wrong option or file shows before hours of work; of several processes only the first needs the judges, later.
-    plans = {
-        name: make_plan(name, weights_of(args, name), bench, args.steps, args.scale, args.seed) for name in args.system
-    }
+    plans = {name: make_plan(name, weights_of(args, name), bench, given, args.seed) for name in args.system}
     folders = {name: args.out / name for name in plans}
-    jobs = make_jobs(bench, folders[OURS] / "raw", seed=args.seed, **our_settings(args)) if OURS in plans else []
     judges = load_judges(args) if args.devices * args.num_nodes == 1 else None
-    failed = False
-    for name in sorted(plans, key=lambda name: name != OURS):  # after ours, the first process goes on for all
-        with progress(args, len(bench.items), f"generating {name}") as bar:
-            if name == OURS:
-                outcomes = generate_ours(args, jobs, bar)
-            else:
-                outcomes = run_plan(plans[name], bench, folders[name] / "raw", args.redo, lambda _: bar.update())
-        if outcomes is None:
-            return 0
-        failed |= report_outcomes(name, outcomes, bench)
+    outcomes = generate(args, [*plans.values()], bench, {name: folder / "raw" for name, folder in folders.items()})
+    if outcomes is None:
+        return 0
+    failed = [name for name in plans if report_outcomes(name, outcomes[name], bench)]
     if failed:
         return 1
     results = {}
@@ -141,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
                 bar.update()
         results[name] = folder / "raw"
     results |= {f"{name}, composited": folder / "composited" for name, folder in folders.items()}
-    settings = {"seed": args.seed, "systems": {name: describe(args, plan) for name, plan in plans.items()}}
+    settings = {"seed": args.seed, "systems": {name: describe(plan) for name, plan in plans.items()}}
     return write_scores(args, bench, judges or load_judges(args), results, settings)
 
 
@@ -153,14 +148,9 @@ def check_options(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"--system names one twice: {' '.join(names)}")
     settings = {setting for name in names for setting in get_baseline(name).settings}
-    chosen = " and ".join(names)
-    for option, setting in (("steps", "steps"), ("scale", "guidance")):
+    for setting, option in OPTIONS.items():
         if getattr(args, option) is not None and setting not in settings:
-            raise ValueError(f"--{option} is nothing that {chosen} has")
-    several = args.devices * args.num_nodes > 1
-    for option, given in (("sampler", args.sampler), ("resolution", args.resolution), ("devices", several or None)):
-        if given is not None and OURS not in names:
-            raise ValueError(f"--{option} is for {OURS} alone, and not for {chosen}")
+            raise ValueError(f"--{option} is nothing that {' and '.join(names)} has")
 
 
 def weights_of(args: argparse.Namespace, name: str) -> Weights:
@@ -184,27 +174,23 @@ def check_given(who: str, given: Mapping[str, Path | None]) -> None:
         raise ValueError(f"{who} needs {' and '.join(missing)}")
 
 
-def generate_ours(args: argparse.Namespace, jobs: Sequence[Job], bar: tqdm) -> Sequence[Outcome] | None:
-    """Paint by Example's results, by this library's own batches; None in all but the first process."""
-    from pbe.evaluation.generate import generate
+def generate(
+    args: argparse.Namespace, plans: Sequence[Plan], bench: Benchmark, folders: Mapping[str, Path]
+) -> dict[str, list[Outcome]] | None:
+    """Makes the systems' raw results that are not there yet; None in all but the first of several processes."""
+    from pbe.evaluation.baselines.running import run_plan
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    return generate(
-        jobs,
-        args.ckpt,
-        args.device,
-        args.dtype,
-        args.devices,
-        args.num_nodes,
-        args.redo,
-        on_done=lambda _: bar.update(),
-    )
+    if args.devices * args.num_nodes > 1:
+        from pbe.evaluation.division import run_divided
 
-
-def our_settings(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, name) for name in ("sampler", "steps", "scale", "resolution")}
-    defaults = {"sampler": Job.sampler, "steps": Job.steps, "scale": Job.scale}
-    return {name: defaults.get(name) if value is None else value for name, value in given.items()}
+        return run_divided(
+            plans, bench, folders, args.devices, args.num_nodes, args.device, args.redo, progress=not args.quiet
+        )
+    outcomes = {}
+    for plan in plans:
+        with progress(args, len(bench.items), f"generating {plan.name}") as bar:
+            outcomes[plan.name] = run_plan(plan, bench, folders[plan.name], args.redo, lambda _: bar.update())
+    return outcomes
 
 
 def report_outcomes(name: str, outcomes: Sequence[Outcome], bench: Benchmark) -> bool:
@@ -220,17 +206,16 @@ def report_outcomes(name: str, outcomes: Sequence[Outcome], bench: Benchmark) ->
     return bool(failed)
 
 
-def describe(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+def describe(plan: Plan) -> dict[str, Any]:
     """How a system's results were made, for the report."""
     from pbe.checkpoints.reading import find_checkpoint
     from pbe.evaluation.backbones import sha256_of
 
     files = {kind: find_checkpoint(plan.weights.path(kind)) for kind in plan.baseline.files}
-    about = {**our_settings(args), "window": "full"} if plan.name == OURS else dict(plan.settings)
     if not files:
-        return about
+        return dict(plan.settings)
     weights = {kind: {"file": path.name, "sha256": sha256_of(path)} for kind, path in files.items()}
-    return {**about, "dtype": plan.about["dtype"], "weights": weights}
+    return {**plan.settings, "dtype": plan.about["dtype"], "weights": weights}
 
 
 # --- the figure -------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pbe.evaluation.views import read_rgb
 # What a benchmark may hold beside COCOEE's own files:
 MANIFEST = "benchmark.json"  # by `build`
 REFERENCE_MASKS = "Ref_mask_3500"  # <id>_ref_mask.png, white where the object is
-RESULT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+RESULT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", "_GT.png")  # the last for the sources as they are
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A benchmark like COCOEE from COCO-format data (arXiv 2211.13227, section 4.1).
+"""A benchmark like COCOEE from photos with labelled boxes (arXiv 2211.13227, section 4.1).
 
 A source is a square part of a photo with one object's box to repaint; its reference is the patch of an object of the
 same category in another photo, the one whose features are nearest to those of the source's own object.

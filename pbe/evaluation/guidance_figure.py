@@ -53,7 +53,7 @@ def save_guidance_figure(
     for name in (TEXT, EXEMPLAR):
         baseline = get_baseline(name)
         files = {kind: identify(Path(weights.path(kind)), dtype) for kind in baseline.files}
-        about["systems"][name] = baseline.choose_settings(steps) | {
+        about["systems"][name] = baseline.choose_settings({"steps": steps}) | {
             "weights": {kind: {"file": file.checkpoint, "crc32": file.crc32} for kind, file in files.items()}
         }
     by_text, by_exemplar = paint_both(edit, texts, seeds, weights, steps, on_picture)
@@ -85,7 +85,7 @@ def paint_both(
 
     def open_(name: str) -> Any:
         baseline = get_baseline(name)
-        return replace(baseline.load(weights), **baseline.choose_settings(steps))
+        return replace(baseline.load(weights), **baseline.choose_settings({"steps": steps}))
 
     system = open_(TEXT)
     by_text = [[done(system.paint(replace(edit, seed=seed), text)) for text in texts] for seed in seeds]

@@ -103,7 +103,7 @@ def write_report(
     out: str | Path,
     max_pictures: int = 200,
 ) -> None:
-    """Writes `report.json` and `report.html` into a folder; `results` are the systems' folders by name."""
+    """Writes `report.json`, `report.md` and `report.html` into a folder; `results` are the systems' folders by name."""
     out = Path(out)
     shown = choose_items(report, benchmark, max_pictures)
     files = {system: result_files(benchmark, folder) for system, folder in results.items()}
@@ -112,6 +112,7 @@ def write_report(
     }
     for name, text in (
         ("report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
+        ("report.md", markdown(report) + "\n"),
         ("report.html", render(report, pictures, WORST)),
     ):
         with replacing(out / name, overwrite=True) as part:
@@ -187,6 +188,16 @@ def table(report: Mapping[str, Any]) -> str:
     if any(backbone["stand_in"] for backbone in report["judges"]["backbones"]):
         text.append("Figures of the stand-in classifier compare with nothing published.")
     return "\n".join(text).replace("\xa0", " ")
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The figures as a table of Markdown: a row a system, each figure with its interval."""
+    titles = {figure["key"]: figure["title"] for one in report["systems"] for figure in one["figures"]}
+    lines = [["", *titles.values()], ["---"] * (len(titles) + 1)]
+    for one in report["systems"]:
+        found = {figure["key"]: cell(figure, report["benchmark"]["items"]) for figure in one["figures"]}
+        lines.append([one["system"].replace("|", "\\|"), *(" ".join(found.get(key, ())) for key in titles)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(figure: Mapping[str, Any], items: int) -> tuple[str, str]:

@@ -97,7 +97,11 @@ def train_stand_in(
     Each object's box is seen with a random shift, size and flip. `on_epoch` is called with the epoch, the mean loss
     and the share of objects that were recognised. ValueError without labels, or with one class alone.
     """
-    pictures, targets, names = _labelled_boxes(source, round(image_size * 1.25))
+    pictures, labels = _labelled_boxes(source, round(image_size * 1.25))
+    names = sorted(set(labels))
+    if len(names) < 2:
+        raise ValueError(f"{source.name} has only the class {names[0]!r}; a classifier needs two or more")
+    targets = torch.tensor([names.index(label) for label in labels])
     generator = torch.Generator().manual_seed(seed)
     model = _drawn(StandInConfig(len(names), image_size), generator).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
@@ -119,6 +123,23 @@ def train_stand_in(
         if on_epoch is not None:
             on_epoch(epoch, losses / len(pictures), right / len(pictures))
     return model.eval(), names
+
+
+@torch.inference_mode()
+def recognised(model: StandIn, classes: list[str], source: Source, batch_size: int = 64) -> tuple[int, int]:
+    """How many objects of a labelled source the classifier names right, and of how many whose class it knows.
+
+    ValueError for a source without labels, or with none of the classes.
+    """
+    pictures, labels = _labelled_boxes(source, model.config.image_size)
+    known = [i for i, label in enumerate(labels) if label in classes]
+    if not known:
+        raise ValueError(f"{source.name} has no object of the classes {', '.join(classes)}")
+    targets = torch.tensor([classes.index(labels[i]) for i in known])
+    device = model.head.weight.device
+    batches = pictures[known].split(batch_size)
+    found = torch.cat([model(batch.to(device) / 127.5 - 1).argmax(dim=1).cpu() for batch in batches])
+    return int((found == targets).sum()), len(known)
 
 
 def _drawn(config: StandInConfig, generator: torch.Generator) -> StandIn:
@@ -145,8 +166,8 @@ def object_box(record: Record, size: tuple[int, int], i: int = 0) -> Box:
     return Box(int(x0), int(y0), int(max(x1, x0 + 1)), int(max(y1, y0 + 1)))
 
 
-def _labelled_boxes(source: Source, side: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Every labelled object as uint8 (N, 3, side, side), its class (N,) and the classes' names."""
+def _labelled_boxes(source: Source, side: int) -> tuple[Tensor, list[str]]:
+    """Every labelled object as uint8 (N, 3, side, side), and its label."""
     pictures, labels = [], []
     for i in range(len(source)):
         record = source[i]
@@ -157,10 +178,7 @@ def _labelled_boxes(source: Source, side: int) -> tuple[Tensor, Tensor, list[str
             crop = image.crop(object_box(record, image.size[::-1], k))
             pictures.append((to_tensor(crop.resize((side, side), Image.Resampling.BICUBIC)) * 255).byte())
             labels.append(label)
-    names = sorted(set(labels))
-    if len(names) < 2:
-        raise ValueError(f"{source.name} has only the class {names[0]!r}; a classifier needs two or more")
-    return torch.stack(pictures), torch.tensor([names.index(label) for label in labels]), names
+    return torch.stack(pictures), labels
 
 
 def _shifted(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,7 @@
 """Paint by Example as the paper's benchmark ran it: the whole frame, PLMS, 50 steps, guidance 5."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from PIL import Image
 
@@ -19,6 +20,8 @@ class PaintByExampleSystem:
     steps: int = 50
     guidance: float = 5.0
     sampler: str = "plms"
+    spacing: Literal["leading", "trailing"] = "leading"
+    resolution: int | None = None
 
     @classmethod
     def load(cls, weights: Weights) -> "PaintByExampleSystem":
@@ -26,7 +29,7 @@ class PaintByExampleSystem:
         model = load_model(weights.path("paint_by_example"), weights.device, weights.dtype)
         if not isinstance(model, PaintByExample):
             raise ValueError(f"{weights.paint_by_example} holds a {type(model).__name__}, not a Paint by Example")
-        return cls(prepare_for_inference(model))  # once, and not for each edit
+        return cls(prepare_for_inference(model, consume=True))  # once, and not for each edit
 
     def __call__(self, edit: Edit) -> Image.Image:
         (picture,) = edit_picture(
@@ -37,8 +40,10 @@ class PaintByExampleSystem:
             steps=self.steps,
             guidance=self.guidance,
             sampler=self.sampler,
+            spacing=self.spacing,
             seed=edit.seed,
             window="full",
             composite=False,
+            resolution=self.resolution,
         )
         return picture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from pbe import __version__
 from pbe.batch import Outcome
 from pbe.checkpoints.loading import choose_device, choose_dtype
 from pbe.evaluation.baselines import Baseline, Edit, System, Weights, get_baseline
-from pbe.evaluation.benchmark import Benchmark, Item
-from pbe.jobs import identify, read_settings
+from pbe.evaluation.baselines.systems import Setting
+from pbe.evaluation.benchmark import Benchmark, Item, result_files
+from pbe.jobs import MAX_SEED, identify, read_settings
 from pbe.saving import save_picture
 
 ABOUT_RESULT = ("pbe", "size")  # stored beside what a result follows from, no part of it
+OF_ITEM = ("seed", "label", "inputs_crc32")  # what differs from result to result of a system
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Plan:
     name: str
     baseline: Baseline
     weights: Weights
-    settings: dict[str, Any]
+    settings: dict[str, Setting]
     about: dict[str, Any]
     seed: int
 
@@ -45,18 +47,20 @@ def make_plan(
     name: str,
     weights: Weights,
     benchmark: Benchmark,
-    steps: int | None = None,
-    guidance: float | None = None,
+    given: Mapping[str, Setting],
     seed: int = 42,
 ) -> Plan:
-    """How the system called `name` is to run on a benchmark; `steps` and `guidance`: as `Baseline.choose_settings`.
+    """How the system called `name` is to run on a benchmark, with the settings `given` (`Baseline.choose_settings`).
 
     All that can be known to fail before hours of work does so here. ValueError for an unknown name, for a file that is
     not given, for settings that make no sense, and where the system reads labels and the benchmark lacks some;
     FileNotFoundError for a file that is not there.
     """
     baseline = get_baseline(name)
-    settings = baseline.choose_settings(steps, guidance)
+    settings = baseline.choose_settings(given)
+    largest = MAX_SEED - len(benchmark.items) + 1
+    if not 0 <= seed <= largest:
+        raise ValueError(f"seed must be between 0 and {largest}, got {seed}")
     unlabelled = [item.name for item in benchmark.items if not item.label]
     if baseline.guide == "label" and unlabelled:
         raise ValueError(
@@ -79,21 +83,33 @@ def run_plan(
     redo: bool = False,
     on_done: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Writes each item's raw result to `out/<id>.png`, unless it is there; raises as `open_baseline` does.
-
-    The networks are read only if something is to be done. An item that fails becomes an outcome, as in a batch.
-    """
-    outcomes, system = [], None
+    """Writes each item's raw result to `out/<id>.png`, unless it is there; raises as `open_baseline` does."""
+    outcomes, maker = [], Maker(plan, out, redo)
     for i, item in enumerate(benchmark.items):
-        path = out / f"{item.name}.png"
-        if not redo and is_finished(plan, item, i, path):
-            outcomes.append(Outcome(i, "skipped"))
-        else:
-            system = system or plan.open()
-            outcomes.append(run_item(plan, system, item, i, path))
+        outcomes.append(maker(item, i))
         if on_done is not None:
             on_done(outcomes[-1])
     return outcomes
+
+
+@dataclass
+class Maker:
+    """Makes a system's results one by one; its networks are read when the first is to be made.
+
+    An item that fails becomes an outcome, as in a batch.
+    """
+
+    plan: Plan
+    out: Path
+    redo: bool
+    system: System | None = None
+
+    def __call__(self, item: Item, i: int) -> Outcome:
+        path = self.out / f"{item.name}.png"
+        if not self.redo and is_finished(self.plan, item, i, path):
+            return Outcome(i, "skipped")
+        self.system = self.system or self.plan.open()
+        return run_item(self.plan, self.system, item, i, path)
 
 
 def run_item(plan: Plan, system: System, item: Item, i: int, path: Path) -> Outcome:
@@ -144,3 +160,16 @@ def settings_of(plan: Plan, item: Item, i: int) -> dict[str, Any]:
         **({"label": item.label} if plan.baseline.guide == "label" else {}),
         "inputs_crc32": {name: f"{zlib.crc32(file.read_bytes()):08x}" for name, file in files.items() if file},
     }
+
+
+def settings_in(benchmark: Benchmark, folder: Path) -> dict[str, Any]:
+    """What all the results in a folder were made with, the first item's seed among it, as the pictures themselves say.
+
+    Empty where they do not, or not all the same: results of other programs. Raises as `result_files`.
+    """
+    found = []
+    for i, path in enumerate(result_files(benchmark, folder)):
+        stored = read_settings(path) or {}
+        made = {key: value for key, value in stored.items() if key not in (*ABOUT_RESULT, *OF_ITEM)}
+        found.append({**made, "seed": stored["seed"] - i} if "seed" in stored else made)
+    return found[0] if all(one == found[0] for one in found) else {}

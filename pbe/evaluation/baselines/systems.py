@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pbe import windows
 from pbe.pictures import MaskLike, Picture, PictureLike, read_exemplar, read_mask, read_picture
+from pbe.sampling import NoiseSchedule, get_sampler
 from pbe.windows import Box
 
 
@@ -154,6 +155,9 @@ WEIGHT_FILES = {
 }
 
 
+Setting = int | float | str | None
+
+
 @dataclass(frozen=True)
 class Baseline:
     """What is known of a system before its files are read.
@@ -170,20 +174,24 @@ class Baseline:
     files: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
 
-    def choose_settings(self, steps: int | None = None, guidance: float | None = None) -> dict[str, int | float | str]:
-        """The published values of the settings, but for `steps` and `guidance` where given and among them.
+    def choose_settings(self, given: Mapping[str, Setting]) -> dict[str, Setting]:
+        """The published values of the settings, but for those among them that are given and not None.
 
         Blended Diffusion's skipped steps stay the same share of all. ValueError for values out of range.
         """
-        chosen = {name: getattr(self.kind, name) for name in self.settings}
-        if steps is not None and "steps" in chosen:
-            if not 1 <= steps <= 1000:
-                raise ValueError(f"steps must be from 1 to 1000, got {steps}")
-            if "skipped" in chosen:
-                chosen["skipped"] = chosen["skipped"] * steps // chosen["steps"]
-            chosen["steps"] = steps
-        if guidance is not None and "guidance" in chosen:
-            if not (math.isfinite(guidance) and guidance >= 0):
-                raise ValueError(f"guidance must be 0 or more, got {guidance}")
-            chosen["guidance"] = guidance
+        published = {name: getattr(self.kind, name) for name in self.settings}
+        chosen = published | {name: given[name] for name in published if given.get(name) is not None}
+        if "steps" in chosen and not 1 <= chosen["steps"] <= 1000:
+            raise ValueError(f"steps must be from 1 to 1000, got {chosen['steps']}")
+        if "guidance" in chosen and not (math.isfinite(chosen["guidance"]) and chosen["guidance"] >= 0):
+            raise ValueError(f"guidance must be 0 or more, got {chosen['guidance']}")
+        if "sampler" in chosen:
+            get_sampler(chosen["sampler"])
+        if "spacing" in chosen:
+            NoiseSchedule.scaled_linear(spacing=chosen["spacing"]).timesteps(chosen["steps"])
+        resolution = chosen.get("resolution")
+        if resolution is not None and (resolution < 8 or resolution % 8):
+            raise ValueError(f"resolution must be a positive multiple of 8, got {resolution}")
+        if "skipped" in chosen:
+            chosen["skipped"] = published["skipped"] * chosen["steps"] // published["steps"]
         return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from torchvision.transforms.v2 import functional as T
 
 from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe import to_unit_range
-from pbe.editing import check_finite
+from pbe.editing import check_finite, feather_width
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.models.paint_by_example import Condition, PaintByExample
 from pbe.sampling import NoiseSchedule, get_sampler, guided_eps, make_generators, randn
+from pbe.seams import meet_photo
 from pbe.windows import Box, feather_weights, mask_bounding_box
 
 
@@ -140,14 +142,18 @@ def paste(cases: Cases, references: Tensor) -> Tensor:
             reference[None], (box.height, box.width), mode="bilinear", antialias=True, align_corners=False
         )
         picture[(..., *box.slices)] = resized[0] * 2 - 1
-    return composite(cases, pictures)
+    return torch.where(cases.mask > 0.5, cases.image, pictures)
 
 
-def composite(cases: Cases, pictures: Tensor) -> Tensor:
+def composite(cases: Cases, pictures: Tensor, seam: Literal["poisson", "feather"] = "poisson") -> Tensor:
     """The photos with their regions taken from `pictures` (N, 3, R, R), with the seam that `edit` gives them."""
-    width = max(1, round(cases.image.shape[-1] / 64))
+    side = cases.image.shape[-1]
+    width = feather_width(Box(0, 0, side, side), side)
     weights = np.stack([feather_weights(mask[0].numpy() < 0.5, width) for mask in cases.mask])
     w = torch.from_numpy(weights)[:, None]
+    if seam == "poisson":
+        triples = zip(pictures.split(1), cases.image.split(1), cases.mask.split(1), strict=True)
+        pictures = torch.cat([meet_photo(*triple) for triple in triples])
     return cases.image * (1 - w) + pictures * w
 
 

@@ -114,7 +114,7 @@ def write_grid(args: argparse.Namespace) -> None:
     from pbe.saving import save_picture
 
     picture = seed_grid(
-        load_model(args.ckpt, device=args.device),
+        load_model(args.ckpt, device=args.device, dtype="float32"),
         args.edit,
         seeds=args.seeds,
         seed=args.seed,

@@ -216,6 +216,7 @@ def likeness_figures(
         "exemplar pasted": paste(cases, references[own]),
         "result, raw": raw,
         "result, composited": composite(cases, raw),
+        "result, composited with feather alone": composite(cases, raw, seam="feather"),
     }
     scales = {scale: crops[scale] for scale in settings.scales}
     features = {"classifier": embeddings["classifier"]}
