@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pbe import windows
-from pbe.acceleration import PreparedModel, prepare_for_inference
+from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.models.paint_by_example import Condition, PaintByExample
+from pbe.offloading import on_device
 from pbe.pictures import (
     MaskLike,
     Picture,
@@ -25,6 +27,7 @@ from pbe.pictures import (
     read_picture,
 )
 from pbe.sampling import Callback, NoiseSchedule, Sampler, get_sampler, guided_eps, make_generators, randn
+from pbe.seams import meet_photo
 from pbe.windows import Box
 
 
@@ -39,6 +42,7 @@ def edit(
     exemplar_weights: Sequence[float] | None = None,
     steps: int = 50,
     guidance: float = 5.0,
+    guidance_interval: tuple[int, int] | None = None,
     sampler: str = "plms",
     eta: float = 0.0,
     spacing: Literal["leading", "trailing"] = "leading",
@@ -48,6 +52,7 @@ def edit(
     window: Literal["auto", "full"] | tuple[int, int, int, int] = "auto",
     regions: Literal["together", "each"] = "together",
     composite: bool = True,
+    seam: Literal["poisson", "feather"] = "poisson",
     feather: int | None = None,
     margin: float = 0.1,
     resolution: int | None = None,
@@ -67,6 +72,8 @@ def edit(
         exemplar_mask: where the object is in its picture (white = object); a list of one each for several exemplars.
         steps: sampling steps, 1 to 1000.
         guidance: the scale λ of classifier-free guidance, eps_u + λ (eps_c - eps_u).
+        guidance_interval: the timesteps (t_low, t_high] with guidance, of 0 to 999, the noisiest; at others λ is 1, and
+            the network has half the work (default: all).
         sampler: "plms", "ddim", "ddpm" or "dpm_solver"; `eta` in [0, 1] is for "ddim" alone.
         spacing: of the timesteps: "leading", the original's, or "trailing", which starts from the noisiest timestep
             whatever their number, and with few steps comes nearer to what many give.
@@ -76,7 +83,11 @@ def edit(
             without context), "full" (the whole photo), or a box.
         regions: "together" edits the whole mask in one window, "each" its separate regions one after the other.
         composite: put only the masked pixels into the photo; False puts in the model's own picture of all the window.
-        feather: width in photo pixels of the soft seam, which lies inside the mask (default: a 64th of the window).
+        seam: "poisson" lets the result meet the photo at the mask's border: what the model's picture differs from the
+            photo by around the mask is continued harmonically into it and taken off, as in Poisson image editing (Pérez
+            et al. 2003). "feather" leaves the model's colours as they are.
+        feather: width in photo pixels of the soft seam, which lies inside the mask (default: a 64th of the window, and
+            two of the model's pixels at least).
         margin: the share of an automatic window's side that is kept free on each side of the mask.
         resolution: side in pixels at which the model works (default: the one it was trained on).
         callback: called with a `StepInfo` after each step, for each batch and region anew.
@@ -90,6 +101,7 @@ def edit(
     check_settings(
         steps=steps,
         guidance=guidance,
+        guidance_interval=guidance_interval,
         sampler=sampler,
         eta=eta,
         spacing=spacing,
@@ -97,6 +109,7 @@ def edit(
         batch_size=batch_size,
         window=window,
         regions=regions,
+        seam=seam,
         feather=feather,
         margin=margin,
         resolution=resolution,
@@ -110,24 +123,33 @@ def edit(
 
     picture = read_picture(image)
     repaint = read_mask(mask, picture.size)
-    if not isinstance(model, PreparedModel):
+    if not isinstance(model, PreparedModel) and not is_compiled(model):  # what a user compiled is used as it is
         model = prepare_for_inference(model)  # anew for each edit: the weights may have changed since the last
-    context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights)
+    device = model.device
+    with on_device(model.cond_stage_model, device):
+        context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights)
 
     results = [picture] * num_images
     for region in windows.connected_regions(repaint) if regions == "each" else [repaint]:
         box = place_window(region, window, margin, resolution)
         size = windows.model_size(box, resolution, multiple=model.config.vae.downsampling)
-        weights = seam_weights(region, box, feather) if composite else whole_window(box, picture.size)
+        width = feather_width(box, resolution) if feather is None else feather
+        weights = windows.feather_weights(region, width) if composite else whole_window(box, picture.size)
         for first in range(0, num_images, batch_size):
             batch = results[first : first + batch_size]
-            condition = window_condition(model, batch, region, box, size, context)
-            eps = guided_eps(model, condition, guidance, timesteps)
+            seen, keep = see_window(batch, region, box, size)
+            with on_device(model.vae, device):
+                condition = window_condition(model, seen, keep, context, len(batch))
             generators = make_generators(seed + first, len(batch))
-            x_T = randn(condition.z_masked.shape[1:], generators, model.device)
-            z_0 = draw(eps, x_T, generators=generators)
-            edited = model.vae.decode(z_0.to(model.dtype))[..., : size[0], : size[1]]
+            x_T = randn(condition.z_masked.shape[1:], generators, device)
+            with on_device(model.unet, device):
+                eps = guided_eps(model, condition, guidance, timesteps, guidance_interval)
+                z_0 = draw(eps, x_T, generators=generators)
+            with on_device(model.vae, device):
+                edited = model.vae.decode(z_0.to(model.dtype))[..., : size[0], : size[1]]
             check_finite(edited)
+            if composite and seam == "poisson":
+                edited = meet_photo(edited, seen, keep)
             results[first : first + batch_size] = [
                 replace(photo, pixels=windows.composite(photo.pixels, one[None], box, weights))
                 for photo, one in zip(batch, edited, strict=True)
@@ -139,6 +161,7 @@ def check_settings(
     *,
     steps: int,
     guidance: float,
+    guidance_interval: tuple[int, int] | None,
     sampler: str,
     eta: float,
     spacing: str,
@@ -146,6 +169,7 @@ def check_settings(
     batch_size: int,
     window: Literal["auto", "full"] | tuple[int, int, int, int],
     regions: str,
+    seam: str,
     feather: int | None,
     margin: float,
     resolution: int | None,
@@ -155,6 +179,11 @@ def check_settings(
     choose_sampler(sampler, eta)
     if not (math.isfinite(guidance) and guidance >= 0):
         raise ValueError(f"guidance must be 0 or more, got {guidance}")
+    if guidance_interval is not None and not is_interval(guidance_interval):
+        raise ValueError(
+            "guidance_interval must be two whole timesteps (t_low, t_high), -1 <= t_low <= t_high <= 1000, "
+            f"got {guidance_interval!r}"
+        )
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
@@ -162,6 +191,8 @@ def check_settings(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if regions not in ("together", "each"):
         raise ValueError(f"regions must be 'together' or 'each', got {regions!r}")
+    if seam not in ("poisson", "feather"):
+        raise ValueError(f"seam must be 'poisson' or 'feather', got {seam!r}")
     if isinstance(window, str):
         is_window = window in ("auto", "full")
     else:
@@ -174,6 +205,12 @@ def check_settings(
         raise ValueError(f"margin must be at least 0 and below 0.5, got {margin}")
     if resolution is not None and (resolution < 8 or resolution % 8):
         raise ValueError(f"resolution must be a positive multiple of 8, got {resolution}")
+
+
+def is_interval(value: tuple[int, int]) -> bool:
+    """Whether `value` is a guidance interval; a lower end of -1 takes in timestep 0."""
+    is_pair = isinstance(value, Sequence) and len(value) == 2 and all(isinstance(t, Integral) for t in value)
+    return is_pair and -1 <= value[0] <= value[1] <= 1000
 
 
 def check_finite(edited: Tensor) -> None:
@@ -239,16 +276,20 @@ def mixed_context(
     return (w * contexts.float()).sum(dim=0, keepdim=True).to(model.dtype)
 
 
-def window_condition(
-    model: PaintByExample, photos: list[Picture], repaint: np.ndarray, box: Box, size: tuple[int, int], context: Tensor
-) -> Condition:
-    """What the UNet needs to know to repaint one window of each photo, seen at `size` (height, width)."""
-    keep = 1 - windows.extract_repaint(repaint, box, size).to(model.device, model.dtype)  # (1, 1, H, W)
+def see_window(photos: list[Picture], repaint: np.ndarray, box: Box, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """One window of each photo at `size` (height, width): pixels (B, 3, H, W) in [-1, 1], or (1, 3, H, W) if the photos
+    are all the same, and the mask (1, 1, H, W), 1 = keep."""
     different = photos if any(photo is not photos[0] for photo in photos) else photos[:1]
-    pixels = torch.cat([windows.resample(photo.rgb(box), size) for photo in different]).to(model.device, model.dtype)
+    pixels = torch.cat([windows.resample(photo.rgb(box), size) for photo in different])
+    return pixels, 1 - windows.extract_repaint(repaint, box, size)
+
+
+def window_condition(model: PaintByExample, pixels: Tensor, keep: Tensor, context: Tensor, batch: int) -> Condition:
+    """What the UNet needs to know to repaint what `see_window` gives, for `batch` results."""
+    pixels, keep = pixels.to(model.device, model.dtype), keep.to(model.device, model.dtype)
     z_masked, mask = model.encode_masked(pixels, keep.expand(len(pixels), -1, -1, -1))
     check_visible(mask)
-    return Condition(*(x.expand(len(photos), *x.shape[1:]) for x in (z_masked, mask, context)))
+    return Condition(*(x.expand(batch, *x.shape[1:]) for x in (z_masked, mask, context)))
 
 
 def check_visible(mask: Tensor) -> None:
@@ -287,10 +328,9 @@ def place_window(
     return box
 
 
-def seam_weights(repaint: np.ndarray, box: Box, feather: int | None) -> np.ndarray:
-    """How much of the edit shows at each pixel of the photo: nothing outside the mask."""
-    width = max(1, round(min(box.width, box.height) / 64)) if feather is None else feather
-    return windows.feather_weights(repaint, width)
+def feather_width(box: Box, resolution: int) -> int:
+    """The seam's width in photo pixels where none is asked for."""
+    return max(1, round(min(box.width, box.height) * max(1 / 64, 2 / resolution)))
 
 
 def whole_window(box: Box, size: tuple[int, int]) -> np.ndarray:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from pbe.acceleration import Compile
     from pbe.models.paint_by_example import PaintByExample
     from pbe.pictures import Picture
     from pbe.sampling import Callback
@@ -53,10 +54,12 @@ class Job:
     spacing: str = "leading"
     steps: int = 50
     scale: float = 5.0
+    guidance_interval: tuple[int, int] | None = None
     seed: int = 321
     window: Literal["auto", "full"] | Corners = "auto"
     regions: Literal["together", "each"] = "together"
     raw: bool = False
+    seam: str = "poisson"
     feather: int | None = None
     margin: float = 0.1
     resolution: int | None = None
@@ -155,6 +158,13 @@ def parse_polygon(value: Any) -> tuple[tuple[float, float], ...]:
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
+def parse_interval(value: Any) -> tuple[int, int]:
+    numbers = parse_numbers(value)
+    if len(numbers) != 2:
+        raise ValueError(f"{value!r} is not an interval of timesteps LOW,HIGH")
+    return parse_int(numbers[0]), parse_int(numbers[1])
+
+
 def parse_window(value: Any) -> str | Corners:
     if value in ("auto", "full"):
         return value
@@ -184,10 +194,12 @@ COLUMNS: dict[str, Callable[[Any], Any]] = {
     "spacing": parse_text,
     "steps": parse_int,
     "scale": parse_float,
+    "guidance_interval": parse_interval,
     "seed": parse_int,
     "window": parse_window,
     "regions": parse_regions,
     "raw": parse_bool,
+    "seam": parse_text,
     "feather": parse_int,
     "margin": parse_float,
     "resolution": parse_int,
@@ -228,6 +240,7 @@ def check_job(job: Job) -> None:
     check_settings(
         steps=job.steps,
         guidance=job.scale,
+        guidance_interval=job.guidance_interval,
         sampler=job.sampler,
         eta=job.eta,
         spacing=job.spacing,
@@ -235,6 +248,7 @@ def check_job(job: Job) -> None:
         batch_size=1,
         window=job.window,
         regions=job.regions,
+        seam=job.seam,
         feather=job.feather,
         margin=job.margin,
         resolution=job.resolution,
@@ -289,17 +303,32 @@ def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) 
         trial.unlink(missing_ok=True)
 
 
-def load_editor(checkpoint: Path, device: str | torch.device = "auto", dtype: str = "auto") -> PaintByExample:
-    """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone; ValueError if it is
-    another model."""
+def load_editor(
+    checkpoint: Path,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    low_memory: bool = False,
+    compile: Compile | None = None,
+) -> PaintByExample:
+    """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone; with `low_memory` each
+    network is on the device only while it computes. ValueError if it is another model, or if both `low_memory` and the
+    whole network's compilation are asked for, whose graphs keep their memory."""
     from pbe.acceleration import prepare_for_inference
-    from pbe.checkpoints.loading import load_model
+    from pbe.checkpoints.loading import choose_device, choose_dtype, load_model
     from pbe.models.paint_by_example import PaintByExample
+    from pbe.offloading import offload
 
-    model = load_model(checkpoint, device, dtype)
+    if low_memory and compile == "whole":
+        raise ValueError("compile='whole' keeps the memory that low_memory gives back: use compile='regions'")
+    chosen = choose_device(device)
+    home, precision = choose_device("cpu") if low_memory else chosen, choose_dtype(dtype, chosen)
+    # on the CPU preparing converts what is mapped, with no copy between; to a device the least is sent
+    model = load_model(checkpoint, home, "stored" if home.type == "cpu" else precision)
     if not isinstance(model, PaintByExample):
         raise ValueError(f"{checkpoint} holds {type(model).__name__}, editing needs Paint by Example")
-    return prepare_for_inference(model, consume=True)
+    if low_memory:
+        model = offload(model, chosen)
+    return prepare_for_inference(model, consume=True, dtype=precision, compile=compile)
 
 
 def run_job(
@@ -324,6 +353,7 @@ def run_job(
             exemplar_weights=job.reference_weights,
             steps=job.steps,
             guidance=job.scale,
+            guidance_interval=job.guidance_interval,
             sampler=job.sampler,
             eta=job.eta,
             spacing=job.spacing,
@@ -333,6 +363,7 @@ def run_job(
             window=job.window,
             regions=job.regions,
             composite=not job.raw,
+            seam=job.seam,
             feather=job.feather,
             margin=job.margin,
             resolution=job.resolution,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 
 
 @dataclass
@@ -47,16 +49,17 @@ def lr_factor(step: int, config: OptimizerConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((step - config.warmup_steps) / config.decay_steps, 1)))
 
 
+def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
+    """AdamW over those of the parameters that train."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+
+
 def make_optimizer(module: lightning.LightningModule, config: OptimizerConfig) -> dict[str, Any]:
     """What `configure_optimizers` returns: AdamW over the parameters that train, and its learning rate's schedule."""
     trainer = module.trainer
     # The fused step removes fp16's loss scale itself, too late for Lightning to clip the gradients before.
     clips_scaled = isinstance(trainer.precision_plugin, MixedPrecision) and bool(trainer.gradient_clip_val)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        fused=module.device.type == "cuda" and not clips_scaled,
-    )
+    optimizer = adamw(module.parameters(), config, fused=module.device.type == "cuda" and not clips_scaled)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

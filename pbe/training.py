@@ -7,27 +7,32 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
 from pbe.checkpoints.sizes import pbe_entry
 from pbe.data.example import Example
+from pbe.draws import Batch, make_draws
+from pbe.efficient_training import checkpoint_blocks, halve_frozen, keep_norms_half, skip_queries
 from pbe.ema import ParameterAverage, average_name
 from pbe.initialization import PARTS, Part
 from pbe.lora import LoRAConfig, add_lora, is_adapter
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig, latent_mask
-from pbe.models.unet import ResBlock, SpatialTransformer, TransformerBlock, UNet
+from pbe.models.unet import TransformerBlock
 from pbe.optimizer import OptimizerConfig, make_optimizer
-from pbe.sampling import NoiseSchedule, randn
+from pbe.sampling import NoiseSchedule
 
 NUM_BANDS = 4  # of timesteps, whose losses are logged apart: they differ by orders of magnitude
+
+# The autoencoder takes more memory a picture than the UNet that trains; so many pixels keep any device busy.
+ENCODED_PIXELS = 8 * 512**2
+
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -44,7 +49,13 @@ class TrainingConfig:
         sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 it implies (Salimans and Ho 2022, arXiv 2202.00512, section 4),
         which is the noise's over alpha_bar: it gives the noisiest timesteps, where form and colour are decided, as
         much to say as the others, and lets a small model learn them sooner.
-    gradient_checkpointing: compute the UNet's activations again in the backward pass: more time, far less memory.
+    gradient_checkpointing: compute the UNet's activations again in the backward pass: more time, far less memory. A
+        number: those of so many levels of highest resolution alone, which take the most memory.
+    frozen: the precision of what does not learn: of the autoencoder, of CLIP, and where adapters learn of the layers
+        beneath them, which needs trainer.precision of the same kind. Checkpoints hold the values that it had. None: as
+        the rest.
+    norms: under mixed precision on CUDA, "half" makes the UNet's norms return half precision, not float32: less memory
+        and time. None: as autocast has it.
     val_timesteps: where the validation loss is measured.
     """
 
@@ -54,7 +65,9 @@ class TrainingConfig:
     drop_exemplar_by: Literal["sample", "batch"] = "sample"
     ema_decay: float | None = None
     loss: Literal["noise", "velocity"] = "noise"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | int = False
+    frozen: Literal["bfloat16", "float16"] | None = None
+    norms: Literal["half"] | None = None
     compile: bool = False
     channels_last: bool = False
     val_timesteps: list[int] = field(default_factory=lambda: [100, 300, 500, 700, 900])
@@ -70,39 +83,17 @@ class TrainingConfig:
             raise ValueError(f"training.drop_exemplar is a probability, got {self.drop_exemplar}")
         if self.loss not in ("noise", "velocity"):
             raise ValueError(f"training.loss must be noise or velocity, got {self.loss!r}")
+        if self.gradient_checkpointing < 0:
+            raise ValueError(
+                "training.gradient_checkpointing must be true, false or a number of levels, got "
+                f"{self.gradient_checkpointing}"
+            )
+        if self.frozen not in (None, *HALF):
+            raise ValueError(f"training.frozen must be {', '.join(HALF)} or null, got {self.frozen!r}")
+        if self.norms not in (None, "half"):
+            raise ValueError(f"training.norms must be half or null, got {self.norms!r}")
         if not self.val_timesteps or not all(0 <= t < 1000 for t in self.val_timesteps):
             raise ValueError(f"training.val_timesteps must be timesteps from 0 to 999, got {self.val_timesteps}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A step's random numbers
-
-
-class Draws(NamedTuple):
-    """The random numbers of one step. Each sample's follow from its own seed: not from its batch or its process."""
-
-    t: Tensor  # (B,) long, 0 <= t < T
-    noise: Tensor  # (B, 4, h, w)
-    posterior_noise: Tensor  # (B, 2, 4, h, w), for the latents of the image and of the masked image
-    drop: Tensor  # (B,) uniform in [0, 1): below the probability, the exemplar is dropped
-
-
-class Batch(NamedTuple):
-    """Examples and what was drawn for them."""
-
-    example: Example
-    draws: Draws
-
-
-def make_draws(seeds: Sequence[int], latent_shape: Sequence[int], num_timesteps: int) -> Draws:
-    """The draws of the samples with these seeds, on the CPU; `latent_shape` is (4, h, w)."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return Draws(
-        drop=torch.cat([torch.rand(1, generator=g) for g in generators]),
-        t=torch.cat([torch.randint(num_timesteps, (1,), generator=g) for g in generators]),
-        noise=randn(latent_shape, generators),
-        posterior_noise=randn((2, *latent_shape), generators),
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,14 +120,6 @@ def context_length(config: PaintByExampleConfig) -> int:
     """How many tokens the exemplar's context has."""
     exemplar = config.exemplar
     return 1 if exemplar.tokens == "class" else exemplar.vision.num_positions
-
-
-def checkpoint_blocks(unet: UNet) -> None:
-    """Makes each block of the network keep its inputs alone for the backward pass, and run again there."""
-    for block in unet.modules():
-        if isinstance(block, (ResBlock, SpatialTransformer)):
-            # nothing in a block is random
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,22 +151,37 @@ class PaintByExampleTraining(lightning.LightningModule):
             trained = {name for name, _ in model.named_parameters() if is_adapter(name)}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
         self.model_ema = None
         if config.ema_decay is not None:
             parameters = {name: parameter for name, parameter in model.named_parameters() if name in trained}
             self.model_ema = ParameterAverage(parameters, config.ema_decay)
-        if config.channels_last:
-            model.to(memory_format=torch.channels_last)
+        # Adapters alone are saved: what they lie over can be read again from where it came.
+        originals = halve_frozen(model, HALF[config.frozen], layers=bool(config.lora)) if config.frozen else {}
+        self.originals = {} if config.lora else originals
+        if config.norms == "half":
+            keep_norms_half(model.unet)
+        if context_length(model.config) == 1:
+            skip_queries(model.unet)
         if config.gradient_checkpointing:
-            checkpoint_blocks(model.unet)
+            checkpoint_blocks(model.unet, config.gradient_checkpointing)
         if config.compile:
             model.unet.compile()
 
     def setup(self, stage: str) -> None:
-        if self.model_ema and not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        whole = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        for setting in ("ema_decay", "frozen"):
+            if getattr(self.config, setting) is not None and not whole:
+                raise ValueError(
+                    f"training.{setting} needs whole parameters in every process, which the strategy "
+                    f"{type(self.trainer.strategy).__name__} divides: use ddp, or {setting}=null"
+                )
+        precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}.get(self.config.frozen)
+        if self.config.lora and precision and self.trainer.precision != precision:
             raise ValueError(
-                f"training.ema_decay needs whole parameters in every process, which the strategy "
-                f"{type(self.trainer.strategy).__name__} divides: use ddp, or ema_decay=null"
+                f"training.frozen={self.config.frozen} beneath adapters needs trainer.precision={precision}, "
+                f"got {self.trainer.precision}"
             )
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -205,10 +203,13 @@ class PaintByExampleTraining(lightning.LightningModule):
 
     @torch.no_grad()
     def encode(self, example: Example, posterior_noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Sampled latents z_0 and z_masked, float32 (B, 4, h, w) each, in one pass through the autoencoder."""
-        posterior = self.model.vae.encode(torch.cat([example.image, example.masked_image]))
+        """Sampled latents z_0 and z_masked, float32 (B, 4, h, w) each, of one batch for the autoencoder."""
+        pictures = torch.cat([example.image, example.masked_image])  # (2B, 3, H, W)
         noise = posterior_noise.transpose(0, 1).flatten(0, 1)  # (2B, 4, h, w)
-        return posterior.sample(noise).float().chunk(2)
+        at_once = max(1, ENCODED_PIXELS // (pictures.shape[-2] * pictures.shape[-1]))
+        slices = zip(pictures.split(at_once), noise.split(at_once), strict=True)
+        z = torch.cat([self.model.vae.encode(x).sample(noise) for x, noise in slices])
+        return z.float().chunk(2)
 
     def drop_exemplars(self, context: Tensor, u: Tensor) -> Tensor:
         """The context (B, T, C) with the null context where the uniform draw `u` (B,) is below the probability."""
@@ -227,12 +228,17 @@ class PaintByExampleTraining(lightning.LightningModule):
         eps = self.model.unet(unet_in, t, context)
         return (eps.float() - noise).square().flatten(1).mean(dim=1)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def batch_losses(self, batch: Batch) -> Tensor:
+        """Each sample's mean squared error (B,) of the predicted noise, from pictures on."""
         example, draws = batch
         z_0, z_masked = self.encode(example, draws.posterior_noise)
         mask = latent_mask(example.mask, self.model.config.vae.downsampling)
         context = self.drop_exemplars(self.model.encode_exemplar(example.exemplar), draws.drop)
-        losses = self.losses(z_0, z_masked, mask, context, draws.t, draws.noise)
+        return self.losses(z_0, z_masked, mask, context, draws.t, draws.noise)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        example, draws = batch
+        losses = self.batch_losses(batch)
         loss = (losses * self.weights(draws.t)).mean()
         check_finite(loss, self.global_step + 1, example.file)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
@@ -335,6 +341,7 @@ class PaintByExampleTraining(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # contiguous: channels-last is this run's choice, not the file's
         state = {name.removeprefix("model."): x.contiguous() for name, x in checkpoint["state_dict"].items()}
+        state |= {name: x.contiguous() for name, x in self.originals.items()}
         if self.model_ema:  # the convention is an average for every parameter of the UNet
             unet = [name for name in state if name.startswith(PARTS["unet"])]
             state = {**{f"model_ema.{average_name(name)}": state[name] for name in unet}, **state}
@@ -357,6 +364,7 @@ class PaintByExampleTraining(lightning.LightningModule):
         missing = [name for name in own if name.removeprefix("model.") not in saved]
         if missing:
             raise ValueError(f"the checkpoint is of another model: it lacks {len(missing)} tensors, as {missing[0]}")
+        self.originals = {name: saved[name] for name in self.originals}
         checkpoint["state_dict"] = {name: saved[name.removeprefix("model.")] for name in own}
 
 

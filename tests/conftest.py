@@ -27,6 +27,14 @@ TINY = PaintByExampleConfig(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _auto_is_float32():
+    """What a test computes does not hang on the processor: dtype "auto" is float32 on a CPU, if it does not ask."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pbe.checkpoints.loading.has_native_bfloat16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A file of Paint by Example with random weights, small enough to edit in a blink."""

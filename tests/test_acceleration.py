@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -19,11 +18,8 @@ from pbe.acceleration import PreparedModel, prepare_for_inference
 from pbe.acceleration.layers import FusedSelfAttention, PhaseUpsample, tiled_attention
 from pbe.acceleration.packing import PackedConv2d, PackedLinear, PackedPointwise, can_pack
 from pbe.acceleration.unet import PreparedTransformer, copies
-from pbe.benchmarks import edit as benchmark
-from pbe.benchmarks.edit_worker import Task
 from pbe.checkpoints.meta import build_on_meta
 from pbe.checkpoints.seeding import seeded_state
-from pbe.cli import checkpoint
 from pbe.lora import LoRAConfig, add_lora
 from pbe.models.paint_by_example import Condition, PaintByExample, PaintByExampleConfig
 from pbe.models.unet import Attention, TransformerBlock, UNetConfig, Upsample
@@ -451,41 +447,3 @@ def test_a_prepared_model_is_not_saved_and_not_prepared_again():
     for wrong in (prepared, nn.Linear(1, 1)):
         with pytest.raises(ValueError, match=f"not a {type(wrong).__name__}"):
             prepare_for_inference(wrong)
-
-
-# --- the benchmark ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_benchmark_against_diffusers(tmp_path):
-    """Both systems make the same picture, and the table and the JSON hold what was measured."""
-    pytest.importorskip("diffusers")
-    ckpt, folder, out = tmp_path / "small.ckpt", tmp_path / "small", tmp_path / "numbers.json"
-    assert checkpoint.main(["seed", "--size", "small", "--out", str(ckpt)]) == 0
-    assert checkpoint.main(["convert", str(ckpt), "--out", str(folder)]) == 0
-    systems = ["pbe", "diffusers"]
-    arguments = ["--ckpt", ckpt, "--diffusers", folder, "--resolution", 64, "--steps", 2, "--pairs", 1, "--out", out]
-    assert benchmark.main([str(a) for a in [*arguments, "--systems", *systems, "--device", "cpu"]]) == 0
-    (run,) = json.loads(out.read_text())["runs"]
-    assert list(run["systems"]) == systems
-    assert 0.5 < run["TFLOP"]["prepared"] / run["TFLOP"]["ordinary"] < 1
-    for what in ("unet", "decode", "edit"):
-        assert run["systems"]["diffusers"]["differences"][what] < 1e-3
-        assert all(run["systems"][name][what][0] > 0 for name in systems)
-    assert run["systems"]["pbe"]["starts"][0]["load s"] > 0
-
-
-def test_benchmark_counts_the_arithmetic_that_is_saved(tiny_checkpoint):
-    """The prepared network's products are fewer, by what is shared, folded and summed, whatever the batch."""
-    task = Task(str(tiny_checkpoint), "", "cpu", "float32", 1, 64, 1, 5.0, compile=False)
-    one, three = benchmark.flops(task), benchmark.flops(replace(task, batch=3))
-    assert 0.5 < one["prepared"] / one["ordinary"] < 0.95
-    for name in one:
-        assert three[name] == pytest.approx(3 * one[name], rel=1e-3)
-
-
-def test_benchmark_names_what_is_wrong(capsys):
-    for flag, value in (("--resolution", "100"), ("--pairs", "0")):
-        with pytest.raises(SystemExit):
-            benchmark.main(["--ckpt", "a", "--diffusers", "b", flag, value])
-        assert f"{flag} must be" in capsys.readouterr().err

@@ -155,11 +155,20 @@ def test_flags_reach_edit(cli, edits):
         "eta": 0.5,
         "spacing": "trailing",
         "scale": 3,
+        "guidance_interval": "100,800",
         "seed": 9,
         "window": "0,0,64,64",
         "regions": "each",
     }
-    more = {"raw": True, "feather": 4, "margin": 0.2, "resolution": 128, "batch_size": 3, "num_images": 2}
+    more = {
+        "raw": True,
+        "seam": "feather",
+        "feather": 4,
+        "margin": 0.2,
+        "resolution": 128,
+        "batch_size": 3,
+        "num_images": 2,
+    }
     assert cli(**flags, **more, reference=["dog.png", "cat.png"], reference_weights="1,3") == 0
     (settings,) = edits
     del settings["callback"]
@@ -167,6 +176,7 @@ def test_flags_reach_edit(cli, edits):
         "exemplar_weights": (1, 3),
         "steps": 4,
         "guidance": 3,
+        "guidance_interval": (100, 800),
         "sampler": "ddim",
         "eta": 0.5,
         "spacing": "trailing",
@@ -176,6 +186,7 @@ def test_flags_reach_edit(cli, edits):
         "window": (0, 0, 64, 64),
         "regions": "each",
         "composite": False,
+        "seam": "feather",
         "feather": 4,
         "margin": 0.2,
         "resolution": 128,

@@ -10,11 +10,14 @@ from conftest import TINY
 from PIL import Image
 
 import pbe
+from pbe.acceleration import prepare_for_inference
 from pbe.checkpoints.seeding import seeded_state
 from pbe.editing import mixed_context
+from pbe.evaluation.baselines.poisson import membrane
 from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig
 from pbe.pictures import PictureWarning
+from pbe.seams import continue_inside, meet_photo
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,8 @@ def test_two_regions_together_or_one_by_one(model):
 
 def test_without_composite_the_window_is_the_models(model):
     image, mask = photo(100, 80), (40, 30, 60, 50)
-    raw, pasted = (edit(model, image, mask, composite=c, window=(20, 10, 84, 74))[0] for c in (False, True))
+    window, seam = (20, 10, 84, 74), "feather"
+    raw, pasted = (edit(model, image, mask, composite=c, window=window, seam=seam)[0] for c in (False, True))
     window = rectangle(100, 80, (20, 10, 84, 74))
     assert np.array_equal(raw[~window], image[~window])
     assert (raw[window] != image[window]).mean() > 0.9
@@ -188,11 +192,75 @@ def test_full_window_and_resolution(model):
 
 def test_feather_stays_inside(model):
     image, mask = photo(80, 60), rectangle(80, 60, (20, 20, 60, 50))
-    hard, soft = (edit(model, image, mask, feather=width)[0] for width in (0, 10))
+    hard, soft = (edit(model, image, mask, feather=width, seam="feather")[0] for width in (0, 10))
     assert np.array_equal(soft[~mask], image[~mask])
     rim = mask & ~rectangle(80, 60, (22, 22, 58, 48))
     gaps = [np.abs(result.astype(int) - image)[rim].mean() for result in (soft, hard)]
     assert gaps[0] < 0.5 * gaps[1]
+
+
+# --- the seam ---------------------------------------------------------------------------------------------
+
+
+def keep_around(box, height=24, width=32):
+    return 1 - torch.from_numpy(rectangle(width, height, box)).float()[None, None]
+
+
+def test_meeting_the_photo_takes_off_what_the_model_got_wrong_around_the_mask():
+    """A false colour, and a false light that falls from one side, go on into the mask and are taken off there too."""
+    keep = keep_around((9, 6, 25, 17))
+    truth = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    colour = torch.tensor([0.1, -0.2, 0.3])[:, None, None]
+    light = torch.linspace(-0.3, 0.5, 32).expand(1, 3, 24, 32)  # 0.4 of it across the mask
+
+    def left(error, photo=truth):
+        return (meet_photo(truth + error, photo, keep) - truth)[..., 6:17, 9:25].abs().amax(dim=(1, 2, 3))
+
+    assert left(colour).max() < 1e-6, "one error all around is exactly that inside"
+    assert left(light).max() < 0.1, "few sweeps come near to the linear one, not more"
+    of_one_photo = left(colour, truth[:1])
+    assert of_one_photo[0] < 1e-6 < of_one_photo[1]
+
+
+@pytest.mark.parametrize("shape", ["box", "disc", "corner"])
+def test_values_go_on_as_a_harmonic_function(shape):
+    """Against the exact solution, by conjugate gradients: few sweeps come near it, and an edit's errors are small."""
+    y, x = np.mgrid[:60, :72]
+    inside = {
+        "box": (abs(y - 30) < 14) & (abs(x - 40) < 20),
+        "disc": (y - 28) ** 2 + (x - 35) ** 2 < 18**2,
+        "corner": (y < 30) & (x < 40),  # the picture's border holds no values: the gradient across it is 0
+    }[shape]
+    values = torch.randn(1, 2, 5, 6, generator=torch.Generator().manual_seed(0))
+    values = torch.nn.functional.interpolate(values, (60, 72), mode="bicubic")
+    found = continue_inside(values, ~torch.from_numpy(inside)[None, None])
+    exact = torch.from_numpy(membrane(values[0].permute(1, 2, 0).numpy(), inside)).permute(2, 0, 1)
+    error = (found[0] - exact)[:, torch.from_numpy(inside)]
+    assert torch.equal(found[0][:, ~inside], values[0][:, ~inside])
+    assert error.square().mean().sqrt() < 0.2 * values.std()
+
+
+def test_meeting_the_photo_keeps_what_was_painted():
+    """What differs inside the mask, which is the object, is no error."""
+    keep = keep_around((9, 6, 25, 17))
+    photo = torch.zeros(1, 3, 24, 32)
+    painted = torch.where(keep > 0, 0.2, torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(0)))
+    before = painted.clone()
+    met = meet_photo(painted, photo, keep)
+    torch.testing.assert_close(met[..., 6:17, 9:25], painted[..., 6:17, 9:25] - 0.2, rtol=0, atol=1e-6)
+    assert torch.equal(painted, before)
+    assert torch.equal(meet_photo(painted, photo, torch.zeros_like(keep)), painted)  # nothing around it to meet
+
+
+def test_a_result_meets_the_photo_at_the_mask_s_border(model):
+    """In a photo without detail all that is seen at the border is the seam."""
+    image, mask = np.full((60, 80, 3), (90, 140, 40), np.uint8), rectangle(80, 60, (20, 15, 60, 45))
+    rim = mask & ~rectangle(80, 60, (21, 16, 59, 44))
+    gaps = [
+        np.abs(edit(model, image, mask, seam=seam, feather=0)[0].astype(int) - image)[rim].mean()
+        for seam in ("poisson", "feather")
+    ]
+    assert gaps[0] < 0.7 * gaps[1], gaps  # the random model's own noise stays
 
 
 @torch.no_grad()
@@ -233,6 +301,7 @@ def test_half_precision_edits(tmp_path):
         ({"window": (0, 0, 80, 61)}, "lie inside the photo"),
         ({"resolution": 63}, "multiple"),
         ({"resolution": 0}, "multiple"),
+        ({"seam": "gauss"}, "'gauss'"),
         ({"feather": -1}, "feather"),
         ({"margin": 0.6}, "margin"),
     ],
@@ -254,7 +323,7 @@ def test_numpy_numbers_are_numbers(model):
 
 def test_a_picture_that_is_not_finite_is_an_error(model, monkeypatch):
     """16 bits can overflow; a black patch would be taken for a result."""
-    monkeypatch.setattr(model.vae, "decode", lambda z: torch.full((len(z), 3, 64, 64), float("nan")))
+    monkeypatch.setattr(model.vae.decoder, "forward", lambda z: torch.full((len(z), 3, 64, 64), float("nan")))
     with pytest.raises(ValueError, match="not finite"):
         edit(model, photo(80, 60), (20, 20, 60, 50))
 
@@ -313,3 +382,27 @@ def test_trailing_spacing_starts_at_the_noisiest_timestep(model):
     assert starts == {"leading": 751, "trailing": 999}
     with pytest.raises(ValueError, match="spacing must be leading or trailing"):
         edit(model, photo(64, 64), (16, 16, 48, 48), spacing="middle")
+
+
+@pytest.mark.parametrize(
+    ("interval", "samples"),
+    [(None, [2, 2, 2, 2]), ((-1, 999), [2, 2, 2, 2]), ((1, 501), [1, 2, 2, 1]), ((0, 0), [1, 1, 1, 1])],
+)
+def test_outside_the_guidance_interval_the_network_has_half_the_work(model, interval, samples):
+    """DDIM's four steps are at 751, 501, 251 and 1; an interval of all is full guidance, an empty one is scale 1."""
+    image, mask = photo(64, 64), (20, 20, 50, 50)
+    prepared, seen = prepare_for_inference(model), []
+    prepared.unet.out.register_forward_hook(lambda _, __, eps: seen.append(len(eps)))
+    (result,) = edit(prepared, image, mask, sampler="ddim", guidance_interval=interval)
+    assert seen == samples
+    full, conditional = (edit(prepared, image, mask, sampler="ddim", guidance=scale)[0] for scale in (5.0, 1.0))
+    assert np.array_equal(result, full) == (samples == [2, 2, 2, 2])
+    assert np.array_equal(result, conditional) == (samples == [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("interval", [(500, 100), (-2, 100), (0, 1001), (0.5, 100), (1, 2, 3), "auto", 500])
+def test_a_wrong_guidance_interval(model, interval):
+    with pytest.raises(
+        ValueError, match=r"guidance_interval must be two whole timesteps .*, got " + re.escape(repr(interval))
+    ):
+        edit(model, photo(64, 64), (20, 20, 50, 50), guidance_interval=interval)

@@ -12,7 +12,14 @@ from golden_file import noise, parameter
 
 import pbe
 from pbe.checkpoints.layouts import openai_clip
-from pbe.checkpoints.loading import DTYPES, check_names_and_shapes, choose_device, choose_dtype, view
+from pbe.checkpoints.loading import (
+    DTYPES,
+    check_names_and_shapes,
+    choose_device,
+    choose_dtype,
+    has_native_bfloat16,
+    view,
+)
 from pbe.checkpoints.reading import Checkpoint, CheckpointError
 from pbe.checkpoints.seeding import seeded_checkpoint, seeded_state
 from pbe.checkpoints.sizes import pbe_entry
@@ -241,8 +248,45 @@ def test_wrong_devices_and_precisions():
         choose_dtype("half", torch.device("cpu"))
     with pytest.raises(ValueError, match="int64"):
         choose_dtype(torch.int64, torch.device("cpu"))
-    assert choose_dtype("auto", torch.device("cuda")) == torch.float16
-    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    with pytest.raises(ValueError, match="'stored'"):
+        choose_dtype("stored", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_auto_is_what_the_device_computes_fast(monkeypatch, native):
+    monkeypatch.setattr("pbe.checkpoints.loading.has_native_bfloat16", lambda: native)
+    expected = {"cuda": torch.float16, "mps": torch.float32, "cpu": torch.bfloat16 if native else torch.float32}
+    assert {device: choose_dtype("auto", torch.device(device)) for device in expected} == expected
+    assert pbe.load_model("demo", device="cpu").dtype == expected["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "native"),
+    [
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, True),
+        ({"architecture": "aarch64", "neon": True, "bf16": True}, True),
+        ({"architecture": "aarch64", "neon": True, "bf16": False}, False),
+    ],
+)
+def test_native_bfloat16_is_what_torch_says_of_the_processor(monkeypatch, capabilities, native):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_native_bfloat16() is native
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert has_native_bfloat16() is False
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
+    assert has_native_bfloat16() is False
+
+
+def test_stored_precision_is_the_file_s_layer_by_layer(tmp_path):
+    state = seeded_state(CONFIG, 2)
+    state["proj_out.weight"] = state["proj_out.weight"].half()
+    torch.save({"state_dict": state, "pbe": pbe_entry(CONFIG)}, tmp_path / "model.ckpt")
+    loaded = pbe.load_model(tmp_path / "model.ckpt", device="cpu", dtype="stored").state_dict()
+    assert {name: p.dtype for name, p in loaded.items()} == {name: p.dtype for name, p in state.items()}
 
 
 def test_shapes_that_contradict_each_other(tmp_path):

@@ -71,7 +71,8 @@ def rows(tmp_path) -> Path:
 
 
 def flags(rows: Path, checkpoint: Path) -> list[str]:
-    return ["--batch", str(rows), "--ckpt", str(checkpoint), "--device", "cpu", "--steps", "4", "--quiet"]
+    settings = "--device cpu --dtype float32 --steps 4 --quiet"
+    return ["--batch", str(rows), "--ckpt", str(checkpoint), *settings.split()]
 
 
 @pytest.mark.usefixtures("one_thread")

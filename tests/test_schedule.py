@@ -278,3 +278,35 @@ def test_trailing_timesteps_are_diffusers(steps):
 def test_unknown_spacing():
     with pytest.raises(ValueError, match="spacing must be leading or trailing, got 'middle'"):
         NoiseSchedule.scaled_linear(spacing="middle")
+
+
+# --- the guidance interval --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("interval", "samples"),
+    [((-1, 999), [4, 4, 4]), ((37, 500), [2, 4, 2]), ((36, 901), [4, 4, 4]), ((500, 500), [2, 2, 2])],
+)
+@pytest.mark.parametrize("scale", [0, 3.0])
+def test_outside_its_interval_guidance_computes_the_conditional_half_alone(interval, samples, scale):
+    """(t_low, t_high]: the lower end lies outside, the upper inside. With both halves two samples are four."""
+    model, condition = Model(), make_condition()
+    everywhere, nowhere = (guided_eps(model, condition, s) for s in (scale, 1))
+    timesteps = [901, 500, 37]
+    for known in (None, timesteps):
+        eps = guided_eps(model, condition, scale, known, interval)
+        for t, count in zip(timesteps, samples, strict=True):
+            t = torch.tensor([t, t])
+            expected = (everywhere if count == 4 else nowhere)(X_T, t)
+            model.calls.clear()
+            assert torch.equal(eps(X_T, t), expected)
+            assert [len(call[0]) for call in model.calls] == [2 if scale == 0 else count]
+
+
+def test_a_wrong_interval_and_samples_on_both_sides_are_named():
+    with pytest.raises(ValueError, match=r"t_low <= t_high, got \(500, 499\)"):
+        guided_eps(Model(), make_condition(), 5.0, interval=(500, 499))
+    eps = guided_eps(Model(), make_condition(), 5.0, interval=(100, 900))
+    with pytest.raises(ValueError, match=r"one side of the interval \(100, 901\) for all samples, got \[901, 37\]"):
+        guided_eps(Model(), make_condition(), 5.0, interval=(100, 901))(X_T, T)
+    assert eps(X_T, T).shape == X_T.shape  # both outside

@@ -23,7 +23,7 @@ SETTINGS = {"sampler": "plms", "spacing": "trailing", "steps": 20, "guidance": 3
 def main() -> int:
     start = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    model = pbe.load_model("demo")
+    model = pbe.load_model("demo", dtype="float32")  # the same picture on every machine
     photo, mask = Image.open(EXAMPLES / "flower.jpg"), Image.open(EXAMPLES / "flower_mask.png")
     exemplars = {colour: Image.open(EXAMPLES / f"flower_{colour}.jpg") for colour in COLOURS}
     results = {}

@@ -6,6 +6,7 @@
 `pbe.edit` prepares an ordinary model by itself, for the one edit; who makes several edits prepares once.
 """
 
+from pbe.acceleration.compiled import Compile, is_compiled
 from pbe.acceleration.prepare import PreparedModel, prepare_for_inference
 
-__all__ = ["PreparedModel", "prepare_for_inference"]
+__all__ = ["Compile", "PreparedModel", "is_compiled", "prepare_for_inference"]

@@ -28,7 +28,7 @@ class PhaseUpsample(nn.Module):
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.conv = conv
-        self.phases = nn.ModuleList(phase_convolution(conv, a, b) for a in (0, 1) for b in (0, 1))
+        self.phases = nn.ModuleList(phase_convolutions(conv))
 
     def forward(self, x: Tensor, h: int | None = None, w: int | None = None) -> Tensor:
         """(B, C, H, W) to (B, C', h, w), by default twice the size."""
@@ -40,12 +40,15 @@ class PhaseUpsample(nn.Module):
         return interlaced([conv(window) for conv, window in zip(self.phases, windows, strict=True)])
 
 
-def phase_convolution(conv: nn.Conv2d, a: int, b: int) -> nn.Conv2d:
-    """The 2x2 convolution that gives output rows a, a + 2, … and columns b, b + 2, …; summed in float32 at least."""
+def phase_convolutions(conv: nn.Conv2d) -> list[nn.Conv2d]:
+    """The four 2x2 convolutions, each for output rows a, a + 2, … and columns b, b + 2, …, with a, b = 00, 01, 10, 11.
+
+    Their kernels are summed in float32 at least.
+    """
     kernel = conv.weight.detach()
     kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
-    kernel = pair_sums(pair_sums(kernel, 2, a), 3, b).to(conv.weight)
-    return convolution(kernel, conv.bias)
+    rows = [pair_sums(kernel, 2, a) for a in (0, 1)]
+    return [convolution(pair_sums(kernel, 3, b).to(conv.weight), conv.bias) for kernel in rows for b in (0, 1)]
 
 
 def pair_sums(kernel: Tensor, dim: int, phase: int) -> Tensor:

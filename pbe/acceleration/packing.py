@@ -8,6 +8,8 @@ kernels are made for those: on CUDA in 16 bits.
 import torch
 from torch import Tensor, nn
 
+from pbe.checkpoints.mapping import release_mapped
+
 
 class PackedConv2d(nn.Module):
     """`conv` with its weight in oneDNN's blocked layout; channels-last in and out."""
@@ -50,12 +52,15 @@ class PackedPointwise(PackedLinear):
         return super().forward(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
 
-def relayout(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives the layers inside the weights that are fastest on `device`, where they lie already."""
-    if can_pack(device, dtype):
-        pack(module)
+def relayout(module: nn.Module, device: torch.device, dtype: torch.dtype, packed: bool) -> None:
+    """Gives the layers inside the weights that are fastest on `device`, where they lie already, and in `dtype`.
+
+    With `packed` also those that only oneDNN knows.
+    """
+    if packed and can_pack(device, dtype):
+        pack(module, dtype)
     elif device.type == "cpu" or (device.type == "cuda" and dtype != torch.float32):
-        to_channels_last(module)
+        to_channels_last(module, dtype)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -70,21 +75,35 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in supported and supported[dtype]()
 
 
-def pack(module: nn.Module) -> None:
+def pack(module: nn.Module, dtype: torch.dtype) -> None:
     """Replaces the convolutions and linear layers inside, one by one: what nobody else holds is freed as it goes."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Conv2d):
-            kind = PackedPointwise if child.kernel_size == child.stride == (1, 1) else PackedConv2d
-            setattr(module, name, kind(child))
-        elif isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child))
+        if not isinstance(child, nn.Conv2d | nn.Linear):
+            pack(child, dtype)
+            continue
+        convert(child, dtype)
+        if isinstance(child, nn.Linear):
+            kind = PackedLinear
         else:
-            pack(child)
+            kind = PackedPointwise if child.kernel_size == child.stride == (1, 1) else PackedConv2d
+        setattr(module, name, kind(child))
+        release_mapped(child.weight)
 
 
-def to_channels_last(module: nn.Module) -> None:
+def to_channels_last(module: nn.Module, dtype: torch.dtype) -> None:
     """Gives convolutions weights of their own in channels-last order, one by one."""
+    convert(module, dtype)
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
-            weight = child.weight.detach().contiguous(memory_format=torch.channels_last)
-            child.weight = nn.Parameter(weight, requires_grad=False)
+            weight = child.weight.detach()
+            child.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+            release_mapped(weight)
+
+
+def convert(module: nn.Module, dtype: torch.dtype) -> None:
+    """Gives the parameters inside their values in `dtype`, one by one; what was read of a file for it is given back."""
+    for parameter in module.parameters():
+        if parameter.dtype != dtype:
+            stored = parameter.detach()
+            parameter.data = stored.to(dtype)
+            release_mapped(stored)

@@ -44,8 +44,12 @@ class FoldedBlock(nn.Module):
         return self.to_out(self.to_v(context)).squeeze(1)
 
     def forward(self, x: Tensor, constants: Tensor) -> Tensor:
+        return self.body(x, constants[:, None, self.columns])
+
+    def body(self, x: Tensor, constant: Tensor) -> Tensor:
+        """The block, given what its attention over the context adds, (K, 1, C): the same for all positions."""
         x = x + self.attn1(self.norm1(x))
-        x = copies(x, len(constants)) + constants[:, None, self.columns]
+        x = copies(x, len(constant)) + constant
         return x + self.ff(self.norm3(x))
 
 

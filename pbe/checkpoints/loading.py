@@ -38,15 +38,17 @@ def load_model(
 
     `path` is a file or folder in any layout that `pbe.checkpoints.layouts` lists: the class follows from it; or "demo",
     the small Paint by Example that is part of this package.
-    `device` "auto" is CUDA, else MPS, else the CPU; `dtype` "auto" is float16 on CUDA, else float32.
+    `device` "auto" is CUDA, else MPS, else the CPU. `dtype` "auto" is what edits fast there (`choose_dtype`): to train
+    the model, or to save it, ask for "float32". "stored" leaves each tensor as it is in the file, whose layers may
+    differ, for `prepare_for_inference` to convert.
 
-    A float32 file on the CPU is memory-mapped, not read: keep it where it is while the model is in use. Otherwise
-    tensors are converted one by one, so that the file's contents never stand in memory beside the model.
+    What is not converted is memory-mapped on the CPU, not read: keep the file where it is while the model is in use.
+    Otherwise tensors are converted one by one, so that the file's contents never stand in memory beside the model.
 
     Raises `FileNotFoundError`, or `CheckpointError` where the file is none of these, is damaged, or does not fit.
     """
     device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
+    dtype = None if dtype == "stored" else choose_dtype(dtype, device)
     source = open_source(path)
     warn_of_averages(source)
     model = build(source)
@@ -185,13 +187,26 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """A precision by name; "auto" is float16 on CUDA, else float32."""
+    """A precision by name; "auto" is float16 on CUDA, bfloat16 on a CPU that computes in it, else float32."""
     if isinstance(dtype, torch.dtype):
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
         return dtype
     if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if device.type == "cpu" and has_native_bfloat16() else torch.float32
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def has_native_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself: elsewhere every product converts it, and float32 is faster.
+
+    False where torch does not tell, as older releases do not, or computes without oneDNN.
+    """
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.cpu, "get_capabilities")):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's

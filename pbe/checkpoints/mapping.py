@@ -6,18 +6,23 @@ memory and never reaches the file. A file must not be overwritten in place while
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 # 3.13 names this flag. Without it Linux refuses to map a file that is larger than the whole memory.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+# Where files lie in memory: the first byte's address, for as long as a tensor or a `MappedFile` needs them.
+_mapped: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
 
 class CheckpointError(ValueError):
@@ -36,13 +41,31 @@ class MappedFile:
                 flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
                 self.memory = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
         self.size = len(self.memory)
+        _mapped[ctypes.addressof(ctypes.c_char.from_buffer(self.memory))] = self.memory
 
     def release(self, start: int, end: int) -> None:
         """Give the pages that lie wholly inside these bytes back to the system; what was written to them is lost."""
-        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = end // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > start and hasattr(mmap, "MADV_DONTNEED"):
-            self.memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+        release_pages(self.memory, start, end)
+
+
+def release_pages(memory: mmap.mmap, start: int, end: int) -> None:
+    start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = end // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start and hasattr(mmap, "MADV_DONTNEED"):
+        memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def release_mapped(tensor: Tensor) -> None:
+    """Give the pages under a contiguous tensor that was mapped from a file, and is as it was there, back to the system.
+
+    It stays valid, and is read again when it is used. One that lies elsewhere or was changed in place is left alone.
+    """
+    if tensor.device.type != "cpu" or tensor._version:
+        return
+    for address, memory in _mapped.items():
+        start = tensor.data_ptr() - address
+        if 0 <= start < len(memory):
+            release_pages(memory, start, start + tensor.nbytes)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,20 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     g.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     g.add_argument(
-        "--dtype", metavar="NAME", default="auto", help="auto (default: float16 on cuda), float32, bfloat16, float16"
+        "--dtype",
+        metavar="NAME",
+        default="auto",
+        help="auto (default: float16 on cuda, bfloat16 on a CPU that computes in it), float32, bfloat16, float16",
+    )
+    g.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="for small graphics cards: each network is on the card only while it computes",
+    )
+    g.add_argument(
+        "--compile",
+        choices=("regions", "whole"),
+        help="compile the networks, for many edits of one size: regions starts sooner, whole runs faster on cuda",
     )
 
     g = p.add_argument_group("sampling")
@@ -120,6 +133,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     g.add_argument("--steps", metavar="N", help=f"1 to 1000 (default {Job.steps})")
     g.add_argument("--scale", metavar="N", help=f"of the guidance (default {Job.scale:g})")
     g.add_argument(
+        "--guidance-interval",
+        metavar="LOW,HIGH",
+        help="guidance only at timesteps above LOW and up to HIGH, of 0 to 999; half the work elsewhere (default: all)",
+    )
+    g.add_argument(
         "--seed", metavar="N", help=f"of the first result; the next have the next seeds (default {Job.seed})"
     )
     g.add_argument("-n", "--num-images", type=int, metavar="N", help="how many results (default 1)")
@@ -134,6 +152,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--margin", metavar="N", help=f"kept free around the mask, as a share of the window (default {Job.margin})"
     )
     g.add_argument("--resolution", metavar="N", help="of the window in the model (default: what it was trained on)")
+    g.add_argument(
+        "--seam",
+        metavar="NAME",
+        help="poisson (default): light and colour meet the photo's at the mask's border; feather: they do not",
+    )
     g.add_argument(
         "--feather", metavar="N", help="width in pixels of the seam inside the mask (default: by the window)"
     )
@@ -207,7 +230,7 @@ def edit_one(args: argparse.Namespace) -> int:
     if is_lossy(job.out):
         say(f"note: {LOSSY}")
 
-    model = load_editor(args.ckpt, args.device, args.dtype)
+    model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
     scales, seeds = (list(dict.fromkeys(values)) for values in zip(*jobs, strict=True))
     batches = sum(-(-count // batch_size) for _, count in runs(seeds))
     results = {}
@@ -319,6 +342,9 @@ def edit_batch(args: argparse.Namespace) -> int:
         raise ValueError(f"{' and '.join(given)} cannot be given with --batch: each row is one edit with its own files")
     if args.devices < 1 or args.num_nodes < 1:
         raise ValueError(f"--devices and --num-nodes must be at least 1, got {args.devices} and {args.num_nodes}")
+    for name in ("low_memory", "compile"):
+        if getattr(args, name) and args.devices * args.num_nodes > 1:
+            raise ValueError(f"{flag(name)} is for one device, not with --devices and --num-nodes")
     defaults = {name: getattr(args, name) for name in COLUMNS if getattr(args, name) is not None}
     for name, value in defaults.items():
         parse(name, value)
@@ -338,7 +364,7 @@ def edit_batch(args: argparse.Namespace) -> int:
             return 0
         outcomes += shared
     else:
-        model = load_editor(args.ckpt, args.device, args.dtype)
+        model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
         with progress_bar(args, total=len(jobs), unit="row") as bar:
             for job in jobs:
                 outcomes.append(run_row(model, job, weights, args.redo, callback=partial(show_step, bar)))

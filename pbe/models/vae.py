@@ -69,8 +69,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, h, w = x.shape
         y = self.norm(x)
-        # (B, C, h, w) -> (B, 1 head, h*w, C)
-        q, k, v = (conv(y).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        # (B, C, h, w) -> (B, 1 head, h*w, C); in another order torch would hold all scores at once
+        q, k, v = (conv(y).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for conv in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v)
         y = y.squeeze(1).transpose(1, 2).reshape(B, C, h, w)
         return x + self.proj_out(y)

@@ -1,0 +1,75 @@
+"""`torch.compile` for prepared models: the networks as a whole, or each kind of block once.
+
+A graph is made for each size of picture and number of contexts, at the first call with it, and lasts as long as the
+process; what torch generates for it is kept between processes in the folder TORCHINDUCTOR_CACHE_DIR (by default in the
+system's temporary folder, by user name). Nothing changes but the rounding.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from types import FunctionType, MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pbe.acceleration.unet import FoldedBlock, FusedBlock
+from pbe.models.blocks import ResBlock
+from pbe.models.paint_by_example import PaintByExample
+from pbe.models.vae import ResnetBlock
+
+Compile = Literal["regions", "whole"]
+
+# The blocks that the networks repeat, and the method that holds nothing of a block's place in them.
+REGIONS = {ResBlock: "body", FoldedBlock: "body", FusedBlock: "forward", ResnetBlock: "forward"}
+
+
+def compile_networks(model: PaintByExample, how: Compile, backend: str | Callable = "inductor") -> None:
+    """Has a prepared model's UNet and VAE decoder compiled when they are first called.
+
+    "regions" compiles the residual and transformer blocks, one graph for all blocks of a kind and shape, so there is
+    less to compile. "whole" makes one graph of all the UNet, and on CUDA replays it as a CUDA graph, in the place of
+    hundreds of launches. Beyond 8 sizes torch computes without graphs.
+    """
+    if how == "regions":
+        compile_regions(nn.ModuleList([model.unet, model.vae.decoder]), backend)
+        return
+    replayed = model.device.type == "cuda" and backend == "inductor"
+    options = {"dynamic": False, "backend": backend}
+    predict = torch.compile(model.unet.predict, mode="reduce-overhead" if replayed else None, **options)
+    model.unet.predict = kept(predict) if replayed else predict
+    model.vae.decoder.forward = torch.compile(model.vae.decoder.forward, **options)
+
+
+def compile_regions(network: nn.Module, backend: str | Callable) -> None:
+    """Gives blocks of one kind, with weights of one shape, one compiled function between them."""
+    compiled: dict[tuple, Callable] = {}
+    for block in network.modules():
+        if type(block) in REGIONS:
+            name = REGIONS[type(block)]
+            kind = type(block), *(tuple(parameter.shape) for parameter in block.parameters())
+            if kind not in compiled:
+                compiled[kind] = torch.compile(own_code(getattr(type(block), name)), dynamic=False, backend=backend)
+            setattr(block, name, MethodType(compiled[kind], block))
+
+
+def own_code(function: FunctionType) -> FunctionType:
+    """The same function with a code object of its own: torch keeps graphs by that, and gives up after 8 of one."""
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+
+
+def kept(predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`predict` with results of their own: a CUDA graph's replay writes over the last one's, and samplers keep four."""
+
+    @wraps(predict)
+    def cloned(*args: Any) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return predict(*args).clone()
+
+    return cloned
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether a user compiled the network, or a part of it: by `network.compile()` or `torch.compile(network)`."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules())

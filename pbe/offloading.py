@@ -1,0 +1,54 @@
+"""Editing on a small card: each network is on the device only while it computes.
+
+model = offload(pbe.load_model("model.ckpt", device="cpu", dtype="float16"), "cuda")
+pictures = pbe.edit(model, "photo.png", "mask.png", "exemplar.png")
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pbe.acceleration import PreparedModel
+from pbe.models.paint_by_example import PaintByExample
+
+
+def offload(model: PaintByExample, device: str | torch.device) -> PaintByExample:
+    """The model itself, whose networks lie in the CPU's memory and visit `device` while `pbe.edit` needs them.
+
+    On the device stay the projection and the learned vector, which say where and in what precision the model computes:
+    `prepare_for_inference` chooses its layouts for that device.
+
+    Raises:
+        ValueError: for a prepared model, whose layouts may be those of the device that it was prepared on.
+    """
+    if isinstance(model, PreparedModel):
+        raise ValueError("offload the model before it is prepared: its layouts are those of one device")
+    model.to("cpu")
+    model.proj_out.to(device)
+    model.learnable_vector = nn.Parameter(model.learnable_vector.detach().to(device))
+    return model
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A context in which the module's parameters are on `device`; then they are again where they were.
+
+    What lies there already stays. What comes from elsewhere is a copy that is dropped afterwards: nothing is copied
+    back, so changes to it are lost.
+    """
+    parameters = list(module.parameters())
+    homes = [parameter.data for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = copied(parameter.data, device)
+        yield
+    finally:
+        for parameter, home in zip(parameters, homes, strict=True):
+            parameter.data = home
+
+
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, in its memory format; itself if it is there."""
+    return tensor.to(device)
