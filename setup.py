@@ -23,7 +23,9 @@ PLOT = ["matplotlib>=3.7"]
 APP = ["gradio>=6.29"]
 EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
 # ruff is pinned: another version formats and finds other things.
-TEST = ["pytest>=8", "ruff==0.17.6", "diffusers>=0.33", "transformers>=4.48", *SAFETENSORS, *APP, *EVAL]
+# diffusers loads weights tensor by tensor, and moves networks off a small card, only with accelerate.
+BENCH = ["diffusers>=0.33", "transformers>=4.48", "accelerate>=0.31", *SAFETENSORS]
+TEST = ["pytest>=8", "ruff==0.17.6", *BENCH, *APP, *EVAL]
 
 setup(
     name="pbe",
@@ -55,6 +57,7 @@ setup(
         "plot": PLOT,
         "app": APP,
         "eval": EVAL,
+        "bench": BENCH,
         "test": TEST,
         "dev": [*TEST, *LOG, *PLOT, "playwright>=1.65"],
     },

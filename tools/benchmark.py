@@ -1,9 +1,9 @@
-"""Measurements side by side: `tools/benchmark.py edit …`, `load …` and `data …`; `--help` after the section's name."""
+"""Measurements side by side: `tools/benchmark.py SECTION …`; `--help` after the section's name tells what it takes."""
 
 import sys
 from importlib import import_module
 
-SECTIONS = ("edit", "load", "data")
+SECTIONS = ("all", "edit", "train", "profile", "scaling", "load", "data", "table", "plot")
 
 
 def main() -> int:

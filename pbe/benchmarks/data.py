@@ -1,6 +1,6 @@
 """How fast training examples are made, against a plain version of the same recipe.
 
-    python tools/benchmark.py data photos/boxes.csv --pairs 5
+    python tools/benchmark.py data photos/boxes.csv
 
 One process, one thread. Both versions make the same examples, with the same draws, in turns; the median over pairs of
 the ratio of their times does not suffer from what else the machine does.
@@ -9,10 +9,9 @@ the ratio of their times does not suffer from what else the machine does.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
 
+from pbe.benchmarks.report import about, markdown, write_json
 from pbe.data.example import Example, make_generator
 from pbe.data.recipe import Plan, RecipeConfig, augment_exemplar, draw_plan, make_example
 from pbe.data.records import Record
@@ -93,16 +93,31 @@ def _seconds(make: Callable, records: Sequence[Record], config: RecipeConfig, se
     return time.perf_counter() - start
 
 
-def main(argv: list[str] | None = None) -> int:
+def tables(content: dict) -> str:
+    """The Markdown of a run's JSON: examples a second and core."""
+    rows = [
+        [name, f"{timing['plain']:.1f}", f"{timing['ours']:.1f}", f"{timing['speedup']:.2f}"]
+        for name, timing in content["recipes"].items()
+    ]
+    return markdown(["plain", "here", "ratio"], rows)
+
+
+def main(argv: Sequence[str]) -> int:
     """Prints one line for each way to make examples."""
     from pbe.data.sources import SourceConfig, open_source
 
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("boxes", type=Path, help="a manifest of photos with boxes; best of 1024 pixels and more")
     p.add_argument("--pairs", type=int, default=5, help="rounds of both versions in turns (default 5)")
+    p.add_argument("--out", type=Path, help="write the numbers as JSON; `benchmark.py table` reads it")
     args = p.parse_args(argv)
-    source = open_source(SourceConfig(kind="manifest", path=str(args.boxes)))
-    records = [source[i] for i in range(len(source))]
+    try:
+        source = open_source(SourceConfig(kind="manifest", path=str(args.boxes)))
+        records = [source[i] for i in range(len(source))]
+    except (ValueError, OSError) as error:
+        p.error(str(error))
     paper = RecipeConfig()
     variants = {
         "512 px, the paper's recipe": paper,
@@ -111,12 +126,11 @@ def main(argv: list[str] | None = None) -> int:
         "256 px": replace(paper, resolution=256),
         "64 px, exemplar 56 px": replace(paper, resolution=64, exemplar_size=56),
     }
+    content = {**about("data", argv), "recipes": {}}
     print(f"{len(records)} photos, examples a second and core")
     for name, config in variants.items():
         timing = measure(records, config, args.pairs)
+        content["recipes"][name] = asdict(timing)
         print(f"{name:32} plain {timing.plain:6.1f}  here {timing.ours:6.1f}  x {timing.speedup:.2f}", flush=True)
+    write_json(args.out, content)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,46 +1,65 @@
 """How fast an edit is, and how much memory it takes: this library against diffusers on the same weights and noise.
 
-    python tools/benchmark.py edit --ckpt full.ckpt --diffusers full --dtype float32 bfloat16 --steps 3
+    python tools/benchmark.py edit --ckpt full.ckpt --diffusers full --out edit.json
+    python tools/benchmark.py edit --quick
 
 Every system is a process of its own that waits while the others work; they take turns, so that a busy spell of the
-machine meets all of them, and ratios are taken pair by pair.
+machine meets all of them, and ratios are taken pair by pair. A machine without a GPU does less unless it is told more.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pbe.benchmarks import edit_worker
-from pbe.benchmarks.edit_worker import SYSTEMS, Task
-from pbe.benchmarks.load import versions
+from pbe.benchmarks.arguments import DEFAULTS, DTYPES, add_task_arguments, parse, task_of
+from pbe.benchmarks.edit_worker import Task
+from pbe.benchmarks.kinds import count_flops
+from pbe.benchmarks.report import about, markdown, ratios, spread, write_json
 
-MEASURED = ("unet", "decode", "edit")
+MEASURED = {"unet": "UNet call s", "decode": "VAE decode s", "edit": "edit s"}
+QUICK: dict[str, Any] = {
+    "systems": ["pbe", "diffusers"],
+    "dtype": ["float32"],
+    "batch": [1],
+    "resolution": 128,
+    "steps": 2,
+}
 
 
 class Worker:
-    """A system's process; `ask` it for one thing at a time."""
+    """A system's process; `ask` it for one thing at a time.
+
+    What it compiles is kept in a folder beside its own, where the next process of the same run finds it.
+    """
 
     def __init__(self, name: str, task: Task, folder: Path):
         folder.mkdir(exist_ok=True)
         self.name, self.folder = name, folder
         with open(folder / "stderr.txt", "w", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
-                edit_worker.command(name, task, folder),
+                self.command(task),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "compiled")},
             )
         self.started = self.answer()
+
+    def command(self, task: Task) -> list[str]:
+        return edit_worker.command(self.name, task, self.folder)
 
     def ask(self, what: str) -> dict[str, float]:
         self.process.stdin.write(what + "\n")
@@ -79,121 +98,97 @@ def measure(task: Task, systems: Sequence[str], pairs: int, starts: int) -> dict
                     if i:  # the first warms up
                         result[worker.name][what].append(seconds)
         for worker in workers:
-            result[worker.name]["differences"] = {
-                what: difference(workers[0].folder, worker.folder, what) for what in MEASURED
-            }
-    return {"task": vars(task), "TFLOP/s of matmul": peak, "TFLOP": flops(task), "systems": result}
+            outputs = {what: (workers[0].folder / f"{what}.pt", worker.folder / f"{what}.pt") for what in MEASURED}
+            result[worker.name]["differences"] = {what: difference(*files) for what, files in outputs.items()}
+    diffusers = task.diffusers if any(name.startswith("diffusers") for name in systems) else None
+    flops = count_flops(task.ckpt, task.resolution, task.batch, diffusers)
+    return {"task": asdict(task), "TFLOP/s of matmul": peak, "TFLOP": flops, "systems": result}
 
 
-def difference(first: Path, second: Path, what: str) -> float:
-    """The largest difference of two systems' outputs, as a share of the first's largest value."""
-    a, b = (torch.load(folder / f"{what}.pt") for folder in (first, second))
-    return ((a - b).abs().max() / a.abs().max()).item()
+def difference(first: Path, second: Path) -> dict[str, float]:
+    """The largest and the mean difference of two outputs, as shares of the first's largest value."""
+    a, b = (torch.load(file) for file in (first, second))
+    gap = (a - b).abs() / a.abs().max()
+    return {"largest": gap.max().item(), "mean": gap.mean().item()}
 
 
-@torch.no_grad()
-def flops(task: Task) -> dict[str, float]:
-    """TFLOP of one UNet call with both halves of guidance: the ordinary network's, and the prepared one's."""
-    from pbe.acceleration import prepare_for_inference
-    from pbe.checkpoints.loading import build, open_source
-    from pbe.checkpoints.meta import build_on_meta
-    from pbe.models.paint_by_example import PaintByExample
-
-    model = build_on_meta(PaintByExample, build(open_source(task.ckpt)).config)
-    side = task.resolution // model.config.vae.downsampling
-    unet_in = torch.empty(task.batch, 9, side, side, device="meta")
-    t = torch.empty(task.batch, device="meta")
-    context = torch.empty(2 * task.batch, 1, model.config.unet.context_dim, device="meta")
-    prepared = prepare_for_inference(model).unet
-    shifts, folded = prepared.shifts(t, torch.float32), prepared.folded(context)
-    calls = {
-        "ordinary": lambda: model.unet(torch.cat([unet_in] * 2), torch.cat([t] * 2), context),
-        "prepared": lambda: prepared.predict(unet_in, shifts, folded),
-    }
-    counts = {}
-    for name, call in calls.items():
-        with FlopCounterMode(display=False) as counter:
-            call()
-        counts[name] = counter.get_total_flops() / 1e12
-    return counts
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+def tables(content: dict) -> str:
+    """The Markdown of a run's JSON, a table for each precision and batch size."""
+    return "\n\n".join(table(run, content["device"]) for run in content["runs"])
 
 
-def table(result: dict) -> str:
-    """Medians with their range, and against the first system: the median of the pairs' ratios."""
-    systems = result["systems"]
+def table(run: dict, device: str) -> str:
+    """Medians with their range; how many times longer than this library's systems, the median of the pairs."""
+    systems, task = run["systems"], run["task"]
     first = next(iter(systems))
-    task = result["task"]
+    # a compiled system is compared with a compiled one
+    references = [name for name in systems if name in (first, "pbe, compiled")]
     title = (
-        f"{task['dtype']}, batch {task['batch']}, {task['resolution']}², {task['steps']} steps, {task['device']}"
-        f"{', compiled' if task['compile'] else ''}; matmul {result['TFLOP/s of matmul']:.3g} TFLOP/s, "
-        f"a UNet call {result['TFLOP']['ordinary']:.3g} TFLOP, prepared {result['TFLOP']['prepared']:.3g}"
+        f"{task['dtype']}, batch {task['batch']}, {task['resolution']}², {task['steps']} steps, {device}; "
+        f"matrix products reach {run['TFLOP/s of matmul']:.3g} TFLOP/s"
     )
-    rows: dict[str, list[str]] = {}
-    for what, label in zip(MEASURED, ("UNet call s", "VAE decode s", "edit s"), strict=True):
-        rows[label] = [spread(one[what]) for one in systems.values()]
-        rows[f"{label}, times {first}"] = [
-            spread([a / b for a, b in zip(one[what], systems[first][what], strict=True)]) for one in systems.values()
-        ]
-        rows[f"{what}: largest difference"] = [f"{one['differences'][what]:.1e}" for one in systems.values()]
-    rows["MFU of a UNet call"] = [
-        f"{result['TFLOP']['ordinary'] / statistics.median(one['unet']) / result['TFLOP/s of matmul']:.0%}"
-        for one in systems.values()
-    ]
+    rows = []
+    for what, label in MEASURED.items():
+        rows.append([label, *(spread(one[what]) for one in systems.values())])
+        for reference in references:
+            times = {name: spread(ratios(one[what], systems[reference][what])) for name, one in systems.items()}
+            rows.append([f"{label.removesuffix(' s')}, times {reference}", *(times | {reference: "1"}).values()])
+        gaps = {name: one["differences"][what] for name, one in systems.items()}
+        cells = {name: f"{gap['largest']:.1e} ({gap['mean']:.1e})" for name, gap in gaps.items()}
+        rows.append([f"{what}: largest (mean) difference", *(cells | {first: ""}).values()])
+    unet = {form: sum(kinds.values()) for form, kinds in run["TFLOP"]["unet"].items()}
+    rows.append(["TFLOP of a UNet call", *(f"{unet[form_of(name)]:.3g}" for name in systems)])
+    # of the network's own arithmetic, whatever a system saves of it
+    shares = [unet["ordinary"] / statistics.median(one["unet"]) / run["TFLOP/s of matmul"] for one in systems.values()]
+    rows.append(["MFU of a UNet call", *(f"{share:.0%}" for share in shares)])
     for key in systems[first]["starts"][0]:
-        rows[key] = [spread([start[key] for start in one["starts"]]) for one in systems.values()]
-    lines = [title, "", "| | " + " | ".join(systems) + " |", "|---" * (len(systems) + 1) + "|"]
-    lines += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
-    return "\n".join(lines)
+        values = {name: [start[key] for start in one["starts"]] for name, one in systems.items()}
+        rows.append([key, *(spread(one) for one in values.values())])
+        reference = statistics.median(values[first])
+        times = [f"{statistics.median(one) / reference:.3g}" for one in values.values()]
+        rows.append([f"{key.removesuffix(' s').replace(' GiB', '')}, times {first}", *times])
+    return f"{title}\n\n{markdown(systems, rows)}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints a table for each precision and batch size; returns the exit code."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", required=True, help="the weights as a file that this library reads")
-    p.add_argument("--diffusers", required=True, help="the same weights as a diffusers folder; diffusers is in .[test]")
-    p.add_argument("--systems", nargs="+", choices=SYSTEMS, default=["pbe", "diffusers"])
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
-    p.add_argument("--batch", nargs="+", type=int, default=[1])
-    p.add_argument("--resolution", type=int, default=512, help="side in pixels, a multiple of 64 (default 512)")
-    p.add_argument("--steps", type=int, default=50, help="PLMS steps of an edit (default 50); a few tell as much")
-    p.add_argument("--guidance", type=float, default=5.0)
+def form_of(system: str) -> str:
+    """Which of `count_flops`'s forms a system computes."""
+    return "diffusers" if system.startswith("diffusers") else "prepared"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="benchmark.py edit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_task_arguments(p)
+    p.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float16 on a GPU, else float32 and bfloat16")
+    p.add_argument("--batch", nargs="+", type=int, help="default: 1 4 16 on a GPU, else 1")
     p.add_argument("--pairs", type=int, default=3, help="rounds of all systems in turns (default 3)")
     p.add_argument("--starts", type=int, default=1, help="fresh processes of each system (default 1)")
-    p.add_argument("--compile", action="store_true", help="torch.compile the networks of all systems")
-    p.add_argument("--out", type=Path, help="write the numbers as JSON")
-    args = p.parse_args(argv)
-    if args.resolution % 64 or args.resolution < 64:
-        p.error(f"--resolution must be a positive multiple of 64, as diffusers' pipeline needs, got {args.resolution}")
-    for name in ("steps", "pairs", "starts"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return p
 
-    results = []
-    for dtype in args.dtype:
-        for batch in args.batch:
-            task = Task(
-                ckpt=args.ckpt,
-                diffusers=args.diffusers,
-                device=args.device,
-                dtype=dtype,
-                batch=batch,
-                resolution=args.resolution,
-                steps=args.steps,
-                guidance=args.guidance,
-                compile=args.compile,
-            )
-            results.append(measure(task, args.systems, args.pairs, args.starts))
-            print(table(results[-1]), end="\n\n", flush=True)
-            if args.out:  # after each, so that a long run that is cut short leaves what it has
-                about = {"versions": versions(), "threads": torch.get_num_threads(), "runs": results}
-                args.out.write_text(json.dumps(about, indent=2) + "\n")
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a table for each precision and batch size; returns the exit code."""
+    args = parse(parser(), argv, QUICK, DEFAULTS)
+    content = {**about("edit", argv, args.device), "runs": []}
+    try:
+        with ExitStack() as stack:
+            base = task_of(args, stack)
+            for dtype in args.dtype:
+                for batch in args.batch:
+                    run = measure(replace(base, dtype=dtype, batch=batch), args.systems, args.pairs, args.starts)
+                    content["runs"].append(run)
+                    print(table(run, content["device"]), end="\n\n", flush=True)
+                    write_json(args.out, content)  # after each, so that a run that is cut short leaves what it has
+    except (RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,24 +1,31 @@
 """One system of the editing benchmark in a process of its own: it loads, then does what lines on stdin ask for.
 
 The first line it prints tells how long loading took and when the first prediction was there; each line read (`unet`,
-`decode` or `edit`) is answered by the seconds that it took, with the output saved in the worker's folder; `memory` by
-the peaks so far; `matmul` by the speed of matrix products.
+`decode` or `edit`) is answered by the seconds that it took, with the output saved in the worker's folder; `profile
+unet` and `profile decode` by the seconds of each kind of operation; `memory` by the peaks so far; `matmul` by the speed
+of matrix products.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pbe.sampling import NoiseSchedule, make_generators, randn
 
 SEED = 321
+# diffusers compiled at its best: kernels chosen by trial and CUDA graphs on a GPU, where a CPU gains from neither
+COMPILE_MODE = {"cuda": "max-autotune", "cpu": "default"}
+# a GPU's prediction is so short that a single one would measure how it is started
+PREDICTIONS = {"cuda": 10, "cpu": 1}
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,6 @@ class Task:
     resolution: int
     steps: int
     guidance: float
-    compile: bool
 
 
 def pictures(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -48,7 +54,12 @@ def pictures(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class System:
-    """What a system computes once it is loaded, on inputs that are the same for all."""
+    """What a system computes once it is loaded, on inputs that are the same for all.
+
+    `networks` are the modules that its methods `unet` and `decode` run.
+    """
+
+    networks: dict[str, nn.Module]
 
     def __init__(self, task: Task, context_dim: int, downsampling: int):
         self.task = task
@@ -59,35 +70,44 @@ class System:
         self.unet_in = self.place(randn((9, side, side), generators))
         self.context = self.place(randn((1, context_dim), make_generators(SEED, 2 * task.batch)))
         self.timesteps = NoiseSchedule.scaled_linear().timesteps(task.steps)
+        self.t = torch.full((task.batch,), self.timesteps[0], device=self.device)
 
     def place(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype)
 
 
 class Ours(System):
-    """This library; `consume` gives the loaded model up for the prepared one, as the command line does."""
+    """This library: as the command line runs it, but for what differs.
 
-    def __init__(self, task: Task, consume: bool):
+    consume: give the loaded model up for the prepared one. compile: its UNet and decoder, each as a whole. small_card:
+    each network is on the GPU only while it runs, in `unet` and `decode` for each call anew.
+    """
+
+    def __init__(self, task: Task, consume: bool = True, compile: bool = False, small_card: bool = False):
         from pbe.acceleration import prepare_for_inference
         from pbe.checkpoints.loading import load_model
+        from pbe.jobs import load_editor
+        from pbe.offloading import on_device
 
-        # what torch.compile traces must not be packed
-        consume = consume and not (task.compile and task.device == "cpu")
-        model = load_model(task.ckpt, task.device, task.dtype)
-        self.model = prepare_for_inference(model, consume=consume)
-        if task.compile:
-            self.model.unet.predict = torch.compile(self.model.unet.predict)
-            self.model.vae.decode = torch.compile(self.model.vae.decode)
+        if consume:
+            how = "whole" if compile else None
+            self.model = load_editor(Path(task.ckpt), task.device, task.dtype, low_memory=small_card, compile=how)
+        else:
+            self.model = prepare_for_inference(load_model(task.ckpt, task.device, task.dtype))
+        self.networks = {"unet": self.model.unet, "decode": self.model.vae}
         config = self.model.config
         super().__init__(task, config.unet.context_dim, config.vae.downsampling)
-        self.predict = self.model.unet.bind(self.context, self.timesteps)
+        self.visit = partial(on_device, device=self.device) if small_card else nullcontext
+        with self.visit(self.model.unet):
+            self.predict = self.model.unet.bind(self.context, self.timesteps)
 
     def unet(self) -> Tensor:
-        t = torch.full((self.task.batch,), self.timesteps[0], device=self.device)
-        return self.predict(self.unet_in, t)
+        with self.visit(self.model.unet):
+            return self.predict(self.unet_in, self.t)
 
     def decode(self) -> Tensor:
-        return self.model.vae.decode(self.unet_in[:, :4])
+        with self.visit(self.model.vae):
+            return self.model.vae.decode(self.unet_in[:, :4])
 
     def edit(self) -> Tensor:
         from PIL import Image
@@ -113,9 +133,13 @@ class Ours(System):
 
 
 class Diffusers(System):
-    """diffusers' pipeline as it comes, or with `best` the channels-last layout and fused projections that it offers."""
+    """diffusers' pipeline as it comes, or with what it offers.
 
-    def __init__(self, task: Task, best: bool):
+    best: the channels-last layout and fused projections. compile: `torch.compile` of its UNet and decoder.
+    small_card: each network is on the GPU only while it runs.
+    """
+
+    def __init__(self, task: Task, best: bool = False, compile: bool = False, small_card: bool = False):
         import diffusers
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -127,23 +151,29 @@ class Diffusers(System):
         # the masked picture's latent is the posterior's mean here and a sample there: compare what is the same
         DiagonalGaussianDistribution.sample = lambda posterior, generator=None: posterior.mode()
         dtype = getattr(torch, task.dtype)
-        pipeline = diffusers.PaintByExamplePipeline.from_pretrained(task.diffusers, torch_dtype=dtype).to(task.device)
+        pipeline = diffusers.PaintByExamplePipeline.from_pretrained(task.diffusers, torch_dtype=dtype)
         pipeline.set_progress_bar_config(disable=True)
+        if small_card:
+            pipeline.enable_model_cpu_offload(device=task.device)
+        else:
+            pipeline.to(task.device)
         if best:
             pipeline.unet.to(memory_format=torch.channels_last)
             pipeline.vae.to(memory_format=torch.channels_last)
             pipeline.unet.fuse_qkv_projections()
             pipeline.vae.fuse_qkv_projections()
-        if task.compile:
-            pipeline.unet = torch.compile(pipeline.unet)
-            pipeline.vae.decode = torch.compile(pipeline.vae.decode)
+        if compile:
+            mode = COMPILE_MODE[torch.device(task.device).type]
+            pipeline.unet.compile(mode=mode, fullgraph=True)
+            pipeline.vae.decoder.compile(mode=mode, fullgraph=True)
         self.pipeline = pipeline
+        self.networks = {"unet": pipeline.unet, "decode": pipeline.vae}
         downsampling = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         super().__init__(task, pipeline.unet.config.cross_attention_dim, downsampling)
 
     def unet(self) -> Tensor:
         unet_in = torch.cat([self.unet_in] * 2)
-        return self.pipeline.unet(unet_in, self.timesteps[0], encoder_hidden_states=self.context).sample
+        return self.pipeline.unet(unet_in, self.t[0], encoder_hidden_states=self.context).sample
 
     def decode(self) -> Tensor:
         z = self.unet_in[:, :4] / self.pipeline.vae.config.scaling_factor
@@ -167,10 +197,14 @@ class Diffusers(System):
 
 
 SYSTEMS: dict[str, Callable[[Task], System]] = {
-    "pbe": lambda task: Ours(task, consume=True),
+    "pbe": Ours,
     "pbe, model kept": lambda task: Ours(task, consume=False),
-    "diffusers": lambda task: Diffusers(task, best=False),
+    "pbe, compiled": lambda task: Ours(task, compile=True),
+    "pbe, small card": lambda task: Ours(task, small_card=True),
+    "diffusers": Diffusers,
     "diffusers, best": lambda task: Diffusers(task, best=True),
+    "diffusers, compiled": lambda task: Diffusers(task, best=True, compile=True),
+    "diffusers, small card": lambda task: Diffusers(task, small_card=True),
 }
 
 
@@ -179,8 +213,30 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def timed(system: System, what: str) -> tuple[float, Tensor]:
+    """Seconds of one call of `what`, and its output.
+
+    A GPU's memory goes back after each turn, so that many systems find room; a call before the timed ones gets it anew
+    and brings the clocks up.
+    """
+    call, device = getattr(system, what), system.device
+    calls = PREDICTIONS[device.type] if what == "unet" else 1
+    if device.type == "cuda":
+        call()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        output = call()
+    synchronize(device)
+    seconds = (time.perf_counter() - start) / calls
+    output = output.float().cpu()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return seconds, output
+
+
 def memory(device: torch.device) -> dict[str, float]:
-    """Peaks in GiB: of the process's resident size, and of what is allocated on a GPU."""
+    """Peaks in GiB: of the process's resident size, and of what is allocated and reserved on a GPU."""
     peaks = {}
     status = Path("/proc/self/status")
     if status.exists():
@@ -188,21 +244,41 @@ def memory(device: torch.device) -> dict[str, float]:
         peaks["peak RSS GiB"] = int(line.split()[1]) / 2**20
     if device.type == "cuda":
         peaks["peak GPU GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+        peaks["peak GPU GiB, reserved"] = torch.cuda.max_memory_reserved(device) / 2**30
     return peaks
 
 
 def matmul_peak(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
-    """TFLOP/s of the largest of a few products of square matrices: what the arithmetic could reach here."""
-    n = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(n, n, generator=torch.Generator().manual_seed(i)).to(device, dtype) for i in range(2))
+    """TFLOP/s of the fastest round of products of large square matrices: what the arithmetic could reach here."""
+    place = torch.device(device)
+    n, products = (8192, 10) if place.type == "cuda" else (2048, 1)
+    a, b = (torch.randn(n, n, generator=torch.Generator().manual_seed(i)).to(place, dtype) for i in range(2))
+    a @ b  # chooses the kernel
     best = 0.0
     for _ in range(rounds):
-        synchronize(torch.device(device))
+        synchronize(place)
         start = time.perf_counter()
-        a @ b
-        synchronize(torch.device(device))
-        best = max(best, 2 * n**3 / (time.perf_counter() - start) / 1e12)
+        for _ in range(products):
+            a @ b
+        synchronize(place)
+        best = max(best, products * 2 * n**3 / (time.perf_counter() - start) / 1e12)
     return best
+
+
+def answer(system: System, line: str, folder: Path) -> dict[str, float]:
+    """Does what a line asks for."""
+    if line == "memory":
+        return memory(system.device)
+    if line == "matmul":
+        return {"TFLOP/s": matmul_peak(system.task.device, system.dtype)}
+    if line.startswith("profile "):
+        from pbe.benchmarks.kinds import seconds_by_kind
+
+        part = line.removeprefix("profile ")
+        return seconds_by_kind(system.networks[part], getattr(system, part), system.device)
+    seconds, output = timed(system, line)
+    torch.save(output, folder / f"{line}.pt")
+    return {"seconds": seconds}
 
 
 @torch.no_grad()
@@ -216,20 +292,7 @@ def main() -> None:
     synchronize(system.device)
     say({"load s": loaded, "start to first prediction s": time.time() - started})
     for line in sys.stdin:
-        what = line.strip()
-        if what == "memory":
-            say(memory(system.device))
-            continue
-        if what == "matmul":
-            say({"TFLOP/s": matmul_peak(task.device, system.dtype)})
-            continue
-        synchronize(system.device)
-        start = time.perf_counter()
-        output = getattr(system, what)()
-        synchronize(system.device)
-        seconds = time.perf_counter() - start
-        torch.save(output.float().cpu(), folder / f"{what}.pt")
-        say({"seconds": seconds})
+        say(answer(system, line.strip(), folder))
 
 
 def say(values: dict[str, float]) -> None:

@@ -1,15 +1,20 @@
 """How long loading a checkpoint takes and how much memory: this library against diffusers on the same weights.
 
+    python tools/benchmark.py load --ckpt full.ckpt full.safetensors --diffusers full
+
 Every measurement is a process of its own; systems take turns, so that a busy spell of the machine meets all of them.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+
+from pbe.benchmarks.report import about, markdown, spread, write_json
 
 # What each process runs: `load` is defined by the system, and `touch` reads every weight once.
 LOAD_SCRIPT = """
@@ -85,47 +90,45 @@ def load(args: argparse.Namespace) -> dict:
     return results
 
 
-def table(results: dict[str, list]) -> str:
-    """Medians, and the range of the times, as a Markdown table."""
+def tables(content: dict) -> str:
+    """The Markdown of a run's JSON: medians, and the range of the times."""
+    results = content["results"]
     columns = list(next(iter(results.values()))[0])
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = []
     for name, runs in results.items():
-        cells = []
-        for column in columns:
-            values = sorted(run[column] for run in runs)
-            spread = f" ({values[0]:.2f} to {values[-1]:.2f})" if "seconds" in column else ""
-            cells.append(f"{statistics.median(values):.2f}{spread}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        values = {column: [run[column] for run in runs] for column in columns}
+        rows.append([name])
+        for column, numbers in values.items():
+            rows[-1].append(spread(numbers) if "seconds" in column else f"{statistics.median(numbers):.2f}")
+    return markdown(columns, rows)
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="benchmark.py load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--ckpt", nargs="+", required=True, help="the weights as files that this library reads")
+    p.add_argument("--diffusers", help="the same weights as a diffusers folder")
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--out", type=Path, help="write the numbers as JSON")
+    return p
 
-    found = {"python": platform.python_version(), "processor": platform.machine()}
-    for package in ("torch", "diffusers", "transformers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", nargs="+", required=True, help="the weights as files that this library reads")
-    parser.add_argument("--diffusers", help="the same weights as a diffusers folder")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
-    args = parser.parse_args(argv)
+    p = parser()
+    args = p.parse_args(argv)
+    for path in (*args.ckpt, *([args.diffusers] if args.diffusers else [])):
+        if not Path(path).exists():
+            p.error(f"{path}: there is no such file")
+    if args.diffusers and find_spec("diffusers") is None:
+        p.error("--diffusers needs diffusers: pip install -e '.[bench]'")
 
-    results = load(args)
-    if args.out:
-        args.out.write_text(json.dumps({"versions": versions(), "results": results}, indent=2) + "\n")
-    print(table(results))
+    try:
+        content = {**about("load", argv), "results": load(args)}
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    write_json(args.out, content)
+    print(tables(content))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The Markdown of what the other sections measured: `python tools/benchmark.py table edit.json scaling.json`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+MEASURING = ("edit", "train", "profile", "scaling", "load", "data")
+
+
+def read(path: Path) -> dict:
+    """A run's JSON; ValueError if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or content.get("section") not in MEASURING:
+        raise ValueError(f"{path} is no run of tools/benchmark.py: its 'section' should be one of {MEASURING}")
+    return content
+
+
+def document(content: dict) -> str:
+    """A run as Markdown: its tables, the command and the versions."""
+    section = content["section"]
+    tables = import_module(f"pbe.benchmarks.{section}").tables(content)
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    machine = f"{content['device']}, {content['threads']} threads; pbe {content['pbe']}, {versions}"
+    return f"## {section}\n\n{tables}\n\n`{content['command']}`\n\n{machine}\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the tables of all files; returns the exit code."""
+    p = argparse.ArgumentParser(prog="benchmark.py table", description=__doc__)
+    p.add_argument("files", nargs="+", type=Path, help="JSON that a section wrote with --out")
+    args = p.parse_args(argv)
+    try:
+        print("\n".join(document(read(path)) for path in args.files), end="")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
