@@ -55,7 +55,11 @@ def add_files(g: argparse._ArgumentGroup) -> None:
 
 
 def add_device(g: argparse._ArgumentGroup) -> None:
-    g.add_argument("--dtype", default="auto", help="auto (default: float16 on cuda), float32, bfloat16, float16")
+    g.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto (default: float16 on cuda, bfloat16 on a CPU that computes in it), float32, bfloat16, float16",
+    )
 
 
 def add_run(p: argparse.ArgumentParser) -> None:
