@@ -178,12 +178,13 @@ class BackgroundSSIM(PictureMean):
 
     def score(self, result: Tensor, source: Tensor, keep: Tensor) -> Tensor:
         """Of (B, 3, H, W) twice, and the mask (B, 1, H, W) with 1 = keep."""
+        # float32 errs by a few 1e-6, and is 16 times as fast on a CPU as float64
         _, ssim = structural_similarity_index_measure(
-            result.double(), source.double(), data_range=1.0, reduction="none", return_full_image=True
+            result.float(), source.float(), data_range=1.0, reduction="none", return_full_image=True
         )
         hidden = F.pad(1 - keep.double(), [SSIM_REACH] * 4, value=1.0)
         counts = 1 - F.max_pool2d(hidden, 2 * SSIM_REACH + 1, stride=1)  # (B, 1, H, W)
-        return (ssim.mean(dim=1, keepdim=True) * counts).sum(dim=(1, 2, 3)) / counts.sum(dim=(1, 2, 3))
+        return (ssim.double().mean(dim=1, keepdim=True) * counts).sum(dim=(1, 2, 3)) / counts.sum(dim=(1, 2, 3))
 
 
 class BackgroundLPIPS(PictureMean):
