@@ -70,6 +70,18 @@ def run_jobs(
     several nodes the program is started on each, by SLURM, torchrun, or with MASTER_ADDR and NODE_RANK set.
     ValueError for a device that cannot be divided or is not there that often; else raises as `load_model` does.
     """
+    editing = BatchEditing(jobs, checkpoint, dtype, redo)
+    trainer = predict_on(editing, device, devices, num_nodes, progress)
+    return editing.outcomes if trainer.is_global_zero else None
+
+
+def predict_on(
+    module: lightning.LightningModule, device: str, devices: int, num_nodes: int, progress: bool
+) -> lightning.Trainer:
+    """Has a module that divides its own work predict on several processes; the trainer that did.
+
+    ValueError for a device that cannot be divided or is not there that often.
+    """
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise ValueError(f"device={device!r} cannot be several devices; choose one of auto, cpu, cuda, mps")
     kind = choose_device(device).type
@@ -87,9 +99,8 @@ def run_jobs(
         enable_progress_bar=progress,
         enable_model_summary=False,
     )
-    editing = BatchEditing(jobs, checkpoint, dtype, redo)
     with warnings.catch_warnings():
-        # Beside its edit, reading a row costs nothing; and the pictures are written, not returned.
+        # Beside making a picture, reading its row costs nothing; and the pictures are written, not returned.
         warnings.filterwarnings("ignore", message=".*does not have many workers|predict returned None")
-        trainer.predict(editing, return_predictions=False)
-    return editing.outcomes if trainer.is_global_zero else None
+        trainer.predict(module, return_predictions=False)
+    return trainer

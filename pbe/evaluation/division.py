@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,9 @@ import torch.distributed
 from torch.utils.data import DataLoader
 
 from pbe.batch import Outcome
-from pbe.checkpoints.loading import choose_device
 from pbe.evaluation.baselines.running import Maker, Plan
 from pbe.evaluation.benchmark import Benchmark
-from pbe.prediction import share_of
+from pbe.prediction import predict_on, share_of
 
 
 class Generation(lightning.LightningModule):
@@ -69,28 +67,8 @@ def run_divided(
     wait for processes that have ended. In the others, which Lightning starts as the program anew, it returns None.
     ValueError for a device that cannot be divided or is not there that often.
     """
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise ValueError(f"device={device!r} cannot be several devices; choose one of auto, cpu, cuda, mps")
-    kind = choose_device(device).type
-    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(kind, devices)
-    if devices > there:
-        raise ValueError(f"devices={devices}, but torch sees {there} of type {kind} here")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = lightning.Trainer(
-        accelerator=kind,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy="ddp",
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-    )
     generation = Generation(plans, benchmark, folders, redo)
-    with warnings.catch_warnings():
-        # Beside making a result, reading its number costs nothing; and the pictures are written, not returned.
-        warnings.filterwarnings("ignore", message=".*does not have many workers|predict returned None")
-        trainer.predict(generation, return_predictions=False)
+    trainer = predict_on(generation, device, devices, num_nodes, progress)
     torch.distributed.destroy_process_group()
     return generation.outcomes if trainer.is_global_zero else None
