@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pbe.jobs import Job, Weights, check_writable, read_inputs, run_job, save_result, settings_of
+from pbe.jobs import Job, read_inputs, run_job
 from pbe.models.paint_by_example import PaintByExample
 from pbe.painter import CROPPING, DRAWING, MAX_SIDE, painter, region_of, to_value
 from pbe.pictures import UNREADABLE, PictureWarning, read_mask, read_picture
+from pbe.results import Weights, check_writable, save_result, settings_of
 from pbe.sampling import SAMPLERS, StepInfo
 from pbe.saving import save_picture
 from pbe.windows import Box, mask_bounding_box

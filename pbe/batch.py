@@ -8,19 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pbe.jobs import (
-    COLUMNS,
-    Job,
-    Weights,
-    check_job,
-    check_writable,
-    make_job,
-    read_inputs,
-    read_settings,
-    run_job,
-    save_result,
-    settings_of,
-)
+from pbe.jobs import COLUMNS, Job, check_job, make_job, read_inputs, run_job
+from pbe.results import Weights, check_writable, read_settings, save_result, settings_of
 
 if TYPE_CHECKING:
     from pbe.models.paint_by_example import PaintByExample

@@ -1,4 +1,4 @@
-"""One edit as plain values: read from texts, run, and saved with its settings.
+"""One edit as plain values: read from texts, and run. `pbe.results` saves it.
 
 The fields of `Job` are at once the flags of `pbe edit`, the columns of a batch file and the settings kept in a result.
 Only the standard library is imported on top: the command line reads its arguments before it loads anything heavy.
@@ -6,13 +6,10 @@ Only the standard library is imported on top: the command line reads its argumen
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import warnings
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -28,9 +25,6 @@ if TYPE_CHECKING:
 
 Corners = tuple[float, float, float, float]
 MAX_SEED = 2**63 - 1
-# What of a checkpoint tells it from another.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")  # in a folder
-NUM_SAMPLES, SAMPLE_BYTES = 256, 16384
 
 
 @dataclass(frozen=True)
@@ -282,27 +276,6 @@ def read_inputs(job: Job) -> Inputs:
     return Inputs(picture, repaint, exemplars)
 
 
-def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
-    """Find out that a result of the kind and size of `image` cannot be saved at `path`, before it is computed.
-
-    The folder is made. ValueError for a suffix that cannot hold it, OSError where nothing can be written.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a file name")
-    trial = path.with_name(f".trial-{path.stem}{path.suffix}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the result's own saving warns
-            for size in ((image.width, 1), (1, image.height)):  # some formats bound the sides
-                save_result(image.crop((0, 0, *size)), trial, settings)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(trial), str(path))) from None
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        trial.unlink(missing_ok=True)
-
-
 def load_editor(
     checkpoint: Path,
     device: str | torch.device = "auto",
@@ -376,78 +349,3 @@ def run_job(
                 "the device's memory is full; a smaller batch size, resolution or precision needs less"
             ) from error
         raise
-
-
-class Weights(NamedTuple):
-    """Which weights made a result."""
-
-    checkpoint: str  # the file's name
-    crc32: str
-    dtype: str
-
-
-def identify(checkpoint: Path, dtype: torch.dtype) -> Weights:
-    """The weights in a checkpoint, a file or a folder, as a model of `dtype` uses them; FileNotFoundError without it.
-
-    The checksum is over each file's size and evenly spaced samples of it, which takes no longer for large files.
-    """
-    from pbe.checkpoints.reading import find_checkpoint
-
-    checkpoint = find_checkpoint(checkpoint)
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"{checkpoint}: there is no such checkpoint")
-    files = [checkpoint]
-    if checkpoint.is_dir():
-        inside = [*checkpoint.glob("*"), *checkpoint.glob("*/*")]
-        files = sorted(file for file in inside if file.suffix in WEIGHT_SUFFIXES)
-    crc = 0
-    for path in files:
-        size = path.stat().st_size
-        crc = zlib.crc32(f"{path.relative_to(checkpoint)} {size}".encode(), crc)
-        with path.open("rb", buffering=0) as file:
-            for start in sorted({i * max(size - SAMPLE_BYTES, 0) // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)}):
-                file.seek(start)
-                crc = zlib.crc32(file.read(SAMPLE_BYTES), crc)
-    return Weights(checkpoint.name, f"{crc:08x}", str(dtype).removeprefix("torch."))
-
-
-def settings_of(job: Job, weights: Weights) -> dict[str, Any]:
-    """What a result follows from, as JSON values by column name, with checksums of the files that were read."""
-    fields = {name: value for name, value in asdict(job).items() if name in COLUMNS and value is not None}
-    del fields["out"]
-    return json.loads(json.dumps(fields)) | {
-        "inputs_crc32": {name: f"{zlib.crc32(job.path(name).read_bytes()):08x}" for name in job.inputs},
-        "checkpoint": weights.checkpoint,
-        "checkpoint_crc32": weights.crc32,
-        "dtype": weights.dtype,
-    }
-
-
-def save_result(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Save a result with its settings: as JSON under the key `pbe` and as a line to read; see `save_picture`."""
-    from pbe import __version__
-    from pbe.saving import save_picture
-
-    about = {"pbe": __version__, "size": list(image.size)}
-    shown = ("sampler", "steps", "scale", "seed", "window", "checkpoint", "dtype")
-    info = {
-        "pbe": json.dumps({**settings, **about}),
-        "Description": "Paint by Example: " + ", ".join(f"{name} {settings[name]}" for name in shown),
-        "Software": f"pbe {__version__}",
-    }
-    save_picture(image, path, info)
-
-
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings that `save_result` stored in a picture, or None where there are none."""
-    from PIL import Image
-
-    from pbe.pictures import UNREADABLE
-    from pbe.saving import read_info
-
-    try:
-        with Image.open(path) as image:
-            settings = json.loads(read_info(image)["pbe"])
-    except (*UNREADABLE, KeyError, Image.DecompressionBombError):
-        return None  # not a picture, or not one of ours
-    return settings if isinstance(settings, dict) else None

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from pbe.batch import Outcome, run_row
 from pbe.checkpoints.loading import choose_device
-from pbe.jobs import Job, identify, load_editor
+from pbe.jobs import Job, load_editor
+from pbe.results import identify
 
 
 def share_of(num_jobs: int, rank: int, world_size: int) -> range:

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 import pbe
-from pbe.jobs import Weights, read_settings
 from pbe.pictures import PictureWarning
+from pbe.results import Weights, read_settings
 
 gr = pytest.importorskip("gradio", reason="the page needs the extra app")
 from gradio_client import Client, handle_file  # noqa: E402

@@ -16,7 +16,8 @@ gr = pytest.importorskip("gradio", reason="the page needs the extra app")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser needs playwright: pip install playwright")
 
 from pbe import app  # noqa: E402
-from pbe.jobs import Weights, identify, load_editor, read_settings  # noqa: E402
+from pbe.jobs import load_editor  # noqa: E402
+from pbe.results import Weights, identify, read_settings  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,20 +13,9 @@ from PIL import ExifTags, Image
 
 import pbe
 from pbe.batch import Outcome, is_finished, read_jobs, run_row
-from pbe.jobs import (
-    COLUMNS,
-    MAX_SEED,
-    NUM_SAMPLES,
-    SAMPLE_BYTES,
-    Job,
-    Weights,
-    identify,
-    make_job,
-    read_settings,
-    save_result,
-    settings_of,
-)
+from pbe.jobs import COLUMNS, MAX_SEED, Job, make_job
 from pbe.pictures import PictureWarning
+from pbe.results import NUM_SAMPLES, SAMPLE_BYTES, Weights, identify, read_settings, save_result, settings_of
 
 CHECKPOINT = Path("model.ckpt")
 WEIGHTS = Weights("model.ckpt", "0123abcd", "bfloat16")

@@ -14,7 +14,7 @@ from PIL import Image
 import pbe
 import pbe.cli
 from pbe.cli.inference import main, parse_seeds, runs
-from pbe.jobs import read_settings
+from pbe.results import read_settings
 from pbe.sampling import StepInfo
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,9 @@ from PIL import Image
 
 from pbe.batch import Outcome
 from pbe.cli.inference import main
-from pbe.jobs import Weights, make_job, read_settings
+from pbe.jobs import make_job
 from pbe.prediction import BatchEditing, run_jobs, share_of
+from pbe.results import Weights, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 

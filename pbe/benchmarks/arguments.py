@@ -60,6 +60,18 @@ def parse(
     for name, value in (DEFAULTS[kind] | section[kind] | (quick if args.quick else {})).items():
         if getattr(args, name, value) is None:
             setattr(args, name, value)
+    check_weights(p, args)
+    if kind == "cpu" and (small := [name for name in args.systems if name in SMALL_CARD]):
+        p.error(f"{small[0]!r} needs --device cuda: there is nothing to leave on a CPU")
+    sides = [args.resolution, *getattr(args, "resolutions", [])]
+    if wrong := [side for side in sides if side % 64 or side < 64]:
+        p.error(f"--resolution must be a positive multiple of 64, as diffusers' pipeline needs, got {wrong[0]}")
+    check_counts(p, args)
+    return args
+
+
+def check_weights(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program if there are no weights for a system that is asked for."""
     if args.quick == bool(args.ckpt):
         p.error("give --ckpt, or --quick, which makes its own weights" + (", and not both" if args.quick else ""))
     theirs = [name for name in args.systems if name.startswith("diffusers")]
@@ -70,17 +82,15 @@ def parse(
     for path in (args.ckpt, args.diffusers):
         if path and not Path(path).exists():
             p.error(f"{path}: there is no such file")
-    if kind == "cpu" and (small := [name for name in args.systems if name in SMALL_CARD]):
-        p.error(f"{small[0]!r} needs --device cuda: there is nothing to leave on a CPU")
-    sides = [args.resolution, *getattr(args, "resolutions", [])]
-    if wrong := [side for side in sides if side % 64 or side < 64]:
-        p.error(f"--resolution must be a positive multiple of 64, as diffusers' pipeline needs, got {wrong[0]}")
+
+
+def check_counts(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program if a number of things is below 1."""
     for name in ("steps", "pairs", "starts", "batch", "batches", "rows"):
         values = getattr(args, name, None)
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < 1:
                 p.error(f"--{name} must be at least 1, got {value}")
-    return args
 
 
 def task_of(args: argparse.Namespace, stack: ExitStack) -> Task:

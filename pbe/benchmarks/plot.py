@@ -22,12 +22,12 @@ def draw(content: dict, out: Path) -> None:
 
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     times, memories = figure.subplots(2, 3)
-    for axis, time, memory in zip(AXES, times, memories, strict=False):
+    for axis, time, memory in zip(AXES, times[:-1], memories[:-1], strict=True):
         for system in content[axis][0]["systems"]:
             draw_edits(content[axis], axis, system, time, memory)
         time.set(ylabel=f"time, times that of {AXES[axis].format(content[axis][0]['task'][axis])}")
         memory.set(xlabel=axis, ylabel="peak GiB")
-    draw_index(content["index"], times[2], memories[2])
+    draw_index(content["index"], times[-1], memories[-1])
     along = [[point["task"][axis] for point in content[axis]] for axis in AXES]
     rows = [point["rows"] for point in content["index"]]
     for ax in (*times, *memories):

@@ -15,14 +15,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pbe.benchmarks import train_worker
-from pbe.benchmarks.arguments import DTYPES, seeded_weights
+from pbe.benchmarks.arguments import DTYPES, check_counts, check_weights, seeded_weights
 from pbe.benchmarks.edit import Worker
 from pbe.benchmarks.report import about, markdown, ratios, spread, write_json
 from pbe.benchmarks.train_worker import SYSTEMS, Task
@@ -174,29 +173,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch finds no CUDA device here")
-    if args.quick == bool(args.ckpt):
-        p.error("give --ckpt, or --quick, which makes its own weights" + (", and not both" if args.quick else ""))
     for name, value in (DEFAULTS[args.device] | (QUICK if args.quick else {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.systems is None:
         theirs = bool(args.diffusers or args.quick)
         args.systems = [name for name in SYSTEMS if "adapters" not in name and (theirs or "diffusers" not in name)]
-    theirs = [name for name in args.systems if name.startswith("diffusers")]
-    if theirs and find_spec("diffusers") is None:
-        p.error(f"{theirs[0]!r} needs diffusers: pip install -e '.[bench]', or --systems pbe")
-    if theirs and not (args.diffusers or args.quick):
-        p.error(f"{theirs[0]!r} needs --diffusers, or --systems without it")
-    for path in (args.ckpt, args.diffusers):
-        if path and not Path(path).exists():
-            p.error(f"{path}: there is no such file")
+    check_weights(p, args)
     if args.resolution % 64 or args.resolution < 64:
         p.error(f"--resolution must be a positive multiple of 64, got {args.resolution}")
-    for name in ("steps", "pairs", "batch"):
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value < 1:
-                p.error(f"--{name} must be at least 1, got {value}")
+    check_counts(p, args)
     if args.limit_gib:
         if args.device != "cuda":
             p.error("--limit-gib limits a GPU's memory: it needs --device cuda")

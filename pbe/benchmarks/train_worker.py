@@ -8,6 +8,7 @@ import gc
 import json
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -62,7 +63,7 @@ def make_batch(size: int, resolution: int, downsampling: int, exemplar_size: int
     return Batch(Example(image, image * mask, mask, exemplar, torch.arange(size), files), draws)
 
 
-class System:
+class System(ABC):
     """A model in training; what all systems do after the loss: backwards, clip, AdamW, average."""
 
     def __init__(self, task: Task, downsampling: int, exemplar_size: int, trained: Iterable[nn.Parameter]):
@@ -85,11 +86,13 @@ class System:
         on_device = [x.to(self.device) if isinstance(x, Tensor) else x for x in example]
         return Batch(Example(*on_device), Draws(*(x.to(self.device) for x in draws)))
 
+    @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        raise NotImplementedError
+        """The mean loss of a batch."""
 
+    @abstractmethod
     def update_average(self) -> None:
-        raise NotImplementedError
+        """Takes the trained parameters into their moving average."""
 
     def step(self, batch: Batch) -> Tensor:
         """One optimiser step; returns its loss."""

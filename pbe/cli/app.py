@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from pbe.cli.flags import add_compile, add_device, add_dtype
+
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog=prog, description=__doc__)
@@ -16,18 +18,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="FILE",
         help="a checkpoint, a folder of diffusers, or demo (default): the small model that comes with this package",
     )
-    p.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    p.add_argument(
-        "--dtype",
-        metavar="NAME",
-        default="auto",
-        help="auto (default: float16 on cuda, bfloat16 on a CPU that computes in it), float32, bfloat16, float16",
-    )
-    p.add_argument(
-        "--compile",
-        choices=("regions", "whole"),
-        help="compile the networks, for many edits of one size: regions starts sooner, whole runs faster on cuda",
-    )
+    add_device(p)
+    add_dtype(p)
+    add_compile(p)
     p.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1; 0.0.0.0: for the whole network)"
     )
@@ -40,7 +33,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parser(prog).parse_args(argv)
     try:
         from pbe.app import build_page, files_of_page, serve, warnings_on_page
-        from pbe.jobs import identify, load_editor
+        from pbe.jobs import load_editor
+        from pbe.results import identify
 
         model = load_editor(args.ckpt, args.device, args.dtype, compile=args.compile)
         with files_of_page(), warnings_on_page():

@@ -19,23 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pbe.batch import Outcome, is_finished, read_jobs, run_row
-from pbe.jobs import (
-    COLUMNS,
-    Inputs,
-    Job,
-    Weights,
-    check_job,
-    check_writable,
-    identify,
-    load_editor,
-    make_job,
-    parse,
-    parse_numbers,
-    read_inputs,
-    run_job,
-    save_result,
-    settings_of,
-)
+from pbe.cli.flags import add_compile, add_device, add_dtype
+from pbe.jobs import COLUMNS, Inputs, Job, check_job, load_editor, make_job, parse, parse_numbers, read_inputs, run_job
+from pbe.results import Weights, check_writable, identify, save_result, settings_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -102,23 +88,14 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     g.add_argument(
         "--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint, a folder of diffusers, or demo"
     )
-    g.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    g.add_argument(
-        "--dtype",
-        metavar="NAME",
-        default="auto",
-        help="auto (default: float16 on cuda, bfloat16 on a CPU that computes in it), float32, bfloat16, float16",
-    )
+    add_device(g)
+    add_dtype(g)
     g.add_argument(
         "--low-memory",
         action="store_true",
         help="for small graphics cards: each network is on the card only while it computes",
     )
-    g.add_argument(
-        "--compile",
-        choices=("regions", "whole"),
-        help="compile the networks, for many edits of one size: regions starts sooner, whole runs faster on cuda",
-    )
+    add_compile(g)
 
     g = p.add_argument_group("sampling")
     g.add_argument("--sampler", metavar="NAME", help=f"plms, ddim, ddpm or dpm_solver (default {Job.sampler})")

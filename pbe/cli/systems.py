@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pbe.cli.flags import add_dtype
 from pbe.cli.scoring import add_benchmark, add_judges, load_judges, open_benchmark, progress, write_scores
 
 if TYPE_CHECKING:
@@ -54,14 +55,6 @@ def add_files(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--vocabulary", type=Path, metavar="FILE", help="CLIP's: bpe_simple_vocab_16e6.txt.gz")
 
 
-def add_device(g: argparse._ArgumentGroup) -> None:
-    g.add_argument(
-        "--dtype",
-        default="auto",
-        help="auto (default: float16 on cuda, bfloat16 on a CPU that computes in it), float32, bfloat16, float16",
-    )
-
-
 def add_run(p: argparse.ArgumentParser) -> None:
     """The arguments of `run`."""
     p.epilog, p.formatter_class = SYSTEMS, argparse.RawDescriptionHelpFormatter
@@ -89,7 +82,7 @@ def add_run(p: argparse.ArgumentParser) -> None:
     g.add_argument("--scale", type=float, help="of classifier-free guidance (default 5; Stable Diffusion: 7.5)")
     g.add_argument("--seed", type=int, default=42, help="of the first item, the next have the next (default 42)")
     g.add_argument("--resolution", type=int, help=f"of {OURS} (default: what it was trained on)")
-    add_device(g)
+    add_dtype(g)
     g.add_argument("--devices", type=int, default=1, help="divide the items over so many devices (default 1)")
     g.add_argument("--num-nodes", type=int, default=1, help="and over this many nodes (default 1)")
     g.add_argument("--redo", action="store_true", help="also generate what is there")
@@ -108,7 +101,7 @@ def add_guidance_figure(p: argparse.ArgumentParser) -> None:
     g.add_argument("--seeds", type=int, nargs="+", default=[42], help="a row of the figure each (default 42)")
     g.add_argument("--steps", type=int, help="default 50")
     g.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
-    add_device(g)
+    add_dtype(g)
     p.add_argument("--force", action="store_true", help="replace an existing picture")
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pbe import __version__
 from pbe.checkpoints.loading import choose_device, choose_dtype
 from pbe.evaluation.baselines import Edit, Weights, get_baseline
-from pbe.jobs import identify
+from pbe.results import identify
 from pbe.saving import save_picture
 from pbe.windows import mask_bounding_box
 

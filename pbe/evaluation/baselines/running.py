@@ -17,7 +17,8 @@ from pbe.checkpoints.loading import choose_device, choose_dtype
 from pbe.evaluation.baselines import Baseline, Edit, System, Weights, get_baseline
 from pbe.evaluation.baselines.systems import Setting
 from pbe.evaluation.benchmark import Benchmark, Item, result_files
-from pbe.jobs import MAX_SEED, identify, read_settings
+from pbe.jobs import MAX_SEED
+from pbe.results import identify, read_settings
 from pbe.saving import save_picture
 
 ABOUT_RESULT = ("pbe", "size")  # stored beside what a result follows from, no part of it
@@ -132,7 +133,7 @@ def run_item(plan: Plan, system: System, item: Item, i: int, path: Path) -> Outc
 
 
 def save_system_picture(picture: Image.Image, path: Path, description: str, settings: dict[str, Any]) -> None:
-    """Saves a picture with its settings, as `pbe.jobs.save_result` does those of an edit."""
+    """Saves a picture with its settings, as `pbe.results.save_result` does those of an edit."""
     stored = {**settings, "pbe": __version__, "size": list(picture.size)}
     info = {"pbe": json.dumps(stored), "Description": description, "Software": f"pbe {__version__}"}
     save_picture(picture, path, info)
