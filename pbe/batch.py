@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pbe.jobs import COLUMNS, Job, check_job, make_job, read_inputs, run_job
-from pbe.results import Weights, check_writable, read_settings, save_result, settings_of
+from pbe.results import Weights, check_writable, followed_from, save_result, settings_of
 
 if TYPE_CHECKING:
     from pbe.models.paint_by_example import PaintByExample
@@ -102,15 +102,10 @@ def _check_outputs_differ(path: Path, jobs: Sequence[Job]) -> None:
         outputs[out] = job.line
 
 
-_ABOUT_RESULT = ("pbe", "size")  # stored beside the settings, no part of them
-
-
 def is_finished(job: Job, weights: Weights) -> bool:
     """Whether the job's picture exists and was made with the job's settings from the same inputs and weights."""
     try:
-        stored = read_settings(job.path(job.out)) or {}
-        settings = {name: value for name, value in stored.items() if name not in _ABOUT_RESULT}
-        return bool(stored) and settings == settings_of(job, weights)
+        return followed_from(job.path(job.out)) == settings_of(job, weights)
     except OSError:
         return False  # an input cannot be read: running the job says so
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # What of a checkpoint tells it from another.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")  # in a folder
 NUM_SAMPLES, SAMPLE_BYTES = 256, 16384
+ABOUT_RESULT = ("pbe", "size")  # stored beside what a result follows from, no part of it
 
 
 class Weights(NamedTuple):
@@ -71,17 +72,19 @@ def settings_of(job: Job, weights: Weights) -> dict[str, Any]:
 
 def save_result(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
     """Save a result with its settings: as JSON under the key `pbe` and as a line to read; see `save_picture`."""
+    shown = ("sampler", "steps", "scale", "seed", "window", "checkpoint", "dtype")
+    save_described(
+        image, path, settings, "Paint by Example: " + ", ".join(f"{name} {settings[name]}" for name in shown)
+    )
+
+
+def save_described(image: Image.Image, path: Path, settings: Mapping[str, Any], description: str) -> None:
+    """Save a picture with what it follows from and a line to read."""
     from pbe import __version__
     from pbe.saving import save_picture
 
-    about = {"pbe": __version__, "size": list(image.size)}
-    shown = ("sampler", "steps", "scale", "seed", "window", "checkpoint", "dtype")
-    info = {
-        "pbe": json.dumps({**settings, **about}),
-        "Description": "Paint by Example: " + ", ".join(f"{name} {settings[name]}" for name in shown),
-        "Software": f"pbe {__version__}",
-    }
-    save_picture(image, path, info)
+    stored = {**settings, "pbe": __version__, "size": list(image.size)}
+    save_picture(image, path, {"pbe": json.dumps(stored), "Description": description, "Software": f"pbe {__version__}"})
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
@@ -97,6 +100,11 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     except (*UNREADABLE, KeyError, Image.DecompressionBombError):
         return None  # not a picture, or not one of ours
     return settings if isinstance(settings, dict) else None
+
+
+def followed_from(path: Path) -> dict[str, Any]:
+    """What the picture at `path` follows from, as it was saved with it; empty where nothing was."""
+    return {name: value for name, value in (read_settings(path) or {}).items() if name not in ABOUT_RESULT}
 
 
 def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:

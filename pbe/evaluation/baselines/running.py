@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from pbe import __version__
 from pbe.batch import Outcome
 from pbe.checkpoints.loading import choose_device, choose_dtype
 from pbe.evaluation.baselines import Baseline, Edit, System, Weights, get_baseline
 from pbe.evaluation.baselines.systems import Setting
 from pbe.evaluation.benchmark import Benchmark, Item, result_files
 from pbe.jobs import MAX_SEED
-from pbe.results import identify, read_settings
-from pbe.saving import save_picture
+from pbe.results import followed_from, identify, save_described
 
-ABOUT_RESULT = ("pbe", "size")  # stored beside what a result follows from, no part of it
 OF_ITEM = ("seed", "label", "inputs_crc32")  # what differs from result to result of a system
 
 
@@ -123,7 +117,7 @@ def run_item(plan: Plan, system: System, item: Item, i: int, path: Path) -> Outc
             item.source, item.mask, item.reference, exemplar_mask=mask, label=item.label, seed=plan.seed + i
         )
         picture = system(edit)
-        save_system_picture(picture, path, plan.name, follows_from)
+        save_described(picture, path, follows_from, plan.name)
     except (ValueError, OSError, MemoryError) as error:
         return Outcome(i, "failed", str(error))
     except Exception as error:  # whatever befalls one item, hours into a run, those after it may still be fine
@@ -132,18 +126,10 @@ def run_item(plan: Plan, system: System, item: Item, i: int, path: Path) -> Outc
     return Outcome(i, "done")
 
 
-def save_system_picture(picture: Image.Image, path: Path, description: str, settings: dict[str, Any]) -> None:
-    """Saves a picture with its settings, as `pbe.results.save_result` does those of an edit."""
-    stored = {**settings, "pbe": __version__, "size": list(picture.size)}
-    info = {"pbe": json.dumps(stored), "Description": description, "Software": f"pbe {__version__}"}
-    save_picture(picture, path, info)
-
-
 def is_finished(plan: Plan, item: Item, i: int, path: Path) -> bool:
     """Whether an item's result is there and follows from the plan, its seed and the item's files as they are now."""
     try:
-        stored = read_settings(path) or {}
-        return {key: value for key, value in stored.items() if key not in ABOUT_RESULT} == settings_of(plan, item, i)
+        return followed_from(path) == settings_of(plan, item, i)
     except OSError:
         return False  # an input cannot be read: running the item says so
 
@@ -170,7 +156,7 @@ def settings_in(benchmark: Benchmark, folder: Path) -> dict[str, Any]:
     """
     found = []
     for i, path in enumerate(result_files(benchmark, folder)):
-        stored = read_settings(path) or {}
-        made = {key: value for key, value in stored.items() if key not in (*ABOUT_RESULT, *OF_ITEM)}
+        stored = followed_from(path)
+        made = {key: value for key, value in stored.items() if key not in OF_ITEM}
         found.append({**made, "seed": stored["seed"] - i} if "seed" in stored else made)
     return found[0] if all(one == found[0] for one in found) else {}
