@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from pbe.models.unet import Attention
 
-# So many bfloat16 scores fit a core's second-level cache (1 MiB) while they are normalised and multiplied.
-TILE_SCORES = 2**19
+# So many bfloat16 scores fit the cores' second-level caches (1 MiB each) while they are normalised and multiplied;
+# fewer leave the products too narrow.
+TILE_SCORES = 2**20
 # Below this, all of a head's scores are few and the loop over the heads costs more than it saves.
 MIN_TILED_TOKENS = 128
 
@@ -105,7 +106,8 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     and grows with them.
     """
     B, heads, N, d = q.shape
-    y = q.new_empty(B, N, heads, d).transpose(1, 2)
+    # The output is computed transposed, v' scores': the other way its columns are as few as d, which no kernel is for.
+    y, v = q.new_empty(B, heads, d, N), v.transpose(2, 3).contiguous()
     block = max(64, TILE_SCORES // N)
     unused = q.new_empty(1)
     for one in range(B):
@@ -115,5 +117,5 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 rows = slice(start, start + block)
                 # alpha scales the float32 sums, before they are rounded
                 scores = torch.addmm(unused, q[one, head, rows], keys, beta=0, alpha=d**-0.5)
-                y[one, head, rows] = scores.softmax(dim=-1) @ values
-    return y
+                y[one, head, :, rows] = values @ scores.softmax(dim=-1).T
+    return y.transpose(2, 3)
