@@ -1,4 +1,6 @@
-"""The exemplar's augmentation: what each change does, how often and how far."""
+"""The exemplar's augmentation: what each change does, how often and how far; and the object's other colours."""
+
+import math
 
 import numpy as np
 import pytest
@@ -6,9 +8,19 @@ import torch
 import torch.nn.functional as F
 
 import pbe.data.augment as module
-from pbe.data.augment import affine_warp, augment, box_blur, draw_warp, rotate
+from pbe.data.augment import (
+    affine_warp,
+    augment,
+    box_blur,
+    draw_recoloring,
+    draw_warp,
+    inside_weights,
+    rotate,
+    turned_hues,
+)
 from pbe.data.example import make_generator
 from pbe.data.recipe import RecipeConfig, augment_exemplar
+from pbe.windows import Box
 
 OFF = {"flip": 0.0, "rotation": 0.0, "blur": 0.0, "warp": 0.0}
 SETTINGS = {"rotation_degrees": 20.0, "blur_kernels": (3, 7), "warp_shift": 50 / 224}
@@ -100,3 +112,44 @@ def test_numbers_in_pixels_follow_the_exemplars_size(monkeypatch):
         augment_exemplar(picture(size), RecipeConfig(), make_generator(0))
     assert [s["blur_kernels"] for s in seen] == [(3, 7), (1, 5), (5, 13), (1, 1)]  # 1 + 2 round((k - 1) / 2 x share)
     assert {s["warp_shift"] for s in seen} == {50 / 224}  # a share of the side
+
+
+# --- other colours ----------------------------------------------------------------------------------------
+
+
+def test_hues_turn_about_the_grays():
+    third = turned_hues(2 * math.pi / 3, 1.0)  # red becomes green, green blue and blue red
+    torch.testing.assert_close(third, torch.eye(3).roll(1, 0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(turned_hues(0.0, 1.0), torch.eye(3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(turned_hues(1.0, 0.0), torch.full((3, 3), 1 / 3), rtol=0, atol=1e-6)
+    gray = torch.full((3,), 0.4)
+    torch.testing.assert_close(turned_hues(1.234, 1.4) @ gray, gray)
+    one, other = turned_hues(0.4, 1.0), turned_hues(0.7, 1.0)
+    torch.testing.assert_close(one @ other, turned_hues(1.1, 1.0), rtol=0, atol=1e-6)
+
+
+def test_a_box_has_weights_in_its_inside_alone():
+    box, region = Box(20, 10, 60, 90), Box(0, 0, 100, 100)
+    weights = inside_weights(box, region, (100, 100))
+    inside = torch.zeros(100, 100, dtype=torch.bool)
+    inside[10:90, 20:60] = True
+    assert (weights[~inside] == 0).all()
+    assert weights[50, 40] == 1
+    assert weights[11, 21] == 0  # a corner of the box
+    assert (weights[50, 21:40].diff() >= 0).all()
+    assert weights.diff(dim=0).abs().max() < 0.25  # no edge
+    # the same places seen in another crop
+    torch.testing.assert_close(inside_weights(box, Box(10, 5, 70, 95), (90, 60)), weights[5:95, 10:70])
+    torch.testing.assert_close(
+        inside_weights(box, region, (50, 50)), weights.unfold(0, 2, 2).unfold(1, 2, 2).mean((2, 3)), rtol=0, atol=0.02
+    )
+
+
+def test_recoloring_changes_white_gray_and_colours():
+    g, box = make_generator(6), Box(0, 0, 8, 8)
+    for colour in ((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), (0.9, 0.2, 0.1)):
+        x = torch.tensor(colour)[:, None, None].expand(3, 8, 8)
+        results = torch.stack([draw_recoloring(g)(x, box, box) for _ in range(200)])
+        assert 0 <= results.min() <= results.max() <= 1
+        torch.testing.assert_close(results[:, :, 0, 0], x[None, :, 0, 0].expand(200, 3))  # the corner stays
+        assert (results[:, :, 4, 4].std(dim=0) > 0.1).all()

@@ -260,6 +260,38 @@ def test_a_target_of_another_size_is_refused(photo, tmp_path):
         example(Record(photo, BOX, target=tmp_path / "target.png"))
 
 
+def test_recoloring_is_of_the_object_in_photo_and_exemplar_alike(photo):
+    off = {"flip": 0.0, "rotation": 0.0, "blur": 0.0, "warp": 0.0, "arbitrary_mask": 0.0, "resolution": 128}
+    before = example(Record(photo, BOX), **off)
+    after = example(Record(photo, BOX), **off, recolor=1.0)
+    assert after.plan.window == before.plan.window
+    kept = before.example.mask.bool().expand(3, -1, -1)
+    torch.testing.assert_close(after.example.image[kept], before.example.image[kept], rtol=0, atol=0)
+    assert after.example.source is after.example.image
+    assert (after.example.image - before.example.image)[~kept].abs().max() > 0.1
+    # The middle of the object has the same colours in both.
+    std, mean = (torch.tensor(values)[:, None, None] for values in (CLIP_STD, CLIP_MEAN))
+    middle = (after.example.exemplar * std + mean)[:, 92:132, 92:132].mean((1, 2))
+    box, window = after.plan.reference, after.plan.window
+    left, right = (int((box.x0 + box.width * i / 224 - window.x0) * 128 / window.width) for i in (92, 132))
+    top, bottom = (int((box.y0 + box.height * i / 224 - window.y0) * 128 / window.height) for i in (92, 132))
+    in_photo = (after.example.image[:, top:bottom, left:right].mean((1, 2)) + 1) / 2
+    torch.testing.assert_close(in_photo, middle, rtol=0, atol=0.03)
+
+
+def test_recoloring_has_its_probability_and_leaves_others_as_they_were(photo, tmp_path):
+    options = {"resolution": 32, "exemplar_size": 32}
+    before = [example(Record(photo, BOX), seed, **options).example for seed in range(60)]
+    after = [example(Record(photo, BOX), seed, **options, recolor=0.5).example for seed in range(60)]
+    changed = sum(not torch.equal(one.image, other.image) for one, other in zip(before, after, strict=True))
+    assert abs(changed - 30) < 4 * 15**0.5  # 4 standard deviations
+    Image.new("RGB", (50, 70), (0, 0, 255)).save(tmp_path / "reference.png")
+    pair = Record(photo, BOX, reference=tmp_path / "reference.png")
+    for record, others in ((pair, {}), (Record(photo, BOX), {"augment": False})):
+        recolored = example(record, **options, **others, recolor=1.0).example
+        torch.testing.assert_close(recolored[:4], example(record, **options, **others).example[:4], rtol=0, atol=0)
+
+
 def test_antialias_smooths(tmp_path):
     stripes = np.zeros((1024, 1024, 3), dtype=np.uint8)
     stripes[:, ::3] = 255

@@ -1,12 +1,13 @@
 """Augmentation of the exemplar, so that it cannot simply be pasted back (arXiv 2211.13227, section 3.2).
 
 Each step takes a picture (3, S, S) of floats and gives one of the same shape; what lies outside is mirrored at the
-centres of the border pixels.
+centres of the border pixels. `Recoloring` is not the paper's: it changes the object in photo and exemplar alike.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
 from pbe.data.example import draw_integers, draw_uniform, happens
+from pbe.windows import Box
 
 
 def augment(
@@ -86,3 +88,62 @@ def affine_warp(exemplar: Tensor, matrix: np.ndarray) -> Tensor:
     theta = torch.from_numpy(matrix).to(exemplar.dtype)[None]
     grid = F.affine_grid(theta, [1, *exemplar.shape], align_corners=True)
     return F.grid_sample(exemplar[None], grid, padding_mode="reflection", align_corners=True)[0]
+
+
+# --- of the object, in photo and exemplar alike ---------------------------------------------------------------
+
+FADE = 0.35  # of half the box: over so much of its outer part a change of colours fades out
+SATURATION = (0.5, 1.5)
+TINT = 0.35  # the least that a tint leaves of a channel
+LARGEST_GAMMA = 2.0
+
+
+@dataclass(frozen=True)
+class Recoloring:
+    """Other colours for an object: rgb' = (M rgb)^gamma, where M turns hues about the axis of the grays and tints.
+
+    Around an object in its own photo there is much that tells its colours (more of its kind, the light, what people
+    put together), so that a small model can do without the exemplar. Once they are changed in both, it cannot.
+    """
+
+    matrix: Tensor  # (3, 3)
+    gamma: float
+
+    def __call__(self, picture: Tensor, box: Box, region: Box) -> Tensor:
+        """A picture (3, h, w) in [0, 1] of a photo's `region` with the object in `box` recoloured."""
+        colours = torch.einsum("ij,jhw->ihw", self.matrix, picture).clamp(0, 1) ** self.gamma
+        return torch.lerp(picture, colours, inside_weights(box, region, picture.shape[-2:]))
+
+
+def draw_recoloring(generator: torch.Generator) -> Recoloring:
+    """Any hue, a saturation times 1/2 to 3/2, a tint, which colours white things too, and a gamma of 1/2 to 2."""
+    angle = draw_uniform(-math.pi, math.pi, generator)
+    saturation = draw_uniform(*SATURATION, generator)
+    tint = TINT + (1 - TINT) * torch.rand(3, generator=generator)
+    gamma = LARGEST_GAMMA ** draw_uniform(-1, 1, generator)
+    return Recoloring((tint / tint.max())[:, None] * turned_hues(angle, saturation), gamma)
+
+
+def turned_hues(angle: float, saturation: float) -> Tensor:
+    """(3, 3): rgb turned by an angle about the axis u of the grays and, across that axis, scaled.
+
+    Rodrigues: u u' + saturation (cos(angle) (1 - u u') + sin(angle) [u]x).
+    """
+    gray = torch.full((3, 3), 1 / 3)
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    return gray + saturation * (math.cos(angle) * (torch.eye(3) - gray) + math.sin(angle) * cross)
+
+
+def inside_weights(box: Box, region: Box, size: tuple[int, int]) -> Tensor:
+    """(h, w): how much a pixel of a photo's `region`, seen at `size`, belongs to `box`: 1 in its middle, 0 outside.
+
+    A rounded shape, since an object seldom fills the corners of its box.
+    """
+    height, width = size
+    x = region.x0 + (torch.arange(width) + 0.5) / width * region.width
+    y = region.y0 + (torch.arange(height) + 0.5) / height * region.height
+    u = (x - (box.x0 + box.x1) / 2) / (box.width / 2)
+    v = (y - (box.y0 + box.y1) / 2) / (box.height / 2)
+    radius = (u**4 + v[:, None] ** 4) ** 0.25
+    t = ((1 - radius) / FADE).clamp(0, 1)
+    return t * t * (3 - 2 * t)  # smooth at both ends

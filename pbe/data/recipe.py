@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
-from pbe.data.augment import augment
+from pbe.data.augment import Recoloring, augment, draw_recoloring
 from pbe.data.crop import Photo, UnusablePicture, coverage_window, paper_window, place, usable
 from pbe.data.example import Example, draw_integers, happens
 from pbe.data.masks import bezier_outline, box_outline, grow_box
@@ -60,6 +60,8 @@ class RecipeConfig:
     reference_margin: what the box grows by on each side, in photo pixels, before the exemplar is cut out.
     flip, rotation, blur, warp: probabilities of each change of the exemplar; rotation_degrees to either side;
         blur_kernels [smallest, largest] and warp_shift (of each corner, in x and y) in exemplar pixels.
+    recolor: probability that an object gets other colours, in its photo and as the exemplar alike, so that nothing but
+        the exemplar tells them; not the paper's. Not for records with a reference or target of their own.
     """
 
     resolution: int = 512
@@ -88,9 +90,21 @@ class RecipeConfig:
     blur_kernels: list[int] = field(default_factory=lambda: [3, 7])
     warp: float = 0.3
     warp_shift: float = 50.0
+    recolor: float = 0.0
 
     def __post_init__(self) -> None:
-        shares = ["min_area", "max_area", "shrink", "grow", "arbitrary_mask", "flip", "rotation", "blur", "warp"]
+        shares = [
+            "min_area",
+            "max_area",
+            "shrink",
+            "grow",
+            "arbitrary_mask",
+            "flip",
+            "rotation",
+            "blur",
+            "warp",
+            "recolor",
+        ]
         for name in shares if self.object_mask is None else [*shares, "object_mask"]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"recipe.{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -299,6 +313,10 @@ def finish(
     """Augments the exemplar, puts the letterbox around and brings everything to the networks' ranges."""
     around = plan.place
     sides = (around.x0, config.resolution - around.x1, around.y0, config.resolution - around.y1)
+    # Not drawn for at all where it is off, so that the paper's examples stay the same.
+    recolor = config.recolor if config.augment and record.reference is record.target is None else 0.0
+    if recolor and happens(recolor, generator):
+        pixels = recolored(pixels, plan, draw_recoloring(generator))
     image = source = letterbox(to_unit_range(pixels.image), sides, 0.0)
     if pixels.source is not pixels.image:
         source = letterbox(to_unit_range(pixels.source), sides, 0.0)
@@ -308,6 +326,14 @@ def finish(
         exemplar = augment_exemplar(exemplar, config, generator)
     exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
     return Example(image, source, mask, exemplar, torch.tensor(seed, dtype=torch.int64), str(record.image))
+
+
+def recolored(pixels: Pixels, plan: Plan, recoloring: Recoloring) -> Pixels:
+    """The same with the object's colours changed in the photo and the exemplar."""
+    image = recoloring(pixels.image.float() / 255, plan.box, plan.window)
+    reference = recoloring(pixels.reference.float() / 255, plan.box, plan.reference)
+    image, reference = ((picture * 255).round().to(torch.uint8) for picture in (image, reference))
+    return Pixels(image, image, pixels.repaint, reference)
 
 
 def letterbox(picture: Tensor, sides: tuple[int, int, int, int], value: float) -> Tensor:
