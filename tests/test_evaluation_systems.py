@@ -135,6 +135,7 @@ def test_the_report_says_how_each_system_was_run(ran, weights, judge):  # noqa: 
         "sampler": "plms",
         "spacing": "leading",
         "guidance": 5.0,
+        "guidance_interval": None,
         "resolution": None,
     }
 
@@ -312,6 +313,13 @@ REFUSED = [
     ("stable-diffusion-image", ["stable_diffusion", "vocabulary", "clip", "--scale", "nan"], "guidance must be 0 or"),
     ("paint-by-example", ["paint_by_example", "--sampler", "euler"], "'euler'"),
     ("paint-by-example", ["paint_by_example", "--spacing", "even"], "spacing must be leading or trailing, got 'even'"),
+    (
+        "paint-by-example",
+        ["paint_by_example", "--guidance-interval", "5"],
+        "'5' is not an interval of timesteps LOW,HIGH",
+    ),
+    ("paint-by-example", ["paint_by_example", "--guidance-interval", "8,2"], "-1 <= low <= high <= 1000, got [8, 2]"),
+    ("copy-paste", ["--guidance-interval", "0,9"], "--guidance-interval is nothing that copy-paste has"),
     ("paint-by-example", ["paint_by_example", "--resolution", "60"], "a positive multiple of 8, got 60"),
     ("copy-paste", ["--devices", "2", "--device", "cuda:1"], "device='cuda:1' cannot be several devices"),
     ("copy-paste", ["--seed", "-1"], "seed must be between 0 and "),

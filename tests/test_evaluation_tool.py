@@ -233,6 +233,7 @@ def scored(bench, judge, tiny_checkpoint, coco, tmp_path_factory) -> tuple[Path,
     fit = ["fit-mixture", "--real", str(coco[1]), "--backbone", judge, "--components", "2", "--out", str(mixture)]
     assert main([*fit, *loading]) == 0
     arguments = ["run", "--ckpt", str(tiny_checkpoint), "--bench", str(bench), "--out", str(out), "--steps", "4"]
+    arguments += ["--guidance-interval", "100,600"]
     arguments += ["--dtype", "float32"]
     arguments += ["--backbone", judge, "--real", str(coco[1]), "--mixture", str(mixture), "--resamples", "20"]
     assert main([*arguments, *loading]) == 0
@@ -257,7 +258,7 @@ def test_run_is_what_edit_gives(bench, scored, tiny_checkpoint):
 
     model = load_model(tiny_checkpoint, "cpu", "float32")
     item = Benchmark(bench).items[3]
-    settings = {"steps": 4, "seed": 42 + 3, "window": "full", "composite": False}
+    settings = {"steps": 4, "guidance_interval": (100, 600), "seed": 42 + 3, "window": "full", "composite": False}
     (expected,) = edit(model, item.source, item.mask, item.reference, **settings)
     found = np.asarray(Image.open(scored[0] / SYSTEM / "raw" / f"{item.name}.png")).astype(int)
     # sums may round to the next value where memory is aligned otherwise
@@ -293,7 +294,8 @@ def test_run_takes_up_where_it_stopped(scored, capsys):
 
 def test_report_says_how_it_was_made(bench, judge, scored, tiny_checkpoint, coco):
     report = json.loads((scored[0] / "report.json").read_text())
-    about = {"sampler": "plms", "spacing": "leading", "steps": 4, "guidance": 5.0, "resolution": None}
+    about = {"sampler": "plms", "spacing": "leading", "steps": 4, "resolution": None}
+    about |= {"guidance": 5.0, "guidance_interval": [100, 600]}
     about["dtype"] = "float32"
     about["weights"] = {"paint_by_example": {"file": "tiny.ckpt", "sha256": sha256_of(tiny_checkpoint)}}
     assert report["settings"] == {"seed": 42, "systems": {SYSTEM: about}}
@@ -374,7 +376,8 @@ def test_score_gives_what_run_gave(bench, judge, scored, coco, tmp_path, capsys)
     made = found["settings"]["systems"]
     assert made.pop("composited") == {}  # those tell of the raw ones alone
     assert made["ours & others"].pop("weights")["paint_by_example"]["file"] == "tiny.ckpt"
-    about = {"system": SYSTEM, "sampler": "plms", "spacing": "leading", "steps": 4, "guidance": 5.0, "resolution": None}
+    about = {"system": SYSTEM, "sampler": "plms", "spacing": "leading", "steps": 4, "resolution": None}
+    about |= {"guidance": 5.0, "guidance_interval": [100, 600]}
     assert made == {"ours & others": {**about, "dtype": "float32", "seed": 42}}
     assert "<h1>ours &amp; others, composited</h1>" in (tmp_path / "s/report.html").read_text()
 

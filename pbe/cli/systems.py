@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pbe.cli.flags import add_dtype
 from pbe.cli.scoring import add_benchmark, add_judges, load_judges, open_benchmark, progress, write_scores
+from pbe.jobs import parse_interval
 
 if TYPE_CHECKING:
     from pbe.batch import Outcome
@@ -25,6 +26,7 @@ OPTIONS = {
     "spacing": "spacing",
     "steps": "steps",
     "guidance": "scale",
+    "guidance_interval": "guidance_interval",
     "resolution": "resolution",
 }
 FLAGS = {
@@ -80,6 +82,11 @@ def add_run(p: argparse.ArgumentParser) -> None:
     g.add_argument("--spacing", help=f"of {OURS}'s timesteps: leading or trailing (default leading)")
     g.add_argument("--steps", type=int, help="of all systems (default: each system's own, 50 or, blended, 100)")
     g.add_argument("--scale", type=float, help="of classifier-free guidance (default 5; Stable Diffusion: 7.5)")
+    g.add_argument(
+        "--guidance-interval",
+        metavar="LOW,HIGH",
+        help=f"of {OURS}: guidance only at timesteps above LOW and up to HIGH, of 0 to 999 (default: all)",
+    )
     g.add_argument("--seed", type=int, default=42, help="of the first item, the next have the next (default 42)")
     g.add_argument("--resolution", type=int, help=f"of {OURS} (default: what it was trained on)")
     add_dtype(g)
@@ -115,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
     check_options(args)
     bench = open_benchmark(args)
     given = {setting: getattr(args, option) for setting, option in OPTIONS.items()}
+    if args.guidance_interval is not None:
+        given["guidance_interval"] = list(parse_interval(args.guidance_interval))  # as JSON has it
     # A wrong option or file shows before hours of work; of several processes only the first needs the judges, later.
     plans = {name: make_plan(name, weights_of(args, name), bench, given, args.seed) for name in args.system}
     folders = {name: args.out / name for name in plans}
@@ -147,7 +156,7 @@ def check_options(args: argparse.Namespace) -> None:
     settings = {setting for name in names for setting in get_baseline(name).settings}
     for setting, option in OPTIONS.items():
         if getattr(args, option) is not None and setting not in settings:
-            raise ValueError(f"--{option} is nothing that {' and '.join(names)} has")
+            raise ValueError(f"--{option.replace('_', '-')} is nothing that {' and '.join(names)} has")
 
 
 def weights_of(args: argparse.Namespace, name: str) -> Weights:

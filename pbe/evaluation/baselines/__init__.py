@@ -41,7 +41,7 @@ BASELINES: dict[str, Baseline] = {
         PaintByExampleSystem.load,
         "exemplar",
         files=("paint_by_example",),
-        settings=("sampler", "spacing", "steps", "guidance", "resolution"),
+        settings=("sampler", "spacing", "steps", "guidance", "guidance_interval", "resolution"),
     ),
 }
 

@@ -19,6 +19,7 @@ class PaintByExampleSystem:
     model: PaintByExample
     steps: int = 50
     guidance: float = 5.0
+    guidance_interval: list[int] | None = None
     sampler: str = "plms"
     spacing: Literal["leading", "trailing"] = "leading"
     resolution: int | None = None
@@ -39,6 +40,7 @@ class PaintByExampleSystem:
             edit.exemplar,
             steps=self.steps,
             guidance=self.guidance,
+            guidance_interval=self.guidance_interval and tuple(self.guidance_interval),
             sampler=self.sampler,
             spacing=self.spacing,
             seed=edit.seed,

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pbe import windows
+from pbe.editing import is_interval
 from pbe.pictures import MaskLike, Picture, PictureLike, read_exemplar, read_mask, read_picture
 from pbe.sampling import NoiseSchedule, get_sampler
 from pbe.windows import Box
@@ -155,7 +156,7 @@ WEIGHT_FILES = {
 }
 
 
-Setting = int | float | str | None
+Setting = int | float | str | list[int] | None  # JSON values
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,9 @@ class Baseline:
             raise ValueError(f"steps must be from 1 to 1000, got {chosen['steps']}")
         if "guidance" in chosen and not (math.isfinite(chosen["guidance"]) and chosen["guidance"] >= 0):
             raise ValueError(f"guidance must be 0 or more, got {chosen['guidance']}")
+        interval = chosen.get("guidance_interval")
+        if interval is not None and not is_interval(interval):
+            raise ValueError(f"guidance_interval must be [low, high], -1 <= low <= high <= 1000, got {interval}")
         if "sampler" in chosen:
             get_sampler(chosen["sampler"])
         if "spacing" in chosen:
