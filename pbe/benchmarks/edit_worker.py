@@ -1,9 +1,8 @@
 """One system of the editing benchmark in a process of its own: it loads, then does what lines on stdin ask for.
 
-The first line it prints tells how long loading took and when the first prediction was there; each line read (`unet`,
-`decode` or `edit`) is answered by the seconds that it took, with the output saved in the worker's folder; `profile
-unet` and `profile decode` by the seconds of each kind of operation; `memory` by the peaks so far; `matmul` by the speed
-of matrix products.
+The first line it prints tells how long each phase of the start took; each line read (`unet`, `decode` or `edit`) is
+answered by the seconds that it took, with the output saved in the worker's folder; `profile unet` and `profile decode`
+by the seconds of each kind of operation; `memory` by the peaks so far; `matmul` by the speed of matrix products.
 """
 
 import json
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ SEED = 321
 COMPILE_MODE = {"cuda": "max-autotune", "cpu": "default"}
 # a GPU's prediction is so short that a single one would measure how it is started
 PREDICTIONS = {"cuda": 10, "cpu": 1}
+# phases of a start, and all of it
+STARTING = ("import torch s", "load s", "first prediction s", "start to first prediction s")
 
 
 @dataclass(frozen=True)
@@ -285,12 +287,14 @@ def answer(system: System, line: str, folder: Path) -> dict[str, float]:
 def main() -> None:
     """`edit_worker.py SYSTEM TASK FOLDER STARTED`: a name, the task as JSON, where outputs go, the start's clock."""
     name, task, folder, started = sys.argv[1], Task(**json.loads(sys.argv[2])), Path(sys.argv[3]), float(sys.argv[4])
-    start = time.perf_counter()
+    clock = [started, time.time()]
     system = SYSTEMS[name](task)
-    loaded = time.perf_counter() - start
+    clock.append(time.time())
     system.unet()
     synchronize(system.device)
-    say({"load s": loaded, "start to first prediction s": time.time() - started})
+    clock.append(time.time())
+    phases = [end - begin for begin, end in pairwise(clock)]
+    say(dict(zip(STARTING, [*phases, clock[-1] - started], strict=True)))
     for line in sys.stdin:
         say(answer(system, line.strip(), folder))
 
