@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pbe.jobs import Job, read_inputs, run_job
+from pbe.jobs import QUICK_SAMPLING, Job, Sampling, read_inputs, run_job
 from pbe.models.paint_by_example import PaintByExample
 from pbe.painter import CROPPING, DRAWING, MAX_SIDE, painter, region_of, to_value
 from pbe.pictures import UNREADABLE, PictureWarning, read_mask, read_picture
@@ -38,7 +38,6 @@ MAX_PIXELS = 64_000_000  # of an uploaded picture
 MAX_RESULTS = 8
 MAX_WAITING = 16  # edits in the queue; one runs at a time
 BATCH_SIZE = 4
-SAMPLER, STEPS = "plms", 20  # with trailing timesteps nearest to what many steps give: docs/demo-model.md
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"  # of the repository; an installed package has none
 EXAMPLE_FILES = (  # photo, mask, exemplar
@@ -137,13 +136,14 @@ def workplace() -> Iterator[Path]:
 
 
 class Settings(NamedTuple):
-    """What the sliders say; see `pbe.edit`."""
+    """What the sliders say, and the spacing, which has none; see `pbe.edit`."""
 
     guidance: float
     steps: int
     seed: int
     num_images: int
     sampler: str
+    spacing: str = QUICK_SAMPLING.spacing
 
 
 class Edit(NamedTuple):
@@ -171,7 +171,7 @@ def save_edits(
         reference=(take(edit.exemplar, folder, "exemplar", edit.crop),),
         out=f"{edit.photo.stem}-{settings.seed}.png",
         sampler=settings.sampler,
-        spacing="trailing",  # with as few steps as here, nearer to what many give
+        spacing=settings.spacing,
         steps=settings.steps,
         scale=settings.guidance,
         seed=settings.seed,
@@ -253,8 +253,11 @@ def example_files() -> list[list[str]]:
 # The page
 
 
-def build_page(model: PaintByExample, weights: Weights) -> gr.Blocks:
-    """The page for one model; `weights` says in the results which it was. `serve` shows it."""
+def build_page(model: PaintByExample, weights: Weights, sampling: Sampling = QUICK_SAMPLING) -> gr.Blocks:
+    """The page for one model; `weights` says in the results which it was, the sliders begin with `sampling`.
+
+    `serve` shows it.
+    """
 
     # --- what its parts do: values in, values or updates out
 
@@ -305,7 +308,7 @@ def build_page(model: PaintByExample, weights: Weights) -> gr.Blocks:
             shown = region_of(crop, exemplar.size)
             box = None if shown is None else mask_bounding_box(shown)
             edit = Edit(Path(photo.path), region, Path(exemplar.path), box)
-            settings = Settings(guidance, steps, seed, num_images, sampler)
+            settings = Settings(guidance, steps, seed, num_images, sampler, sampling.spacing)
             paths = save_edits(model, weights, edit, settings, folder, progress)
             results = [(path, f"seed {seed + i}") for i, path in enumerate(paths)]
             # Gradio has copied the files when this function goes on, and the folder can go.
@@ -328,7 +331,7 @@ def build_page(model: PaintByExample, weights: Weights) -> gr.Blocks:
             missing = [name for name, file in files.items() if file is None]
             if missing:
                 raise ValueError(f"{' and '.join(missing)} missing: hand over files, with gradio_client.handle_file")
-            settings = Settings(guidance, steps, seed, num_images, sampler)
+            settings = Settings(guidance, steps, seed, num_images, sampler, sampling.spacing)
             yield save_edits(model, weights, Edit(Path(photo), Path(mask), Path(exemplar)), settings, folder, progress)
 
     def choose(results: list[tuple[str, str]], event: gr.SelectData) -> tuple[int, str]:
@@ -355,13 +358,13 @@ def build_page(model: PaintByExample, weights: Weights) -> gr.Blocks:
                 exemplar_file = gr.File(label="Object", file_types=SUFFIXES, height=300, elem_id="exemplar-file")
                 crop = painter("Object · drag to crop", CROPPING, 300, elem_id="exemplar")
                 start = gr.Button("Paint", variant="primary", size="lg", elem_id="paint")
-                guidance = gr.Slider(0, 15, Job.scale, step=0.5, label="Guidance")
+                guidance = gr.Slider(0, 15, sampling.guidance, step=0.5, label="Guidance")
                 num_images = gr.Slider(1, MAX_RESULTS, 2, step=1, label="Results")
                 with gr.Accordion("Steps, seed, sampler", open=False):
-                    steps = gr.Slider(4, 200, STEPS, step=1, label="Steps")
+                    steps = gr.Slider(4, 200, sampling.steps, step=1, label="Steps")
                     with gr.Row():
                         seed = gr.Number(Job.seed, precision=0, minimum=0, label="Seed", min_width=80)
-                        sampler = gr.Dropdown(list(SAMPLERS), value=SAMPLER, label="Sampler", min_width=80)
+                        sampler = gr.Dropdown(list(SAMPLERS), value=sampling.sampler, label="Sampler", min_width=80)
             with gr.Column(scale=5, min_width=400):
                 gallery = gr.Gallery(
                     label="Results",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pbe.jobs import COLUMNS, Job, check_job, make_job, read_inputs, run_job
 from pbe.results import Weights, check_writable, followed_from, save_result, settings_of
+from pbe.rows import read_jsonl, read_lines
 
 if TYPE_CHECKING:
     from pbe.models.paint_by_example import PaintByExample
@@ -28,25 +28,22 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
     """The jobs of a `.csv` file (with a header) or a `.jsonl` file (an object a line), and the rows that are none.
 
     Paths in the file are relative to its folder; where a row is silent, `defaults` holds. ValueError for another kind
-    of file, an unknown column of a header, two rows with one `out`, and an `out` that is another row's input.
+    of file or text, an unknown column of a header, two rows with one `out`, and an `out` that is another row's input.
     """
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path}: a batch file ends in .csv or .jsonl")
     jobs, failed = [], []
-    try:
-        for line, row in readers[path.suffix.lower()](path):
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                given = {name: value for name, value in row.items() if value not in (None, "")}
-                job = make_job({**defaults, **given}, path.parent, line)
-                check_job(job)
-                jobs.append(job)
-            except ValueError as error:
-                failed.append(Outcome(line, "failed", str(error)))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    for line, row in readers[path.suffix.lower()](path):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            given = {name: value for name, value in row.items() if value not in (None, "")}
+            job = make_job({**defaults, **given}, path.parent, line)
+            check_job(job)
+            jobs.append(job)
+        except ValueError as error:
+            failed.append(Outcome(line, "failed", str(error)))
     if not jobs and not failed:
         raise ValueError(f"{path} has no rows")
     _check_outputs_differ(path, jobs)
@@ -54,35 +51,25 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | ValueError]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        names = list(reader.fieldnames or ())
-        unknown = _unknown_column(names)
-        if unknown:
-            raise ValueError(f"{path}, line 1: {unknown}")
-        if len(set(names)) < len(names):
-            raise ValueError(f"{path} names a column twice: {', '.join(names)}")
-        try:
-            for row in reader:
-                surplus = None in row
-                yield reader.line_num, ValueError("more cells than the header has columns") if surplus else row
-        except csv.Error as error:  # where its row ends, and the next begins, is then unknown
-            raise ValueError(f"{path}, after line {reader.line_num}: {error}; .jsonl holds what .csv cannot") from None
+    reader = csv.DictReader(read_lines(path))
+    names = list(reader.fieldnames or ())
+    unknown = _unknown_column(names)
+    if unknown:
+        raise ValueError(f"{path}, line 1: {unknown}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} names a column twice: {', '.join(names)}")
+    try:
+        for row in reader:
+            surplus = None in row
+            yield reader.line_num, ValueError("more cells than the header has columns") if surplus else row
+    except csv.Error as error:  # where its row ends, and the next begins, is then unknown
+        raise ValueError(f"{path}, after line {reader.line_num}: {error}; .jsonl holds what .csv cannot") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                row = ValueError(f"not JSON: {error}")
-            if not isinstance(row, dict | ValueError):
-                row = ValueError(f"not a JSON object: {text.strip()[:40]}")
-            unknown = isinstance(row, dict) and _unknown_column(row)
-            yield line, ValueError(unknown) if unknown else row
+    for line, row in read_jsonl(path):
+        unknown = isinstance(row, dict) and _unknown_column(row)
+        yield line, ValueError(unknown) if unknown else row
 
 
 def _unknown_column(names: Iterable[str]) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pbe.callbacks import CheckpointConfig, SamplesConfig
@@ -124,14 +124,16 @@ def read_override(setting: str) -> DictConfig:
 def merge(config: DictConfig, changes: DictConfig, origin: str) -> DictConfig:
     try:
         return OmegaConf.merge(config, changes)
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError) as error:  # TypeError: settings where a list is wanted
         raise ValueError(f"{origin}: {explain(error)}") from None
 
 
 def explain(error: Exception) -> str:
-    """omegaconf's message on one line, with the whole key."""
+    """omegaconf's message on one line, with the whole key; its own words, where a list is wanted, name types."""
     first, *_ = str(error).splitlines()
     key = getattr(error, "full_key", None)
+    if isinstance(getattr(error, "child_node", None), (ListConfig, TupleConfig)):
+        return f"{key} is a list, written [a, b]; got {error.value}"
     return f"{key}: {first}" if key else first
 
 

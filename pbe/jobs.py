@@ -84,6 +84,31 @@ class Job:
         return self.folder / name
 
 
+# --- settings to begin with -------------------------------------------------------------------------------
+
+
+class Sampling(NamedTuple):
+    """Settings of `pbe.edit` that go together."""
+
+    sampler: str
+    spacing: Literal["leading", "trailing"]
+    steps: int
+    guidance: float
+
+
+# For results soon. Of the samplers this one comes nearest, in 20 steps, to what many give: docs/demo-model.md
+QUICK_SAMPLING = Sampling("plms", "trailing", steps=20, guidance=Job.scale)
+# With more guidance its colours are stronger than the exemplars': docs/demo-model.md
+DEMO_SAMPLING = QUICK_SAMPLING._replace(guidance=3.0)
+
+
+def quick_sampling(checkpoint: str | Path) -> Sampling:
+    """QUICK_SAMPLING for the model in a checkpoint, or what suits it better where that is known."""
+    from pbe.checkpoints.reading import DEMO_MODEL, find_checkpoint
+
+    return DEMO_SAMPLING if find_checkpoint(checkpoint) == DEMO_MODEL else QUICK_SAMPLING
+
+
 # --- values from text -------------------------------------------------------------------------------------
 
 
@@ -285,14 +310,13 @@ def load_editor(
 ) -> PaintByExample:
     """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone; with `low_memory` each
     network is on the device only while it computes. ValueError if it is another model, or if both `low_memory` and the
-    whole network's compilation are asked for, whose graphs keep their memory."""
+    whole network's compilation are asked for."""
     from pbe.acceleration import prepare_for_inference
     from pbe.checkpoints.loading import choose_device, choose_dtype, load_model
     from pbe.models.paint_by_example import PaintByExample
     from pbe.offloading import offload
 
-    if low_memory and compile == "whole":
-        raise ValueError("compile='whole' keeps the memory that low_memory gives back: use compile='regions'")
+    check_memory(low_memory, compile)
     chosen = choose_device(device)
     home, precision = choose_device("cpu") if low_memory else chosen, choose_dtype(dtype, chosen)
     # on the CPU preparing converts what is mapped, with no copy between; to a device the least is sent
@@ -302,6 +326,12 @@ def load_editor(
     if low_memory:
         model = offload(model, chosen)
     return prepare_for_inference(model, consume=True, dtype=precision, compile=compile)
+
+
+def check_memory(low_memory: bool, compile: Compile | None) -> None:
+    """ValueError for what `load_editor` cannot have both: the whole network's graphs keep their memory."""
+    if low_memory and compile == "whole":
+        raise ValueError("compile='whole' keeps the memory that low_memory gives back: use compile='regions'")
 
 
 def run_job(

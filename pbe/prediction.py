@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -11,9 +12,10 @@ import torch
 import torch.distributed
 from torch.utils.data import DataLoader
 
+from pbe.acceleration import Compile
 from pbe.batch import Outcome, run_row
 from pbe.checkpoints.loading import choose_device
-from pbe.jobs import Job, load_editor
+from pbe.jobs import Job, check_memory, load_editor
 from pbe.results import identify
 
 
@@ -32,21 +34,33 @@ class BatchEditing(lightning.LightningModule):
     After prediction `outcomes` holds what became of all the jobs, in every process.
     """
 
-    def __init__(self, jobs: Sequence[Job], checkpoint: Path, dtype: str = "auto", redo: bool = False):
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        checkpoint: Path,
+        dtype: str = "auto",
+        low_memory: bool = False,
+        compile: Compile | None = None,
+        redo: bool = False,
+    ):
         super().__init__()
-        self.jobs, self.checkpoint, self.model_dtype, self.redo = jobs, checkpoint, dtype, redo
+        self.jobs, self.checkpoint, self.model_dtype = jobs, checkpoint, dtype
+        self.low_memory, self.compile_networks, self.redo = low_memory, compile, redo
         self.outcomes: list[Outcome] = []
 
     def setup(self, stage: str) -> None:
-        self.model = load_editor(self.checkpoint, self.trainer.strategy.root_device, self.model_dtype)
-        self.weights = identify(self.checkpoint, self.model.dtype)
+        device = self.trainer.strategy.root_device
+        model = load_editor(self.checkpoint, device, self.model_dtype, self.low_memory, self.compile_networks)
+        weights = identify(self.checkpoint, model.dtype)
+        # The model is no submodule: Lightning would move it to the device whole, and copy the first process's to all.
+        self.run: Callable[[Job], Outcome] = partial(run_row, model, weights=weights, redo=self.redo)
 
     def predict_dataloader(self) -> DataLoader:
         return DataLoader(share_of(len(self.jobs), self.trainer.global_rank, self.trainer.world_size), batch_size=None)
 
     def predict_step(self, index: int, batch_idx: int) -> None:
         if index < len(self.jobs):
-            self.outcomes.append(run_row(self.model, self.jobs[index], self.weights, self.redo))
+            self.outcomes.append(self.run(self.jobs[index]))
 
     def on_predict_end(self) -> None:
         if self.trainer.world_size > 1:
@@ -60,18 +74,22 @@ def run_jobs(
     checkpoint: Path,
     device: str = "auto",
     dtype: str = "auto",
+    low_memory: bool = False,
+    compile: Compile | None = None,
     devices: int = 1,
     num_nodes: int = 1,
     redo: bool = False,
     progress: bool = True,
 ) -> list[Outcome] | None:
-    """Run every job once on `devices` processes of each of `num_nodes` nodes.
+    """Run every job once on `devices` processes of each of `num_nodes` nodes, each with a model of its own by
+    `load_editor`.
 
     Returns the outcomes in the first process, None in the others: Lightning starts the program again for each. On
     several nodes the program is started on each, by SLURM, torchrun, or with MASTER_ADDR and NODE_RANK set.
-    ValueError for a device that cannot be divided or is not there that often; else raises as `load_model` does.
+    ValueError for a device that cannot be divided or is not there that often; else raises as `load_editor` does.
     """
-    editing = BatchEditing(jobs, checkpoint, dtype, redo)
+    check_memory(low_memory, compile)
+    editing = BatchEditing(jobs, checkpoint, dtype, low_memory, compile, redo)
     trainer = predict_on(editing, device, devices, num_nodes, progress)
     return editing.outcomes if trainer.is_global_zero else None
 
@@ -99,6 +117,7 @@ def predict_on(
         enable_checkpointing=False,
         enable_progress_bar=progress,
         enable_model_summary=False,
+        inference_mode=False,  # `edit` wants no gradients anyway, and compiled networks are as in one process
     )
     with warnings.catch_warnings():
         # Beside making a picture, reading its row costs nothing; and the pictures are written, not returned.

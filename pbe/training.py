@@ -130,7 +130,7 @@ class PaintByExampleTraining(lightning.LightningModule):
     """Trains the parts of `model` that `config.train` names, on batches of `Example`.
 
     Its checkpoints have the original keys at the top of `state_dict`, averages as `model_ema.…`, and an entry `pbe`
-    with what shapes cannot tell and `about`: `pbe.load_model` reads them.
+    with what shapes cannot tell and `about`: `pbe.load_model` reads them. Adapters start from values drawn with `seed`.
 
     Raises `FloatingPointError` in the step whose loss is not finite, naming the batch's files.
     """
@@ -141,13 +141,14 @@ class PaintByExampleTraining(lightning.LightningModule):
         config: TrainingConfig,
         optimizer: OptimizerConfig,
         about: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ):
         super().__init__()
         self.model, self.config, self.optimizer_config, self.about = model, config, optimizer, dict(about or {})
         self.schedule = NoiseSchedule.scaled_linear()
         trained = trained_names(model, config.train)
         if config.lora:
-            add_lora(model, config.lora, torch.Generator().manual_seed(0))
+            add_lora(model, config.lora, torch.Generator().manual_seed(seed))
             trained = {name for name, _ in model.named_parameters() if is_adapter(name)}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)

@@ -11,12 +11,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import pbe
+from pbe.jobs import DEMO_SAMPLING, QUICK_SAMPLING, quick_sampling
 from pbe.pictures import PictureWarning
 from pbe.results import Weights, read_settings
 
@@ -122,7 +125,15 @@ def test_the_sliders_values_are_the_defaults(client, files):
     handed = {name: handle_file(path) for name, path in files.items()}
     results = client.predict(**handed, steps=4, api_name="/edit")
     assert len(results) == 2
-    assert read_settings(Path(results[0]))["sampler"] == app.SAMPLER
+    settings = read_settings(Path(results[0]))
+    assert [settings[name] for name in ("sampler", "spacing", "scale")] == ["plms", "trailing", 5]
+
+
+def test_the_sliders_begin_with_the_models_own_settings(model):
+    page = app.build_page(model, WEIGHTS, quick_sampling("demo"))
+    values = {block.label: block.value for block in page.blocks.values() if isinstance(block, gr.Slider)}
+    assert (values["Guidance"], values["Steps"]) == (3, 20)
+    page.close(verbose=False)
 
 
 def test_a_turned_16_bit_or_large_photo_keeps_what_it_has(client, files):
@@ -368,6 +379,25 @@ def test_a_taken_port_is_one_line(tiny_checkpoint, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert str(port) in error
+
+
+def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monkeypatch):
+    calls = []
+
+    def page(model, weights, sampling):
+        calls.append(sampling)
+        raise OSError("far enough")
+
+    def load(*arguments):
+        calls.append(arguments)
+        return SimpleNamespace(dtype=torch.float32)
+
+    monkeypatch.setattr("pbe.jobs.load_editor", load)
+    monkeypatch.setattr(app, "build_page", page)
+    flags = ["--device", "cpu", "--dtype", "float32", "--low-memory", "--compile", "regions"]
+    assert main(flags) == main(["--ckpt", str(tiny_checkpoint)]) == 2
+    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions"), DEMO_SAMPLING]
+    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None), QUICK_SAMPLING]
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):

@@ -16,7 +16,7 @@ gr = pytest.importorskip("gradio", reason="the page needs the extra app")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser needs playwright: pip install playwright")
 
 from pbe import app  # noqa: E402
-from pbe.jobs import load_editor  # noqa: E402
+from pbe.jobs import load_editor, quick_sampling  # noqa: E402
 from pbe.results import Weights, identify, read_settings  # noqa: E402
 
 pytestmark = [
@@ -233,7 +233,7 @@ def test_the_screenshot(tiny_checkpoint, tmp_path):
 def screenshot(checkpoint: Path, out: Path) -> None:
     """Has the first example painted by a model, and saves what the page then looks like."""
     model = load_editor(checkpoint)
-    page = app.build_page(model, identify(checkpoint, model.dtype))
+    page = app.build_page(model, identify(checkpoint, model.dtype), quick_sampling(checkpoint))
     with served(page) as address, browser(address) as tab:
         tab.locator("#examples tbody tr").first.click()
         tab.wait_for_function("document.querySelector('#photo canvas')?.width > 300")

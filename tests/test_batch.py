@@ -251,7 +251,9 @@ def test_wrong_files_are_refused_before_anything_is_done(folder, write, rows, me
         ("rows.csv", b"", "has no rows"),
         ("rows.csv", b"image,image\n", "names a column twice"),
         ("rows.csv", b"image,colour\n", "line 1: unknown column 'colour'; known are image, mask"),
-        ("rows.jsonl", b"\xff\xfe\x00", "not UTF-8"),
+        ("rows.jsonl", b"{}\n\xff\xfe\x00", r"rows\.jsonl, line 2 is not UTF-8 \(byte 0xff\)"),
+        ("rows.csv", b"image,out\nf\xe9.png,a.png\n", r"rows\.csv, line 2 is not UTF-8 \(byte 0xe9\)"),
+        ("rows.csv", b"image\0,out\n", r"rows\.csv, line 1 holds a NUL byte"),
     ],
 )
 def test_files_that_are_no_batch(tmp_path, name, content, message):

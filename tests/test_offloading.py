@@ -163,5 +163,6 @@ def test_the_flag(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     assert inference.main([*one, *model]) == 2
     assert seen == [True, False]
     (tmp_path / "rows.csv").write_text("image,box,reference,out\nphoto.png,20 20 50 50,photo.png,out.png\n")
-    assert inference.main(["--batch", "rows.csv", *model, "--low-memory", "--devices", "2"]) == 2
-    assert "--low-memory is for one device" in capsys.readouterr().err
+    both = ["--low-memory", "--compile", "whole", "--devices", "2"]
+    assert inference.main(["--batch", "rows.csv", *model, *both]) == 2
+    assert "compile='whole' keeps the memory that low_memory gives back" in capsys.readouterr().err.splitlines()[-1]

@@ -4,16 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
-from pbe.batch import Outcome
+from pbe import offloading
+from pbe.batch import Outcome, run_row
 from pbe.cli.inference import main
-from pbe.jobs import make_job
-from pbe.prediction import BatchEditing, run_jobs, share_of
+from pbe.jobs import load_editor, make_job
+from pbe.prediction import BatchEditing, predict_on, run_jobs, share_of
 from pbe.results import Weights, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +56,7 @@ def test_share_goes_on_after_an_error(rows, monkeypatch):
     monkeypatch.setattr("pbe.editing.edit", edit)
     jobs = [make_job(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)]
     share = BatchEditing(jobs, Path("model.ckpt"))
-    share.model, share.weights = SimpleNamespace(), Weights("model.ckpt", "0123abcd", "float32")
+    share.run = partial(run_row, SimpleNamespace(), weights=Weights("model.ckpt", "0123abcd", "float32"))
     for index in (1, 3, 5):  # of the second of two processes; the last one is no job
         share.predict_step(index, index)
     assert share.outcomes == [Outcome(2, "failed", "RuntimeError: unforeseen"), Outcome(4, "done")]
@@ -80,7 +84,8 @@ def flags(rows: Path, checkpoint: Path) -> list[str]:
 def test_two_processes_run_every_row_once(rows, tiny_checkpoint, capsys):
     folder = rows.parent
     # a program of its own, since Lightning starts it again for the second process
-    command = [sys.executable, str(ROOT / "tools" / "inference.py"), *flags(rows, tiny_checkpoint), "--devices", "2"]
+    command = [sys.executable, str(ROOT / "tools" / "inference.py"), *flags(rows, tiny_checkpoint)]
+    command += ["--devices", "2", "--low-memory"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     two = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert two.returncode == 1, two.stderr  # one row failed
@@ -99,3 +104,39 @@ def test_two_processes_run_every_row_once(rows, tiny_checkpoint, capsys):
     assert capsys.readouterr().out == "5 rows: 4 done, 0 done before, 1 failed\n"
     for name, before in pictures.items():
         assert (folder / name).read_bytes() == before
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_networks_visit_the_device_under_lightning_too(rows, tiny_checkpoint, monkeypatch):
+    visits = []
+
+    def copied(tensor, device):  # in place of a second device
+        visits.append(tensor.data_ptr())
+        return tensor.clone()
+
+    monkeypatch.setattr(offloading, "copied", copied)
+    jobs = [make_job(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)][:1]
+    editing = BatchEditing([replace(job, steps=4) for job in jobs], tiny_checkpoint, "float32", low_memory=True)
+    try:
+        predict_on(editing, "cpu", devices=1, num_nodes=1, progress=False)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert editing.outcomes == [Outcome(1, "done")]
+    assert visits
+    assert not list(editing.parameters())  # they would be on the device from the start
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_each_process_compiles(rows, tiny_checkpoint, monkeypatch):
+    asked = []
+
+    def load(checkpoint, device, dtype, low_memory, compile):
+        asked.append((str(device), dtype, low_memory, compile))
+        return load_editor(checkpoint, device, dtype)
+
+    monkeypatch.setattr("pbe.prediction.load_editor", load)
+    try:
+        assert run_jobs([], tiny_checkpoint, "cpu", "float32", compile="regions", progress=False) == []
+    finally:
+        torch.distributed.destroy_process_group()
+    assert asked == [("cpu", "float32", False, "regions")]

@@ -118,6 +118,15 @@ def test_resumed_runs_of_other_kinds(toy, settings, request):
     assert_same_run(run, whole)
 
 
+def test_gradient_checkpointing_may_change(toy, whole):
+    """It trades memory for time, and one's card may be another when a run goes on."""
+    run = toy.parent / "checkpointed"
+    toy_run.run(toy, f"run={run}", *SETTINGS, "trainer.max_steps=9")
+    toy_run.run(toy, f"run={run}", *SETTINGS, "training.gradient_checkpointing=true", "--resume")
+    assert toy_run.checkpoint(run, 24)["pbe"]["config"]["training"]["gradient_checkpointing"] is True
+    assert_same_run(run, whole)
+
+
 def test_resumed_autoencoder(toy):
     settings = [
         "task=vae",

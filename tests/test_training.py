@@ -407,6 +407,16 @@ def test_adapters_alone_are_trained_and_saved(toy, tmp_path):
     assert all(x.abs().max() > 0 for x in ups)
 
 
+def test_adapters_are_drawn_with_the_run_s_seed(toy):
+    start = toy_run.write_model(toy.parent)
+    settings = [str(toy), f"model={{init: {start}, size: null, vae: null}}"]
+    settings.append("training={train: [], lora: {rank: 2}, ema_decay: null}")
+    states = [make_module(load_config([*settings, f"seed={seed}"])).model.state_dict() for seed in (5, 5, 6)]
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+    differ = {name for name, x in states[0].items() if not torch.equal(x, states[2][name])}
+    assert differ == {name for name in states[0] if name.endswith("lora_down")}
+
+
 @pytest.mark.parametrize("settings", [{"train": ["unet"]}, {"train": [], "ema_decay": 0.9}])
 def test_adapters_train_alone(settings):
     with pytest.raises(ValueError, match=r"training\.lora"):

@@ -12,23 +12,24 @@ from tqdm import tqdm
 
 import pbe
 from pbe.grids import grid
+from pbe.jobs import quick_sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, OUT = ROOT / "examples", ROOT / "outputs" / "demo"
 COLOURS = ("red", "yellow", "pink", "violet", "white")
 SEEDS = range(3)
-SETTINGS = {"sampler": "plms", "spacing": "trailing", "steps": 20, "guidance": 3.0}
 
 
 def main() -> int:
     start = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
     model = pbe.load_model("demo", dtype="float32")  # the same picture on every machine
+    sampling = quick_sampling("demo")._asdict()
     photo, mask = Image.open(EXAMPLES / "flower.jpg"), Image.open(EXAMPLES / "flower_mask.png")
     exemplars = {colour: Image.open(EXAMPLES / f"flower_{colour}.jpg") for colour in COLOURS}
     results = {}
     for colour, exemplar in tqdm(exemplars.items(), desc="exemplars"):
-        results[colour] = pbe.edit(model, photo, mask, exemplar, num_images=len(SEEDS), seed=SEEDS[0], **SETTINGS)
+        results[colour] = pbe.edit(model, photo, mask, exemplar, num_images=len(SEEDS), seed=SEEDS[0], **sampling)
         for seed, result in zip(SEEDS, results[colour], strict=True):
             result.save(OUT / f"{colour}_{seed}.png")
 

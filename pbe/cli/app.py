@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pbe.cli.flags import add_compile, add_device, add_dtype
+from pbe.cli.flags import add_compile, add_device, add_dtype, add_low_memory
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -20,6 +20,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add_device(p)
     add_dtype(p)
+    add_low_memory(p)
     add_compile(p)
     p.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1; 0.0.0.0: for the whole network)"
@@ -33,12 +34,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parser(prog).parse_args(argv)
     try:
         from pbe.app import build_page, files_of_page, serve, warnings_on_page
-        from pbe.jobs import load_editor
+        from pbe.jobs import load_editor, quick_sampling
         from pbe.results import identify
 
-        model = load_editor(args.ckpt, args.device, args.dtype, compile=args.compile)
+        model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
         with files_of_page(), warnings_on_page():
-            page = build_page(model, identify(args.ckpt, model.dtype))
+            page = build_page(model, identify(args.ckpt, model.dtype), quick_sampling(args.ckpt))
             print(f"serving at {serve(page, args.host, args.port)} (Ctrl+C ends it)", flush=True)
             page.block_thread()
     except (ValueError, OSError, MemoryError, ImportError) as error:

@@ -20,6 +20,14 @@ def add_dtype(p: Group) -> None:
     )
 
 
+def add_low_memory(p: Group) -> None:
+    p.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="for small graphics cards: each network is on the card only while it computes",
+    )
+
+
 def add_compile(p: Group) -> None:
     p.add_argument(
         "--compile",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pbe.batch import Outcome, is_finished, read_jobs, run_row
-from pbe.cli.flags import add_compile, add_device, add_dtype
+from pbe.cli.flags import add_compile, add_device, add_dtype, add_low_memory
 from pbe.jobs import COLUMNS, Inputs, Job, check_job, load_editor, make_job, parse, parse_numbers, read_inputs, run_job
 from pbe.results import Weights, check_writable, identify, save_result, settings_of
 
@@ -90,11 +90,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add_device(g)
     add_dtype(g)
-    g.add_argument(
-        "--low-memory",
-        action="store_true",
-        help="for small graphics cards: each network is on the card only while it computes",
-    )
+    add_low_memory(g)
     add_compile(g)
 
     g = p.add_argument_group("sampling")
@@ -319,9 +315,6 @@ def edit_batch(args: argparse.Namespace) -> int:
         raise ValueError(f"{' and '.join(given)} cannot be given with --batch: each row is one edit with its own files")
     if args.devices < 1 or args.num_nodes < 1:
         raise ValueError(f"--devices and --num-nodes must be at least 1, got {args.devices} and {args.num_nodes}")
-    for name in ("low_memory", "compile"):
-        if getattr(args, name) and args.devices * args.num_nodes > 1:
-            raise ValueError(f"{flag(name)} is for one device, not with --devices and --num-nodes")
     defaults = {name: getattr(args, name) for name in COLUMNS if getattr(args, name) is not None}
     for name, value in defaults.items():
         parse(name, value)
@@ -335,7 +328,16 @@ def edit_batch(args: argparse.Namespace) -> int:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
         shared = run_jobs(
-            jobs, args.ckpt, args.device, args.dtype, args.devices, args.num_nodes, args.redo, progress=not args.quiet
+            jobs,
+            args.ckpt,
+            args.device,
+            args.dtype,
+            args.low_memory,
+            args.compile,
+            devices=args.devices,
+            num_nodes=args.num_nodes,
+            redo=args.redo,
+            progress=not args.quiet,
         )
         if shared is None:  # the first process reports for all
             return 0

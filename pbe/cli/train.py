@@ -176,7 +176,8 @@ def matters(key: str) -> bool:
     if key.startswith("trainer."):
         return key in ("trainer.accumulate_grad_batches", "trainer.precision", "trainer.gradient_clip_val")
     # Files may have moved, and batches are smaller with more devices; the checkpoint knows what must stay.
-    return not key.endswith((".path", ".images", "model.init", "model.vae", "data.workers", "data.batch_size"))
+    files = (".path", ".images", "model.init", "model.vae")
+    return not key.endswith((*files, "data.workers", "data.batch_size", "training.gradient_checkpointing"))
 
 
 def flatten(value: Any, prefix: str) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def make_module(config: PaintByExampleRun | VAERun) -> lightning.LightningModule
     if isinstance(config, PaintByExampleRun):
         model = starting_model(config.model, config.seed)
         check_sizes(config.data, model.config.vae.downsampling, model.config.exemplar.vision.image_size)
-        return PaintByExampleTraining(model, config.training, config.optimizer, about)
+        return PaintByExampleTraining(model, config.training, config.optimizer, about, config.seed)
     if config.init == "scratch" and config.training.train == "decoder":
         raise ValueError("training.train=decoder needs init=, a checkpoint whose encoder stays as it is")
     vae = starting_vae(config.size, config.seed) if config.init == "scratch" else trained_vae(config)

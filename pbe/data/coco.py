@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -74,19 +75,29 @@ def decode_rle(rle: dict[str, Any]) -> np.ndarray:
 
 
 def check_segmentation(segmentation: Any) -> None:
-    """ValueError unless it looks like a list of polygons or an RLE; their numbers are not looked at."""
+    """ValueError unless it is a list of polygons or looks like an RLE, whose counts are decoded when it is drawn."""
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
             raise ValueError(f"the size of an RLE is {size!r}, not [height, width]")
         if not isinstance(counts, (list, str)):
             raise ValueError(f"the counts of an RLE are {counts!r}, not a list or a text")
+        if isinstance(counts, list):
+            check_numbers(counts, "the counts of an RLE hold")
     elif not isinstance(segmentation, list):
         raise ValueError(f"segmentation is {segmentation!r}, not a list of polygons or an RLE")
     else:
         for ring in segmentation:
             if not isinstance(ring, list) or len(ring) % 2:
                 raise ValueError(f"a polygon is {str(ring)[:40]}, not a list of x, y, x, y, ...")
+            check_numbers(ring, "a polygon holds")
+
+
+def check_numbers(values: list[Any], what: str) -> None:
+    """ValueError, which begins with `what`, naming the first value that is no finite number."""
+    for value in values:
+        if type(value) not in (int, float) or not abs(value) < math.inf:
+            raise ValueError(f"{what} {repr(value)[:40]}, not a number")
 
 
 def read_segmentation(segmentation: Any, size: tuple[int, int]) -> MaskSource:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from pbe.data.records import (
     number_photos,
     upright_size,
 )
+from pbe.rows import read_jsonl, read_lines
 
 CORNERS = ("x0", "y0", "x1", "y1")
 ALIASES = {"file": "image", "class": "label"}
@@ -63,25 +63,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, {ALIASES.get(name, name): value for name, value in row.items() if value not in ("", None)}
 
 
-def _read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, with their ends. ValueError naming the line that is not UTF-8."""
-    # Bytes that are not UTF-8 are let through at first: the decoder's own error knows of no line.
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.encode()
-            except UnicodeEncodeError as error:
-                byte = line[error.start].encode(errors="surrogateescape").hex()
-                raise ValueError(
-                    f"{path}, line {number} is not UTF-8 (byte 0x{byte}); save the file as UTF-8 text"
-                ) from None
-            if "\0" in line:
-                raise ValueError(f"{path}, line {number} holds a NUL byte; save the file as UTF-8 text")
-            yield line
-
-
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(_read_lines(path), strict=True)
+    reader = csv.DictReader(read_lines(path), strict=True)
     try:
         names = reader.fieldnames or []
         if twice := next((name for name in names if names.count(name) > 1), None):
@@ -95,15 +78,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(_read_lines(path), start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {line} is not a JSON object: {text.strip()[:40]}")
+    for line, row in read_jsonl(path):
+        if isinstance(row, ValueError):
+            raise ValueError(f"{path}, line {line} is {row}")
         yield line, row
 
 

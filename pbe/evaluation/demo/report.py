@@ -16,6 +16,7 @@ from pbe.editing import edit
 from pbe.evaluation.demo.figures import Figure, Row
 from pbe.files import replacing
 from pbe.grids import grid
+from pbe.jobs import DEMO_SAMPLING
 from pbe.models.paint_by_example import PaintByExample
 from pbe.pictures import read_exemplar, read_mask, read_picture
 from pbe.saving import save_picture
@@ -80,7 +81,7 @@ def seed_grid(
             guidance=guidance,
             steps=steps,
             sampler=sampler,
-            spacing="trailing",
+            spacing=DEMO_SAMPLING.spacing,
             seed=seed,
             num_images=seeds,
             batch_size=16,

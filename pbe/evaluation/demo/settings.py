@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from pbe.jobs import DEMO_SAMPLING
+
 Exemplars = Literal["any", "kind"]
 
 
@@ -20,9 +22,9 @@ class Settings:
     cases: int = 128
     exemplars: Exemplars = "any"
     gallery: int = 16
-    guidance: float = 3.0
+    guidance: float = DEMO_SAMPLING.guidance
     scales: Sequence[float] = (1.0, 2.0, 3.0, 5.0)
-    steps: int = 20
+    steps: int = DEMO_SAMPLING.steps
     sampler: str = "dpm_solver"
     seed_cases: int = 24
     seeds: int = 4
