@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pbe.jobs import QUICK_SAMPLING, Job, Sampling, read_inputs, run_job
+from pbe.jobs import QUICK_SAMPLING, Job, Sampling, parse, read_inputs, run_job
 from pbe.models.paint_by_example import PaintByExample
 from pbe.painter import CROPPING, DRAWING, MAX_SIDE, painter, region_of, to_value
 from pbe.pictures import UNREADABLE, PictureWarning, read_mask, read_picture
@@ -165,23 +165,25 @@ def save_edits(
     """
     if not 1 <= settings.num_images <= MAX_RESULTS:
         raise ValueError(f"num_images must be between 1 and {MAX_RESULTS} on this page, got {settings.num_images}")
+    # An emptied field is None, and a program may send 20.0 steps.
+    scale, steps, seed = parse("scale", settings.guidance), parse("steps", settings.steps), parse("seed", settings.seed)
     job = Job(
         image=take(edit.photo, folder, "photo"),
         mask=take(edit.mask, folder, "mask"),
         reference=(take(edit.exemplar, folder, "exemplar", edit.crop),),
-        out=f"{edit.photo.stem}-{settings.seed}.png",
+        out=f"{edit.photo.stem}-{seed}.png",
         sampler=settings.sampler,
         spacing=settings.spacing,
-        steps=settings.steps,
-        scale=settings.guidance,
-        seed=settings.seed,
+        steps=steps,
+        scale=scale,
+        seed=seed,
         folder=folder,
     )
     inputs = read_inputs(job)
     about = settings_of(job, weights)
     check_writable(job.path(job.out), inputs.picture.source, about)
 
-    done, total = 0, settings.steps * -(-settings.num_images // BATCH_SIZE)
+    done, total = 0, steps * -(-settings.num_images // BATCH_SIZE)
     progress((0, total), desc="Painting")
 
     def step_done(_: StepInfo) -> None:
@@ -190,9 +192,9 @@ def save_edits(
         progress((done, total), desc="Painting")
 
     images = run_job(model, job, inputs, settings.num_images, BATCH_SIZE, step_done)
-    paths = [folder / f"{edit.photo.stem}-{settings.seed + i}.png" for i in range(len(images))]
+    paths = [folder / f"{edit.photo.stem}-{seed + i}.png" for i in range(len(images))]
     for i, (image, path) in enumerate(zip(images, paths, strict=True)):
-        save_result(image, path, {**about, "seed": settings.seed + i})
+        save_result(image, path, {**about, "seed": seed + i})
     return [str(path) for path in paths]
 
 

@@ -51,7 +51,7 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | ValueError]]:
-    reader = csv.DictReader(read_lines(path))
+    reader = csv.DictReader(read_lines(path), strict=True)
     names = list(reader.fieldnames or ())
     unknown = _unknown_column(names)
     if unknown:

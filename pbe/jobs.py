@@ -289,7 +289,7 @@ def read_inputs(job: Job) -> Inputs:
     check_job(job)
     picture = read_picture(job.path(job.image))
     if job.mask is not None:
-        repaint = read_mask(job.path(job.mask), picture.size, name=f"mask {job.mask}")
+        repaint = read_mask(job.path(job.mask), picture.size)
     elif job.box is not None:
         repaint = read_mask(job.box, picture.size, name="box")
     else:

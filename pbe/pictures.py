@@ -113,9 +113,14 @@ def read_picture(source: PictureLike, name: str = "image") -> Picture:
     return _read(source, name, ends_at_8_bits=False)
 
 
+def _label(source: PictureLike, name: str) -> str:
+    """What messages call a picture: a file by its name too."""
+    return f"{name} {source}" if isinstance(source, str | Path) else name
+
+
 def _read(source: PictureLike, name: str, ends_at_8_bits: bool = True) -> Picture:
     if isinstance(source, str | Path):
-        path, label = Path(source), f"{name} {source}"
+        path, label = Path(source), _label(source, name)
         if not path.exists():
             raise FileNotFoundError(f"{label}: there is no such file")
         if not path.is_file():
@@ -273,6 +278,7 @@ def read_mask(source: MaskLike, size: tuple[int, int], name: str = "mask") -> np
     height, width = size
     if isinstance(source, PictureLike):
         values = _read_mask_values(source, size, name)
+        name = _label(source, name)
         gray = np.count_nonzero((values > 0.1) & (values < 0.9)) / values.size
         if gray > _GRAY_SHARE:
             warnings.warn(
@@ -301,7 +307,7 @@ def _read_mask_values(source: PictureLike, size: tuple[int, int], name: str) -> 
         (mask_height, mask_width), (height, width) = picture.size, size
         turned = " (turned: EXIF orientation is applied to both)" if picture.size == (width, height) else ""
         raise ValueError(
-            f"{name} is {mask_width}x{mask_height}, but the picture it belongs to is {width}x{height} "
+            f"{_label(source, name)} is {mask_width}x{mask_height}, but the picture it belongs to is {width}x{height} "
             f"(width x height){turned}"
         )
     values = picture.pixels.astype(np.float32) / white_level(picture.pixels.dtype)

@@ -125,4 +125,5 @@ def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) 
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        trial.unlink(missing_ok=True)
+        if trial.exists():  # what is no folder cannot even be asked to delete a file
+            trial.unlink()

@@ -121,6 +121,11 @@ def test_results_hold_their_settings(client, files):
     assert "/" not in str(settings)
 
 
+def test_a_whole_number_may_come_as_a_float(client, files):
+    (result,) = call(client, files, steps=4.0, num_images=1)
+    assert read_settings(result)["steps"] == 4
+
+
 def test_the_sliders_values_are_the_defaults(client, files):
     handed = {name: handle_file(path) for name, path in files.items()}
     results = client.predict(**handed, steps=4, api_name="/edit")
@@ -181,6 +186,8 @@ def test_bad_pictures_are_refused_in_words(client, files, change, message):
         ({"sampler": "euler"}, "euler"),
         ({"guidance": -1}, "minimum value 0"),
         ({"seed": -1}, "-1"),
+        ({"seed": None}, "seed: None is not a number"),
+        ({"steps": 4.5}, "steps: 4.5 is not a whole number"),
     ],
 )
 def test_bad_settings_are_refused_in_words(client, files, settings, message):

@@ -198,6 +198,13 @@ def test_csv_row_with_too_many_cells_fails_alone(folder):
     assert failed == [Outcome(3, "failed", "more cells than the header has columns")]
 
 
+def test_csv_quote_that_is_not_closed_hides_no_rows(folder):
+    path = folder / "rows.csv"
+    path.write_text('image,mask,reference,out\na.png,b.png,c.png,"1.png\na.png,b.png,c.png,2.png\n')
+    with pytest.raises(ValueError, match=r"rows.csv, after line 1: unexpected end of data"):
+        read_jobs(path, {})
+
+
 def test_byte_order_mark_of_spreadsheets_is_read_over(folder):
     path = folder / "rows.csv"
     path.write_text("image,mask,reference,out\na.png,b.png,c.png,1.png\n", encoding="utf-8-sig")

@@ -15,7 +15,7 @@ from pbe.benchmarks import all as everything
 from pbe.benchmarks import data, edit, index_worker, load, plot, profile, scaling, table, train
 from pbe.benchmarks.edit_worker import SYSTEMS, Task, answer, timed
 from pbe.benchmarks.kinds import KINDS, count_flops, flops_by_kind, kind_of, seconds_by_kind
-from pbe.benchmarks.report import about, markdown, ratios, spread
+from pbe.benchmarks.report import about, markdown, ratios, spread, write_json
 from pbe.checkpoints.seeding import seeded_state
 from pbe.checkpoints.sizes import pbe_entry
 from pbe.cli import checkpoint
@@ -352,11 +352,11 @@ def test_curves(tmp_path, capsys):
     from PIL import Image
 
     file, out = tmp_path / "scaling.json", tmp_path / "scaling.png"
-    file.write_text(json.dumps(scaling_content()))
+    file.write_text(json.dumps(about("scaling", []) | scaling_content()))
     assert plot.main([str(file), "--out", str(out)]) == 0
     with Image.open(out) as image:
         assert len(image.getcolors(1 << 20)) > 10  # curves, not an empty page
-    file.write_text(json.dumps({"section": "edit"}))
+    file.write_text(json.dumps(about("edit", []) | {"runs": []}))
     assert plot.main([str(file), "--out", str(out)]) == 2
     assert "only 'scaling' has curves" in capsys.readouterr().err
 
@@ -442,6 +442,26 @@ def test_table_names_the_command_and_refuses_other_files(tmp_path, capsys):
         assert reason in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("section, lacking", [("edit", "runs"), ("scaling", "index, batch, resolution")])
+def test_a_run_without_its_numbers_is_refused_in_one_line(section, lacking, tmp_path, capsys):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(about(section, [])))
+    commands = [(table, [str(file)])]
+    commands += [(plot, [str(file), "--out", str(tmp_path / "curves.png")])] if section == "scaling" else []
+    for command, arguments in commands:
+        assert command.main(arguments) == 2
+        assert capsys.readouterr().err == f"error: {file} is not a whole run of '{section}': it lacks {lacking}\n"
+
+
+def test_numbers_are_replaced_only_by_whole_ones(tmp_path):
+    file = tmp_path / "made" / "run.json"
+    write_json(file, {"runs": [1]})
+    with pytest.raises(TypeError):
+        write_json(file, {"runs": {1, 2}})
+    assert json.loads(file.read_text()) == {"runs": [1]}
+    assert [*file.parent.iterdir()] == [file]
+
+
 def test_numbers_in_words():
     assert spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
     assert spread([0.12345]) == "0.123"
@@ -467,12 +487,22 @@ def test_numbers_in_words():
         (profile, ["--ckpt", "CKPT", "--systems", "pbe, compiled"], "no layers left to time"),
         (scaling, ["--ckpt", "CKPT", "--resolutions", "64", "70"], "--resolution must be"),
         (scaling, ["--ckpt", "CKPT", "--rows", "0"], "--rows must be at least 1"),
+        (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--steps", "1001"], "--steps must be at most 1000, got 1001"),
+        (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--guidance", "nan"], "--guidance must be 0 or more, got nan"),
+        (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--out", "/"], "--out / is a folder"),
+        (scaling, ["--ckpt", "CKPT", "--out", "CKPT/x.json"], "x.json cannot be written: "),
+        (train, ["--ckpt", "CKPT", "--out", "CKPT/x.json"], "x.json cannot be written: "),
         (load, ["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: there is no such file"),
+        (load, ["--ckpt", "CKPT", "--repeats", "0"], "--repeats must be at least 1"),
+        (load, ["--ckpt", "CKPT", "--out", "CKPT/x.json"], "x.json cannot be written: "),
+        (data, ["boxes.csv", "--pairs", "0"], "--pairs must be at least 1"),
+        (data, ["boxes.csv", "--out", "/"], "--out / is a folder"),
+        (everything, ["--out", "CKPT"], "is no folder that can be made"),
     ],
 )
 def test_wrong_arguments_give_one_clear_line(section, arguments, reason, tiny_checkpoint, capsys):
-    arguments = [str(tiny_checkpoint) if argument == "CKPT" else argument for argument in arguments]
-    device = [] if "--device" in arguments or section is load else ["--device", "cpu"]
+    arguments = [argument.replace("CKPT", str(tiny_checkpoint)) for argument in arguments]
+    device = [] if "--device" in arguments or section in (load, data) else ["--device", "cpu"]
     with pytest.raises(SystemExit):
         section.main([*arguments, *device])
     assert reason in capsys.readouterr().err.splitlines()[-1]

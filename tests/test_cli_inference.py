@@ -287,7 +287,9 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
     "changes, message",
     [
         ({"image": "none.png"}, "none.png"),
-        ({"mask": "none.png"}, "none.png"),
+        ({"mask": "none.png"}, "error: mask none.png: there is no such file"),
+        ({"mask": "dog.png"}, "error: mask dog.png is "),
+        ({"out": "photo.png/out.png"}, "cannot write photo.png/out.png: "),
         ({"reference": "none.png"}, "none.png"),
         ({"ckpt": "none.ckpt"}, "none.ckpt"),
         ({"ckpt": "photo.png"}, "photo.png"),
@@ -358,10 +360,20 @@ def test_folder_without_permission(cli, edits, folder, capsys):
     assert "cannot write locked/out.png" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changes", [{"scale": "-1"}, {"eta": "0.5"}, {"resolution": "100"}, {"out": "out.gif"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scale": "-1"},
+        {"eta": "0.5"},
+        {"resolution": "100"},
+        {"out": "out.gif"},
+        {"low_memory": True, "compile": "whole"},
+    ],
+)
 def test_what_needs_no_model_is_refused_without_one(cli, capsys, monkeypatch, changes):
     monkeypatch.delattr("pbe.checkpoints.loading.load_model")
     assert cli(**changes) == 2
+    assert "load_model" not in capsys.readouterr().err
 
 
 def test_batch_of_settings_out_of_range_needs_no_model(cli, folder, capsys, monkeypatch):

@@ -269,6 +269,8 @@ def test_show_data_command(tmp_path, capsys):
     assert show_data.main([*settings, "--out", str(tmp_path / "out"), "-n", "2"]) == 0
     assert (tmp_path / "out" / "grid.png").is_file()
     assert "grid.png: 2 examples" in capsys.readouterr().out
+    assert show_data.main([*settings, "--out", str(tmp_path / "none"), "-n", "0"]) == 2
+    assert "-n must be at least 1, got 0" in capsys.readouterr().err
     assert show_data.main([*settings, "--val", "--out", str(tmp_path / "none")]) == 2
     assert "no validation examples" in capsys.readouterr().err
     assert show_data.main([*settings, "--test", "--out", str(tmp_path / "none")]) == 2

@@ -316,7 +316,7 @@ REFUSED = [
     (
         "paint-by-example",
         ["paint_by_example", "--guidance-interval", "5"],
-        "'5' is not an interval of timesteps LOW,HIGH",
+        "guidance_interval: '5' is not an interval of timesteps LOW,HIGH",
     ),
     ("paint-by-example", ["paint_by_example", "--guidance-interval", "8,2"], "-1 <= low <= high <= 1000, got [8, 2]"),
     ("copy-paste", ["--guidance-interval", "0,9"], "--guidance-interval is nothing that copy-paste has"),

@@ -65,7 +65,10 @@ def main(argv: Sequence[str]) -> int:
     args = p.parse_args(argv)
     if find_spec("diffusers") is None:
         p.error("this compares with diffusers: pip install -e '.[bench]'")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        p.error(f"--out {args.out} is no folder that can be made: {error.strerror}")
     weights = seeded_weights("small" if args.quick else "full", args.out)
     files = []
     for name, command in sections(args.device, weights, args.quick).items():

@@ -1,6 +1,7 @@
 """The arguments of the sections that run systems of `edit_worker`: their defaults, their checks, their weights."""
 
 import argparse
+import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -67,6 +68,11 @@ def parse(
     if wrong := [side for side in sides if side % 64 or side < 64]:
         p.error(f"--resolution must be a positive multiple of 64, as diffusers' pipeline needs, got {wrong[0]}")
     check_counts(p, args)
+    if args.steps > 1000:
+        p.error(f"--steps must be at most 1000, got {args.steps}")
+    if not 0 <= args.guidance < math.inf:
+        p.error(f"--guidance must be 0 or more, got {args.guidance:g}")
+    check_out(p, args.out)
     return args
 
 
@@ -86,11 +92,24 @@ def check_weights(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def check_counts(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program if a number of things is below 1."""
-    for name in ("steps", "pairs", "starts", "batch", "batches", "rows"):
+    for name in ("steps", "pairs", "starts", "batch", "batches", "rows", "repeats"):
         values = getattr(args, name, None)
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < 1:
                 p.error(f"--{name} must be at least 1, got {value}")
+
+
+def check_out(p: argparse.ArgumentParser, out: Path | None) -> None:
+    """Makes the folder of the numbers; ends the program if they could not be written there hours later."""
+    if out is None:
+        return
+    if out.is_dir():
+        p.error(f"--out {out} is a folder; give a file name")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        p.error(f"--out {out} cannot be written: {error.strerror}")
 
 
 def task_of(args: argparse.Namespace, stack: ExitStack) -> Task:

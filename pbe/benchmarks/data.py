@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
 
+from pbe.benchmarks.arguments import check_counts, check_out
 from pbe.benchmarks.report import about, markdown, write_json
 from pbe.data.example import Example, make_generator
 from pbe.data.recipe import Plan, RecipeConfig, augment_exemplar, draw_plan, make_example
@@ -113,6 +114,8 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("--pairs", type=int, default=5, help="rounds of both versions in turns (default 5)")
     p.add_argument("--out", type=Path, help="write the numbers as JSON; `benchmark.py table` reads it")
     args = p.parse_args(argv)
+    check_counts(p, args)
+    check_out(p, args.out)
     try:
         source = open_source(SourceConfig(kind="manifest", path=str(args.boxes)))
         records = [source[i] for i in range(len(source))]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from pbe.benchmarks.arguments import check_counts, check_out
 from pbe.benchmarks.report import about, markdown, spread, write_json
 
 # What each process runs: `load` is defined by the system, and `touch` reads every weight once.
@@ -123,6 +124,8 @@ def main(argv: Sequence[str]) -> int:
             p.error(f"{path}: there is no such file")
     if args.diffusers and find_spec("diffusers") is None:
         p.error("--diffusers needs diffusers: pip install -e '.[bench]'")
+    check_counts(p, args)
+    check_out(p, args.out)
 
     try:
         content = {**about("load", argv), "results": load(args)}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pbe import __version__
+from pbe.files import replacing
 
 
 def about(section: str, argv: Sequence[str], device: str = "cpu") -> dict[str, Any]:
@@ -49,8 +50,8 @@ def device_name(device: str) -> str:
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Writes a run's numbers, where a file is wanted."""
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with replacing(path, overwrite=True) as part:
+            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def spread(values: Sequence[float]) -> str:

@@ -7,17 +7,30 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-MEASURING = ("edit", "train", "profile", "scaling", "load", "data")
+ABOUT = ("command", "pbe", "versions", "threads", "device")
+# what each section's JSON holds beside that
+CONTENTS = {
+    "edit": ("runs",),
+    "train": ("runs", "fits"),
+    "profile": ("run",),
+    "scaling": ("index", "batch", "resolution"),
+    "load": ("results",),
+    "data": ("recipes",),
+}
 
 
 def read(path: Path) -> dict:
-    """A run's JSON; ValueError if it is none."""
+    """A run's JSON; ValueError if it is none, or not a whole one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict) or content.get("section") not in MEASURING:
-        raise ValueError(f"{path} is no run of tools/benchmark.py: its 'section' should be one of {MEASURING}")
+    section = content.get("section") if isinstance(content, dict) else None
+    if section not in (*CONTENTS,):
+        sections = ", ".join(CONTENTS)
+        raise ValueError(f"{path} is no run of tools/benchmark.py: its 'section' should be one of {sections}")
+    if lacking := [key for key in (*ABOUT, *CONTENTS[section]) if key not in content]:
+        raise ValueError(f"{path} is not a whole run of {section!r}: it lacks {', '.join(lacking)}")
     return content
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pbe.benchmarks import train_worker
-from pbe.benchmarks.arguments import DTYPES, check_counts, check_weights, seeded_weights
+from pbe.benchmarks.arguments import DTYPES, check_counts, check_out, check_weights, seeded_weights
 from pbe.benchmarks.edit import Worker
 from pbe.benchmarks.report import about, markdown, ratios, spread, write_json
 from pbe.benchmarks.train_worker import SYSTEMS, Task
@@ -183,6 +183,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.resolution % 64 or args.resolution < 64:
         p.error(f"--resolution must be a positive multiple of 64, got {args.resolution}")
     check_counts(p, args)
+    check_out(p, args.out)
     if args.limit_gib:
         if args.device != "cuda":
             p.error("--limit-gib limits a GPU's memory: it needs --device cuda")

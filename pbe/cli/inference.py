@@ -20,7 +20,19 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pbe.batch import Outcome, is_finished, read_jobs, run_row
 from pbe.cli.flags import add_compile, add_device, add_dtype, add_low_memory
-from pbe.jobs import COLUMNS, Inputs, Job, check_job, load_editor, make_job, parse, parse_numbers, read_inputs, run_job
+from pbe.jobs import (
+    COLUMNS,
+    Inputs,
+    Job,
+    check_job,
+    check_memory,
+    load_editor,
+    make_job,
+    parse,
+    parse_numbers,
+    read_inputs,
+    run_job,
+)
 from pbe.results import Weights, check_writable, identify, save_result, settings_of
 
 if TYPE_CHECKING:
@@ -157,6 +169,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parser(prog).parse_args(argv)
     with one_line_warnings():
         try:
+            check_memory(args.low_memory, args.compile)
             return edit_batch(args) if args.batch else edit_one(args)
         except (ValueError, OSError, MemoryError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)

@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     from pbe.data.datamodule import ExampleDataModule
 
     try:
+        if args.n < 1:
+            raise ValueError(f"-n must be at least 1, got {args.n}")
         data = ExampleDataModule(load_config(args.config).data)
         data.setup("test" if args.test else "fit")
         dataset = data.test if args.test else data.val if args.val else data.train

@@ -61,7 +61,8 @@ class RecipeConfig:
     flip, rotation, blur, warp: probabilities of each change of the exemplar; rotation_degrees to either side;
         blur_kernels [smallest, largest] and warp_shift (of each corner, in x and y) in exemplar pixels.
     recolor: probability that an object gets other colours, in its photo and as the exemplar alike, so that nothing but
-        the exemplar tells them; not the paper's. Not for records with a reference or target of their own.
+        the exemplar tells them; not the paper's. Not without `augment`, nor for records with a reference or target of
+        their own.
     """
 
     resolution: int = 512
@@ -93,18 +94,8 @@ class RecipeConfig:
     recolor: float = 0.0
 
     def __post_init__(self) -> None:
-        shares = [
-            "min_area",
-            "max_area",
-            "shrink",
-            "grow",
-            "arbitrary_mask",
-            "flip",
-            "rotation",
-            "blur",
-            "warp",
-            "recolor",
-        ]
+        shares = ["min_area", "max_area", "shrink", "grow", "arbitrary_mask"]
+        shares += ["flip", "rotation", "blur", "warp", "recolor"]
         for name in shares if self.object_mask is None else [*shares, "object_mask"]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"recipe.{name} must be between 0 and 1, got {getattr(self, name)}")
