@@ -26,7 +26,7 @@ PAVILION = [
     (118, 95), (150, 88), (182, 68), (189, 52),
 ]  # fmt: skip
 
-DAHLIA = (160, 78, 456, 370)
+DAHLIA = (144, 60, 472, 374)
 # Turns of the hue, where 256 is the whole circle, and what is left of the saturation.
 COLOURS = {"red": (-14, 1.25), "yellow": (18, 1.3), "pink": (-38, 0.8), "violet": (-70, 0.7), "white": (0, 0.12)}
 
