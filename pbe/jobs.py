@@ -96,8 +96,9 @@ class Sampling(NamedTuple):
     guidance: float
 
 
-# For results soon. Of the samplers this one comes nearest, in 20 steps, to what many give: docs/demo-model.md
-QUICK_SAMPLING = Sampling("plms", "trailing", steps=20, guidance=Job.scale)
+# For results soon: as good as many steps give, where PLMS, with as few, loses its hold under strong guidance.
+# docs/editing.md, "How many steps"
+QUICK_SAMPLING = Sampling("dpm_solver", "trailing", steps=20, guidance=Job.scale)
 # With more guidance its colours are stronger than the exemplars': docs/demo-model.md
 DEMO_SAMPLING = QUICK_SAMPLING._replace(guidance=3.0)
 

@@ -131,7 +131,7 @@ def test_the_sliders_values_are_the_defaults(client, files):
     results = client.predict(**handed, steps=4, api_name="/edit")
     assert len(results) == 2
     settings = read_settings(Path(results[0]))
-    assert [settings[name] for name in ("sampler", "spacing", "scale")] == ["plms", "trailing", 5]
+    assert [settings[name] for name in ("sampler", "spacing", "scale")] == ["dpm_solver", "trailing", 5]
 
 
 def test_the_sliders_begin_with_the_models_own_settings(model):

@@ -25,7 +25,7 @@ class Settings:
     guidance: float = DEMO_SAMPLING.guidance
     scales: Sequence[float] = (1.0, 2.0, 3.0, 5.0)
     steps: int = DEMO_SAMPLING.steps
-    sampler: str = "dpm_solver"
+    sampler: str = DEMO_SAMPLING.sampler
     seed_cases: int = 24
     seeds: int = 4
     sampler_cases: int = 8
