@@ -279,6 +279,16 @@ def test_recoloring_is_of_the_object_in_photo_and_exemplar_alike(photo):
     torch.testing.assert_close(in_photo, middle, rtol=0, atol=0.03)
 
 
+def test_recoloring_leaves_what_is_kept_beside_an_objects_own_mask(photo):
+    mask = np.zeros((120, 160), dtype=bool)
+    mask[40:70, 60:90] = True
+    record = Record(photo, BOX, (MaskArray(mask),))
+    before, after = (example(record, object_mask=1.0, recolor=share).example for share in (0.0, 1.0))
+    kept = before.mask.bool().expand(3, -1, -1)
+    torch.testing.assert_close(after.image[kept], before.image[kept], rtol=0, atol=0)
+    assert (after.image - before.image)[~kept].abs().max() > 0.1
+
+
 def test_recoloring_has_its_probability_and_leaves_others_as_they_were(photo, tmp_path):
     options = {"resolution": 32, "exemplar_size": 32}
     before = [example(Record(photo, BOX), seed, **options).example for seed in range(60)]

@@ -320,10 +320,11 @@ def finish(
 
 
 def recolored(pixels: Pixels, plan: Plan, recoloring: Recoloring) -> Pixels:
-    """The same with the object's colours changed in the photo and the exemplar."""
+    """The same with the object's colours changed in the photo, where it is to be repainted, and in the exemplar."""
     image = recoloring(pixels.image.float() / 255, plan.box, plan.window)
     reference = recoloring(pixels.reference.float() / 255, plan.box, plan.reference)
     image, reference = ((picture * 255).round().to(torch.uint8) for picture in (image, reference))
+    image = torch.where(pixels.repaint, image, pixels.image)
     return Pixels(image, image, pixels.repaint, reference)
 
 
