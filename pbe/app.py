@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pbe.jobs import QUICK_SAMPLING, Job, Sampling, parse, read_inputs, run_job
+from pbe.jobs import MAX_SEED, QUICK_SAMPLING, Job, Sampling, parse, read_inputs, run_job
 from pbe.models.paint_by_example import PaintByExample
 from pbe.painter import CROPPING, DRAWING, MAX_SIDE, painter, region_of, to_value
 from pbe.pictures import UNREADABLE, PictureWarning, read_mask, read_picture
@@ -167,6 +167,9 @@ def save_edits(
         raise ValueError(f"num_images must be between 1 and {MAX_RESULTS} on this page, got {settings.num_images}")
     # An emptied field is None, and a program may send 20.0 steps.
     scale, steps, seed = parse("scale", settings.guidance), parse("steps", settings.steps), parse("seed", settings.seed)
+    last = seed + settings.num_images - 1
+    if last > MAX_SEED:
+        raise ValueError(f"the last result's seed would be {last}, and the largest is {MAX_SEED}")
     job = Job(
         image=take(edit.photo, folder, "photo"),
         mask=take(edit.mask, folder, "mask"),

@@ -187,6 +187,7 @@ def test_bad_pictures_are_refused_in_words(client, files, change, message):
         ({"guidance": -1}, "minimum value 0"),
         ({"seed": -1}, "-1"),
         ({"seed": None}, "seed: None is not a number"),
+        ({"seed": 2**63 - 1, "num_images": 2}, "the last result's seed would be 9223372036854775808"),
         ({"steps": 4.5}, "steps: 4.5 is not a whole number"),
     ],
 )
