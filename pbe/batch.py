@@ -52,13 +52,13 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | ValueError]]:
     reader = csv.DictReader(read_lines(path), strict=True)
-    names = list(reader.fieldnames or ())
-    unknown = _unknown_column(names)
-    if unknown:
-        raise ValueError(f"{path}, line 1: {unknown}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path} names a column twice: {', '.join(names)}")
     try:
+        names = list(reader.fieldnames or ())
+        unknown = _unknown_column(names)
+        if unknown:
+            raise ValueError(f"{path}, line 1: {unknown}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path} names a column twice: {', '.join(names)}")
         for row in reader:
             surplus = None in row
             yield reader.line_num, ValueError("more cells than the header has columns") if surplus else row

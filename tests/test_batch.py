@@ -203,6 +203,9 @@ def test_csv_quote_that_is_not_closed_hides_no_rows(folder):
     path.write_text('image,mask,reference,out\na.png,b.png,c.png,"1.png\na.png,b.png,c.png,2.png\n')
     with pytest.raises(ValueError, match=r"rows.csv, after line 1: unexpected end of data"):
         read_jobs(path, {})
+    path.write_text('image,mask,"reference,out\na.png,b.png,c.png,1.png\n')
+    with pytest.raises(ValueError, match=r"rows.csv, after line 0: unexpected end of data"):
+        read_jobs(path, {})
 
 
 def test_byte_order_mark_of_spreadsheets_is_read_over(folder):

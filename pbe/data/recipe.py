@@ -1,7 +1,8 @@
 """From a record to an example: the recipe of Paint by Example (arXiv 2211.13227, section 3; the released code).
 
 What is drawn at random is drawn first, from the photo's size alone (`draw_plan`); then the pixels are read
-(`read_pixels`), the exemplar is augmented and all is put into the networks' ranges (`finish`).
+(`read_pixels`), the object is recoloured if that is wanted, the exemplar is augmented and all is put into the networks'
+ranges (`finish`).
 
 Numbers in pixels are those of the paper, whose photos have a long side of about 1024 and whose exemplars are 224
 wide. Others are treated alike: a number in photo pixels is multiplied by (the photo's long side) / 1024, one in
@@ -301,12 +302,12 @@ def draw_object(mask: MaskSource, name: Path, plan: Plan, size: tuple[int, int],
 def finish(
     record: Record, plan: Plan, pixels: Pixels, config: RecipeConfig, generator: torch.Generator, seed: int
 ) -> Example:
-    """Augments the exemplar, puts the letterbox around and brings everything to the networks' ranges."""
+    """Recolours the object, augments the exemplar, puts the letterbox around, brings all to the networks' ranges."""
     around = plan.place
     sides = (around.x0, config.resolution - around.x1, around.y0, config.resolution - around.y1)
+    its_own = record.reference is None and record.target is None
     # Not drawn for at all where it is off, so that the paper's examples stay the same.
-    recolor = config.recolor if config.augment and record.reference is record.target is None else 0.0
-    if recolor and happens(recolor, generator):
+    if config.augment and config.recolor and its_own and happens(config.recolor, generator):
         pixels = recolored(pixels, plan, draw_recoloring(generator))
     image = source = letterbox(to_unit_range(pixels.image), sides, 0.0)
     if pixels.source is not pixels.image:
