@@ -21,11 +21,12 @@ SAFETENSORS = ["safetensors>=0.4"]
 LOG = ["tensorboard>=2.14"]
 PLOT = ["matplotlib>=3.7"]
 APP = ["gradio>=6.29"]
+MASKS = ["opencv-python-headless>=4.8"]
 EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
 # ruff is pinned: another version formats and finds other things.
 # diffusers loads weights tensor by tensor, and moves networks off a small card, only with accelerate.
 BENCH = ["diffusers>=0.33", "transformers>=4.48", "accelerate>=0.31", *SAFETENSORS]
-TEST = ["pytest>=8", "ruff==0.17.6", *BENCH, *APP, *EVAL]
+TEST = ["pytest>=8", "ruff==0.17.6", *BENCH, *APP, *EVAL, *MASKS]
 
 setup(
     name="pbe",
@@ -57,6 +58,7 @@ setup(
         "plot": PLOT,
         "app": APP,
         "eval": EVAL,
+        "masks": MASKS,
         "bench": BENCH,
         "test": TEST,
         "dev": [*TEST, *LOG, *PLOT, "playwright>=1.65"],

@@ -19,7 +19,8 @@ from pbe.data.augment import (
     turned_hues,
 )
 from pbe.data.example import make_generator
-from pbe.data.recipe import RecipeConfig, augment_exemplar
+from pbe.data.recipe import augment_exemplar
+from pbe.data.recipe_config import RecipeConfig
 from pbe.windows import Box
 
 OFF = {"flip": 0.0, "rotation": 0.0, "blur": 0.0, "warp": 0.0}

@@ -12,7 +12,7 @@ from PIL import Image
 from pbe.config import load_config
 from pbe.data.datamodule import DataConfig, ExampleDataModule, ExampleSampler, InOrder, check_sizes
 from pbe.data.dataset import ExampleDataset
-from pbe.data.recipe import RecipeConfig
+from pbe.data.recipe_config import RecipeConfig
 from pbe.data.sources import SourceConfig
 
 RECIPE = RecipeConfig(resolution=32, exemplar_size=16, arbitrary_mask=1.0)

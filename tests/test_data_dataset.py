@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from pbe.cli import show_data
 from pbe.data.dataset import ExampleDataset, UnusablePictureWarning, hold_out
 from pbe.data.example import collate
-from pbe.data.recipe import RecipeConfig
+from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import Record, number_photos
 
 SMALL = RecipeConfig(resolution=32, exemplar_size=16)

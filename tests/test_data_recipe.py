@@ -10,7 +10,8 @@ from PIL import Image
 from pbe.benchmarks.data import main, measure, plain_example
 from pbe.data.crop import UnusablePicture
 from pbe.data.example import draw_integers, hash64, make_generator
-from pbe.data.recipe import RecipeConfig, changed, choose_box, draw_plan, make_example
+from pbe.data.recipe import choose_box, draw_plan, make_example
+from pbe.data.recipe_config import RecipeConfig, changed
 from pbe.data.records import MaskArray, MaskFile, Record
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 

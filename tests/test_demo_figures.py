@@ -11,7 +11,7 @@ import toy_run
 from PIL import Image
 
 import pbe
-from pbe.data.recipe import RecipeConfig
+from pbe.data.recipe_config import RecipeConfig
 from pbe.evaluation.demo import embeddings, figures, measures, statistics
 from pbe.evaluation.demo.cases import Cases, composite, foreign, kind_of, paste, region_crops
 from pbe.evaluation.demo.command import main

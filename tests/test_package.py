@@ -20,6 +20,7 @@ EXAMPLES = ROOT / "examples"
 MASKS = {"coffee_mask.png": "coffee.png", "china_mask.png": "china.jpg", "flower_mask.png": "flower.jpg"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "cv2": "opencv-python-headless",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "torch_fidelity": "torch-fidelity",

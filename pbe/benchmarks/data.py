@@ -23,7 +23,8 @@ from torchvision.transforms.v2 import functional as T
 from pbe.benchmarks.arguments import check_counts, check_out
 from pbe.benchmarks.report import about, markdown, write_json
 from pbe.data.example import Example, make_generator
-from pbe.data.recipe import Plan, RecipeConfig, augment_exemplar, draw_plan, make_example
+from pbe.data.recipe import Plan, augment_exemplar, draw_plan, make_example
+from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import Record
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 

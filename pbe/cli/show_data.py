@@ -110,7 +110,8 @@ def photo_with_boxes(stages: Stages, side: int = 640) -> Image.Image:
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=3)
 
     for name, colour in COLOURS.items():
-        frame(getattr(plan, name), colour)
+        if name != "reference" or plan.donor is None:  # a donor's is part of another photo
+            frame(getattr(plan, name), colour)
     if plan.outline is not None:
         points = [tuple(point) for point in (plan.outline * scale).tolist()]
         draw.line([*points, points[0]], fill=(255, 255, 255), width=2)
@@ -123,12 +124,13 @@ def captions_of(stages: Stages) -> list[str]:
     label = record.labels[plan.object] if record.labels else record.image.name
     shape = "object" if plan.outline is None else "box" if len(plan.outline) == 4 else "Bezier"
     repainted = 1 - stages.example.mask.mean().item()
+    elsewhere = plan.donor.image if plan.donor is not None else record.reference
     return [
         label,
         f"{plan.window.width}x{plan.window.height} at {plan.window.x0},{plan.window.y0}",
         f"{shape}, {repainted:.0%}",
         "",
-        f"{plan.reference.width}x{plan.reference.height}" if record.reference is None else record.reference.name,
+        f"{plan.reference.width}x{plan.reference.height}" if elsewhere is None else elsewhere.name,
         "",
         "" if record.target is None else record.target.name,
     ]

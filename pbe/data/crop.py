@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -99,6 +100,20 @@ def place(window: Box, resolution: int, fit: Literal["squash", "letterbox"]) -> 
     width, height = max(1, round(window.width * scale)), max(1, round(window.height * scale))
     x0, y0 = (resolution - width) // 2, (resolution - height) // 2
     return Box(x0, y0, x0 + width, y0 + height)
+
+
+def to_pixels(box: np.ndarray, size: tuple[int, int]) -> Box:
+    """A box in fractions as whole pixels of a photo of `size` (height, width); at least one pixel."""
+    height, width = size
+    x0, y0, x1, y1 = (round(float(v) * n) for v, n in zip(box, (width, height, width, height), strict=True))
+    x0, y0 = min(x0, width - 1), min(y0, height - 1)
+    return Box(x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))
+
+
+def in_window(box: Box, window: Box, size: tuple[int, int]) -> Box:
+    """A box of a photo, inside `window`, in the pixels of that window seen at `size` (height, width); at least one."""
+    inside = np.array(box) - np.array([window.x0, window.y0] * 2)
+    return to_pixels(inside / np.array([window.width, window.height] * 2), size)
 
 
 # --- reading ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pbe.data.dataset import ExampleDataset, hold_out
 from pbe.data.example import collate, make_generator
-from pbe.data.recipe import RecipeConfig, changed
+from pbe.data.recipe_config import RecipeConfig, changed
 from pbe.data.records import Source
 from pbe.data.sources import SourceConfig, open_source
 
@@ -26,6 +26,7 @@ class DataConfig:
 
     source: the training pictures. val_source: those of validation; without it, `val_size` photos held out of `source`
         with all their objects, always the same ones; 0: no validation. test_source: those of the test.
+    donors: objects with masks, of all sizes, for `recipe.transplant`.
     recipe: how training examples are made. val_recipe: what is different for validation and test; they are never
         augmented unless it says `augment: true`. What COCOEE fixes is taken as it is, whatever the recipe.
     batch_size: examples a step and process (a GPU has one).
@@ -36,6 +37,7 @@ class DataConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     val_source: SourceConfig | None = None
     test_source: SourceConfig | None = None
+    donors: SourceConfig | None = None
     val_size: int = 0
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     val_recipe: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +52,9 @@ class DataConfig:
             raise ValueError(f"data.workers must be 0 or more, got {self.workers}")
         if self.val_size < 0:
             raise ValueError(f"data.val_size must be 0 or more, got {self.val_size}")
-        self.recipe_for_validation()
+        for key, recipe in (("data.recipe", self.recipe), ("data.val_recipe", self.recipe_for_validation())):
+            if recipe.augment and recipe.transplant and self.donors is None:
+                raise ValueError(f"{key}.transplant needs data.donors: a source of objects with masks")
 
     def recipe_for_validation(self) -> RecipeConfig:
         """How examples of validation and test are made. ValueError for a wrong name or value in `val_recipe`."""
@@ -161,12 +165,18 @@ class ExampleDataModule(lightning.LightningDataModule):
                 val = open_for(val_recipe, config.val_source)
             elif config.val_size:
                 source, val = hold_out(source, config.val_size)
-            self.train = ExampleDataset(source, config.recipe, config.seed)
-            self.val = ExampleDataset(val, val_recipe, config.seed) if val is not None else None
+            self.train = self._dataset(source, config.recipe)
+            self.val = self._dataset(val, val_recipe) if val is not None else None
         if stage == "test" and self.test is None:
             if config.test_source is None:
                 raise ValueError("data.test_source is not set: there is nothing to test on")
-            self.test = ExampleDataset(open_for(val_recipe, config.test_source), val_recipe, config.seed)
+            self.test = self._dataset(open_for(val_recipe, config.test_source), val_recipe)
+
+    def _dataset(self, source: Source, recipe: RecipeConfig) -> ExampleDataset:
+        config, donors = self.config, None
+        if config.donors is not None and recipe.augment and recipe.transplant:
+            donors = open_source(config.donors)
+        return ExampleDataset(source, recipe, config.seed, donors)
 
     def set_position(self, epoch: int, consumed_samples: int) -> None:
         """Training loaders made from now on carry on in this epoch after `consumed_samples` of all processes."""

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from pbe.data.crop import UnusablePicture, usable
 from pbe.data.example import Example, hash64, make_generator
-from pbe.data.recipe import RecipeConfig, Stages, make_example
+from pbe.data.recipe import Stages, make_example
+from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import Record, Source
 
 REASONS = ("missing", "unreadable", "no box")
@@ -34,11 +35,14 @@ class ExampleDataset(Dataset):
     `set_epoch` also reaches workers that are already running.
     """
 
-    def __init__(self, source: Source, recipe: RecipeConfig, seed: int = 0):
-        """ValueError if the source is empty."""
-        if not len(source):
-            raise ValueError(f"{source.name} holds no picture")
-        self.source, self.recipe, self.seed = source, recipe, seed
+    def __init__(self, source: Source, recipe: RecipeConfig, seed: int = 0, donors: Source | None = None):
+        """donors: whose objects `recipe.transplant` puts in. ValueError if a source is empty, or donors are missing."""
+        for needed in (source, donors):
+            if needed is not None and not len(needed):
+                raise ValueError(f"{needed.name} holds no picture")
+        if recipe.augment and recipe.transplant and donors is None:
+            raise ValueError("recipe.transplant needs data.donors: a source of objects with masks")
+        self.source, self.recipe, self.seed, self.donors = source, recipe, seed, donors
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         # A row a worker, since workers cannot add to one number at once.
         self._skipped = torch.zeros(_MAX_WORKERS, len(REASONS), dtype=torch.int64).share_memory_()
@@ -74,7 +78,7 @@ class ExampleDataset(Dataset):
             number = i if attempt == 0 else hash64(_REPLACEMENT, *key, attempt) % len(self)
             generator = make_generator(_EXAMPLE, *key, attempt)
             try:
-                return make_example(self._record(number), self.recipe, generator, seed)
+                return make_example(self._record(number), self.recipe, generator, seed, self.donors)
             except UnusablePicture as problem:
                 self._skip(number, problem)
                 first = first or problem

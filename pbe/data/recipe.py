@@ -1,8 +1,8 @@
 """From a record to an example: the recipe of Paint by Example (arXiv 2211.13227, section 3; the released code).
 
 What is drawn at random is drawn first, from the photo's size alone (`draw_plan`); then the pixels are read
-(`read_pixels`), the object is recoloured if that is wanted, the exemplar is augmented and all is put into the networks'
-ranges (`finish`).
+(`read_pixels`), another photo's object is put in or the object is recoloured if that is wanted, the exemplar is
+augmented and all is put into the networks' ranges (`finish`).
 
 Numbers in pixels are those of the paper, whose photos have a long side of about 1024 and whose exemplars are 224
 wide. Others are treated alike: a number in photo pixels is multiplied by (the photo's long side) / 1024, one in
@@ -11,11 +11,9 @@ exemplar pixels by (the exemplar's side) / 224.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +22,21 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
 from pbe.data.augment import Recoloring, augment, draw_recoloring
-from pbe.data.crop import Photo, UnusablePicture, coverage_window, paper_window, place, usable
+from pbe.data.crop import (
+    Photo,
+    UnusablePicture,
+    coverage_window,
+    in_window,
+    paper_window,
+    place,
+    to_pixels,
+    usable,
+)
 from pbe.data.example import Example, draw_integers, happens
 from pbe.data.masks import bezier_outline, box_outline, grow_box
-from pbe.data.records import MaskSource, Record, in_area
+from pbe.data.recipe_config import RecipeConfig
+from pbe.data.records import MaskSource, Record, Source, in_area
+from pbe.data.transplant import Donor, draw_donor, paste, placed, read_donor
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.pictures import fill_polygon, read_exemplar
 from pbe.windows import Box, extract_repaint
@@ -35,130 +44,17 @@ from pbe.windows import Box, extract_repaint
 PHOTO_SIDE, EXEMPLAR_SIDE = 1024, 224  # of the photos and exemplars that numbers in pixels are given for
 
 
-@dataclass
-class RecipeConfig:
-    """How examples are made; the defaults are the paper's.
-
-    resolution, exemplar_size: sides in pixels of what the UNet and the exemplar's encoder see.
-    antialias: resample with antialiasing, as editing does; the original did not.
-    draft: decode a JPEG at 1/2, 1/4 or 1/8 where that still has all the pixels wanted.
-
-    min_area, max_area: shares of the photo; smaller and larger boxes are not used.
-    shrink: of the smallest margin between window and grown box, the most that the window shrinks by.
-    coverage: [least, most] share of the window that the grown box takes, drawn anew each time, so that context is left
-        around it; None: the paper's windows, which follow the photo's short side.
-    fit: what becomes of a photo where no square holds the box (or leaves the context that `coverage` asks for), and
-        all of it is taken: "squash" distorts it, "letterbox" keeps its shape between two gray bars.
-
-    grow: of the free space on a side of the box, the most that the box to repaint grows by.
-    arbitrary_mask: probability of a Bezier shape in place of the grown box; jitter: of its points, in photo pixels.
-    object_mask: probability of the object's own mask in place of both, where there is one; None: 1 for masks of a
-        manifest, which say what to repaint, 0 for COCO's, which say where objects are. object_mask_margin: what it is
-        grown by, in photo pixels.
-
-    augment: False switches off what the paper's ablation calls augmentation: every change of the exemplar, and the
-        Bezier shapes.
-    reference_margin: what the box grows by on each side, in photo pixels, before the exemplar is cut out.
-    flip, rotation, blur, warp: probabilities of each change of the exemplar; rotation_degrees to either side;
-        blur_kernels [smallest, largest] and warp_shift (of each corner, in x and y) in exemplar pixels.
-    recolor: probability that an object gets other colours, in its photo and as the exemplar alike, so that nothing but
-        the exemplar tells them; not the paper's. Not without `augment`, nor for records with a reference or target of
-        their own.
-    """
-
-    resolution: int = 512
-    exemplar_size: int = 224
-    antialias: bool = False
-    draft: bool = True
-
-    min_area: float = 0.02
-    max_area: float = 0.8
-    shrink: float = 0.6
-    coverage: list[float] | None = None
-    fit: Literal["squash", "letterbox"] = "squash"
-
-    grow: float = 0.4
-    arbitrary_mask: float = 0.5
-    jitter: float = 5.0
-    object_mask: float | None = None
-    object_mask_margin: float = 0.0
-
-    augment: bool = True
-    reference_margin: float = 10.0
-    flip: float = 0.5
-    rotation: float = 0.5
-    rotation_degrees: float = 20.0
-    blur: float = 0.3
-    blur_kernels: list[int] = field(default_factory=lambda: [3, 7])
-    warp: float = 0.3
-    warp_shift: float = 50.0
-    recolor: float = 0.0
-
-    def __post_init__(self) -> None:
-        shares = ["min_area", "max_area", "shrink", "grow", "arbitrary_mask"]
-        shares += ["flip", "rotation", "blur", "warp", "recolor"]
-        for name in shares if self.object_mask is None else [*shares, "object_mask"]:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"recipe.{name} must be between 0 and 1, got {getattr(self, name)}")
-        for name in ("jitter", "object_mask_margin", "reference_margin", "rotation_degrees", "warp_shift"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"recipe.{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("resolution", "exemplar_size"):
-            if getattr(self, name) < 8:
-                raise ValueError(f"recipe.{name} must be at least 8 pixels, got {getattr(self, name)}")
-        if not self.min_area < self.max_area:
-            raise ValueError(f"recipe.min_area {self.min_area} must be below max_area {self.max_area}")
-        if self.coverage is not None and not (
-            len(self.coverage) == 2 and 0 < self.coverage[0] <= self.coverage[1] <= 1
-        ):
-            raise ValueError(f"recipe.coverage must be [least, most] with 0 < least <= most <= 1, got {self.coverage}")
-        if self.fit not in ("squash", "letterbox"):
-            raise ValueError(f"recipe.fit must be 'squash' or 'letterbox', got {self.fit!r}")
-        kernels = self.blur_kernels
-        if not (len(kernels) == 2 and 1 <= kernels[0] <= kernels[1] and all(kernel % 2 for kernel in kernels)):
-            raise ValueError(f"recipe.blur_kernels must be [smallest, largest], odd numbers, got {kernels}")
-
-
-def changed(recipe: RecipeConfig, changes: Mapping[str, Any], key: str) -> RecipeConfig:
-    """A recipe with other values for some of its fields.
-
-    ValueError for a name that is no field, a value of another type or out of bounds, named as in the config's `key`.
-    """
-    types = get_type_hints(RecipeConfig)
-    for name, value in changes.items():
-        if name not in types:
-            close = difflib.get_close_matches(name, types, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(types)}"
-            raise ValueError(f"{key}.{name}: a recipe has no {name!r}{hint}")
-        if not has_type(value, types[name]):
-            raise ValueError(f"{key}.{name} must be {RecipeConfig.__annotations__[name]}, got {value!r}")
-    try:
-        return replace(recipe, **changes)
-    except ValueError as error:
-        raise ValueError(str(error).replace("recipe", key, 1)) from None
-
-
-def has_type(value: Any, expected: Any) -> bool:
-    """Whether a value is of a field's type: a class, a list, a Literal or a union of these; an int is also a float."""
-    if get_origin(expected) is Literal:
-        return value in get_args(expected)
-    if get_origin(expected) is list:
-        return isinstance(value, list) and all(has_type(item, *get_args(expected)) for item in value)
-    if get_args(expected):
-        return any(has_type(value, choice) for choice in get_args(expected))
-    return type(value) is expected or (expected is float and type(value) is int)
-
-
 class Plan(NamedTuple):
     """Where everything is, in pixels of the upright photo."""
 
     box: Box  # the object
     grown: Box  # what a box mask repaints; the window holds it
-    reference: Box  # what the exemplar is cut from
+    reference: Box  # what the exemplar is cut from; in pixels of the donor's photo if there is one
     window: Box  # what becomes the example
     place: Box  # where the window goes in the example, in the example's pixels
     outline: np.ndarray | None  # (N, 2) polygon to repaint; None: the object's own mask
     object: int  # which of the record's boxes
+    donor: Donor | None = None  # whose object is in the box
 
 
 class Pixels(NamedTuple):
@@ -179,15 +75,22 @@ class Stages(NamedTuple):
     example: Example
 
 
-def make_example(record: Record, config: RecipeConfig, generator: torch.Generator, seed: int = 0) -> Stages:
+def make_example(
+    record: Record, config: RecipeConfig, generator: torch.Generator, seed: int = 0, donors: Source | None = None
+) -> Stages:
     """An example of one of the record's objects, drawn at random; `seed` is handed on to the training step.
 
-    UnusablePicture if a picture of it is missing or unreadable, or no box has an area within the config's bounds.
+    donors: whose objects are transplanted, if the config wants that. UnusablePicture if a picture is missing or
+    unreadable, or no box has an area within the config's bounds. ValueError if an object to transplant has no mask.
     """
     if record.fixed:
         config = as_it_is(config)
+    donor = None
+    # Not drawn for at all where it is off, so that the paper's examples stay the same; so in `finish`.
+    if config.augment and config.transplant and shows_itself(record) and happens(config.transplant, generator):
+        donor = draw_donor(donors, generator)
     with Photo(record.image) as photo:
-        plan = draw_plan(record, photo.size, config, generator)
+        plan = draw_plan(record, photo.size, config, generator, donor)
         pixels = read_pixels(record, plan, photo, config)
     return Stages(record, plan, pixels, finish(record, plan, pixels, config, generator, seed))
 
@@ -197,15 +100,28 @@ def as_it_is(config: RecipeConfig) -> RecipeConfig:
     return replace(config, augment=False, min_area=0.0, max_area=1.0, grow=0.0, object_mask=1.0, object_mask_margin=0.0)
 
 
-def draw_plan(record: Record, size: tuple[int, int], config: RecipeConfig, generator: torch.Generator) -> Plan:
-    """Draws the object, its mask and its window for a photo of `size` (height, width)."""
+def shows_itself(record: Record) -> bool:
+    """Whether the record's photo is both what the edit should give and what the exemplar is cut from."""
+    return record.reference is None and record.target is None
+
+
+def draw_plan(
+    record: Record,
+    size: tuple[int, int],
+    config: RecipeConfig,
+    generator: torch.Generator,
+    donor: Donor | None = None,
+) -> Plan:
+    """Draws the object, or the place of the donor's, its mask and its window for a photo of `size` (height, width)."""
     number = choose_box(record, config, generator)
     box = to_pixels(record.boxes[number], size)
+    if donor is not None:
+        box = placed(donor, box, size)
     grown = grow_box(box, size, config.grow, generator)
     px = max(size) / PHOTO_SIDE
 
     object_mask = float(record.repaint_masks) if config.object_mask is None else config.object_mask
-    if record.masks is not None and happens(object_mask, generator):
+    if donor is None and record.masks is not None and happens(object_mask, generator):
         outline = None
     elif config.augment and happens(config.arbitrary_mask, generator):
         outline = bezier_outline(box, grown, config.jitter * px, generator)
@@ -220,8 +136,12 @@ def draw_plan(record: Record, size: tuple[int, int], config: RecipeConfig, gener
         window = coverage_window(grown, size, tuple(config.coverage), generator)
     if window is None:
         window = Box(0, 0, size[1], size[0])
-    reference = box.grown(round(config.reference_margin * px), size)
-    return Plan(box, grown, reference, window, place(window, config.resolution, config.fit), outline, number)
+    if donor is None:
+        reference = box.grown(round(config.reference_margin * px), size)
+    else:
+        margin = config.reference_margin * max(donor.size) / PHOTO_SIDE
+        reference = donor.box.grown(round(margin), donor.size)
+    return Plan(box, grown, reference, window, place(window, config.resolution, config.fit), outline, number, donor)
 
 
 def choose_box(record: Record, config: RecipeConfig, generator: torch.Generator) -> int:
@@ -235,20 +155,18 @@ def choose_box(record: Record, config: RecipeConfig, generator: torch.Generator)
     return int(fitting[choice])
 
 
-def to_pixels(box: np.ndarray, size: tuple[int, int]) -> Box:
-    """A box in fractions as whole pixels of a photo of `size` (height, width); at least one pixel."""
-    height, width = size
-    x0, y0, x1, y1 = (round(float(v) * n) for v, n in zip(box, (width, height, width, height), strict=True))
-    x0, y0 = min(x0, width - 1), min(y0, height - 1)
-    return Box(x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))
-
-
 def read_pixels(record: Record, plan: Plan, photo: Photo, config: RecipeConfig) -> Pixels:
     """Reads and resamples what the plan names; the letterbox is not yet around it."""
     size = (plan.place.height, plan.place.width)
     reference_size = (config.exemplar_size,) * 2
     options = {"antialias": config.antialias, "draft": config.draft}
-    if record.reference is None:
+    if plan.donor is not None:
+        (source,) = photo.read([plan.window], [size], **options)
+        where = in_window(plan.box, plan.window, size)
+        sizes = ((where.height, where.width), reference_size)
+        cut_out, reference = read_donor(plan.donor, plan.reference, sizes, **options)
+        source = paste(cut_out, source, where)
+    elif record.reference is None:
         source, reference = photo.read([plan.window, plan.reference], [size, reference_size], **options)
     else:
         (source,) = photo.read([plan.window], [size], **options)
@@ -305,8 +223,7 @@ def finish(
     """Recolours the object, augments the exemplar, puts the letterbox around, brings all to the networks' ranges."""
     around = plan.place
     sides = (around.x0, config.resolution - around.x1, around.y0, config.resolution - around.y1)
-    its_own = record.reference is None and record.target is None
-    # Not drawn for at all where it is off, so that the paper's examples stay the same.
+    its_own = shows_itself(record) and plan.donor is None
     if config.augment and config.recolor and its_own and happens(config.recolor, generator):
         pixels = recolored(pixels, plan, draw_recoloring(generator))
     image = source = letterbox(to_unit_range(pixels.image), sides, 0.0)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pbe.data.recipe import RecipeConfig, augment_exemplar
+from pbe.data.recipe import augment_exemplar
+from pbe.data.recipe_config import RecipeConfig
 from pbe.evaluation.demo import statistics
 from pbe.evaluation.demo.cases import Cases, condition_of, region_crops
 from pbe.evaluation.demo.embeddings import Embedding

@@ -17,7 +17,7 @@ from pbe.checkpoints.loading import load_model
 from pbe.checkpoints.reading import find_checkpoint
 from pbe.config import load_config
 from pbe.data.dataset import ExampleDataset
-from pbe.data.recipe import RecipeConfig
+from pbe.data.recipe_config import RecipeConfig
 from pbe.data.sources import SourceConfig, open_source
 from pbe.evaluation.demo import figures, report
 from pbe.evaluation.demo.cases import Cases, composite, foreign, paint, paste, read_cases, reconstruct, region_crops

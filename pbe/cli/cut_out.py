@@ -1,0 +1,103 @@
+"""`pbe cut-out`: masks for the objects of a manifest, from their boxes, so that training can transplant them."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pbe.data.records import Record
+
+COLUMNS = ("image", "mask", "label", "x0", "y0", "x1", "y1")
+SIDE = 512  # long side at which masks are drawn; GrabCut takes seconds for a whole photo
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        epilog="OUT gets masks/ and the manifest objects.csv, for data.donors. Objects that were not found whole are "
+        "left out: their masks fill too little of their boxes, or all, or do not reach their sides. Rows that have "
+        "a mask keep it. Needs OpenCV: pip install -e .[masks]",
+    )
+    p.add_argument("manifests", type=Path, nargs="+", help="CSV or JSONL with boxes, as training reads them")
+    p.add_argument("--out", type=Path, required=True, help="the folder to write")
+    p.add_argument("--force", action="store_true", help="replace an existing folder")
+    return p
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Writes the masks and their manifest; returns the exit code."""
+    args = parser(prog).parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from pbe.data.manifest import Manifest
+    from pbe.files import replacing
+
+    sources = [Manifest(path) for path in args.manifests]
+    total, rows = 0, []
+    with replacing(args.out, args.force) as folder:
+        (folder / "masks").mkdir(parents=True)
+        with tqdm(total=sum(map(len, sources)), unit=" photos") as bar:
+            for source in sources:
+                for i in range(len(source)):
+                    record = source[i]
+                    total += len(record.boxes)
+                    rows += rows_of(record, folder, args.out, first=len(rows))
+                    bar.update()
+        if not rows:
+            raise ValueError(f"none of {total} objects was found whole")
+        with (folder / "objects.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    print(f"{args.out / 'objects.csv'}: {len(rows)} of {total} objects")
+    return 0
+
+
+def rows_of(record: Record, folder: Path, out: Path, first: int) -> list[dict[str, str | float]]:
+    """The manifest's rows for those of a record's objects that have a mask, or now get one in `folder`/masks.
+
+    Their paths are relative to `out`, which `folder` becomes; `first` is the number of the first of them.
+    """
+    from PIL import Image
+
+    from pbe.data.crop import Photo, to_pixels
+    from pbe.data.cutting import cut_out, is_whole
+    from pbe.data.records import MaskFile
+    from pbe.saving import save_picture
+    from pbe.windows import Box
+
+    with Photo(record.image) as photo:
+        height, width = photo.size
+        scale = min(1, SIDE / max(height, width))
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        (pixels,) = photo.read([Box(0, 0, width, height)], [size], antialias=True)
+    rows = []
+    for k, corners in enumerate(record.boxes):
+        given = record.masks[k] if record.masks else None
+        if isinstance(given, MaskFile):
+            mask = os.path.relpath(given.path, out)
+        else:
+            box = to_pixels(corners, size)
+            drawn = given.draw(size) if given else cut_out(pixels.permute(1, 2, 0).contiguous().numpy(), box)
+            if not (given or is_whole(drawn, box)):
+                continue
+            mask = f"masks/{first + len(rows):06}_{record.image.stem}.png"
+            save_picture(Image.fromarray(drawn).convert("L"), folder / mask)
+        label = record.labels[k] if record.labels else ""
+        edges = {name: round(float(v), 6) for name, v in zip(COLUMNS[3:], corners, strict=True)}
+        rows.append({"image": os.path.relpath(record.image, out), "mask": mask, "label": label} | edges)
+    return rows
