@@ -11,12 +11,15 @@ from pbe.sampling import randn
 
 
 class Draws(NamedTuple):
-    """The random numbers of one step. Each sample's follow from its own seed: not from its batch or its process."""
+    """The random numbers of one step. Each sample's follow from its own seed: not from its batch or its process.
 
-    t: Tensor  # (B,) long, 0 <= t < T
-    noise: Tensor  # (B, 4, h, w)
+    With K draws a sample, the first of all samples come first, then the second of all, and so on.
+    """
+
+    t: Tensor  # (K B,) long, 0 <= t < T
+    noise: Tensor  # (K B, 4, h, w)
     posterior_noise: Tensor  # (B, 2, 4, h, w), for the latents of the image and of the masked image
-    drop: Tensor  # (B,) uniform in [0, 1): below the probability, the exemplar is dropped
+    drop: Tensor  # (K B,) uniform in [0, 1): below the probability, the exemplar is dropped
 
 
 class Batch(NamedTuple):
@@ -26,12 +29,24 @@ class Batch(NamedTuple):
     draws: Draws
 
 
-def make_draws(seeds: Sequence[int], latent_shape: Sequence[int], num_timesteps: int) -> Draws:
-    """The draws of the samples with these seeds, on the CPU; `latent_shape` is (4, h, w)."""
+def make_draws(seeds: Sequence[int], latent_shape: Sequence[int], num_timesteps: int, count: int = 1) -> Draws:
+    """`count` draws for each of the samples with these seeds, on the CPU; `latent_shape` is (4, h, w).
+
+    A sample's first draw is the same whatever `count` is; the timesteps of the others are T / count apart from it and
+    from each other, modulo T, so that together they cover all T evenly (Kingma et al. 2021, arXiv 2107.00630, I.1).
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drop = [torch.cat([torch.rand(1, generator=g) for g in generators])]
+    t = torch.cat([torch.randint(num_timesteps, (1,), generator=g) for g in generators])
+    noise = [randn(latent_shape, generators)]
+    posterior_noise = randn((2, *latent_shape), generators)
+    for _ in range(count - 1):
+        drop.append(torch.cat([torch.rand(1, generator=g) for g in generators]))
+        noise.append(randn(latent_shape, generators))
+    shifts = [k * num_timesteps // count for k in range(count)]
     return Draws(
-        drop=torch.cat([torch.rand(1, generator=g) for g in generators]),
-        t=torch.cat([torch.randint(num_timesteps, (1,), generator=g) for g in generators]),
-        noise=randn(latent_shape, generators),
-        posterior_noise=randn((2, *latent_shape), generators),
+        drop=torch.cat(drop),
+        t=torch.cat([(t + shift) % num_timesteps for shift in shifts]),
+        noise=torch.cat(noise),
+        posterior_noise=posterior_noise,
     )

@@ -42,6 +42,8 @@ class TrainingConfig:
     train: the parts that learn.
     lora: adapters on the UNet's attention learn, and nothing else: `train` is then empty. Checkpoints hold the adapters
         alone, for `pbe.lora.load_lora` and `tools/checkpoint.py merge-lora`.
+    draws: how many timesteps, each with its noise, the UNet sees of each picture of a batch, which is encoded once:
+        more of its samples in a given time, and more memory, where the encoders are a large part of a step.
     drop_exemplar: the probability with which the learned null context stands in for the exemplar's, so that guidance
         has an unconditional prediction; drawn for each sample, or as in the original for a whole batch.
     ema_decay: of the parameters' moving average; None: no average.
@@ -61,6 +63,7 @@ class TrainingConfig:
 
     train: list[Part] = field(default_factory=lambda: ["unet", "mapper", "final_ln", "proj_out", "null_context"])
     lora: LoRAConfig | None = None
+    draws: int = 1
     drop_exemplar: float = 0.2
     drop_exemplar_by: Literal["sample", "batch"] = "sample"
     ema_decay: float | None = None
@@ -79,6 +82,8 @@ class TrainingConfig:
             raise ValueError(f"training.ema_decay must be between 0 and 1, or null for none, got {self.ema_decay}")
         if not self.train and not self.lora:
             raise ValueError(f"training.train is empty; it lists parts to train, of {', '.join(PARTS)}")
+        if self.draws < 1:
+            raise ValueError(f"training.draws must be at least 1, got {self.draws}")
         if not 0 <= self.drop_exemplar <= 1:
             raise ValueError(f"training.drop_exemplar is a probability, got {self.drop_exemplar}")
         if self.loss not in ("noise", "velocity"):
@@ -200,7 +205,8 @@ class PaintByExampleTraining(lightning.LightningModule):
         H, W = batch.image.shape[-2:]
         vae = self.model.config.vae
         latent_shape = (vae.latent_channels, -(-H // vae.downsampling), -(-W // vae.downsampling))
-        return Batch(batch, make_draws(batch.seed.tolist(), latent_shape, self.schedule.num_timesteps))
+        count = self.config.draws if self.training else 1
+        return Batch(batch, make_draws(batch.seed.tolist(), latent_shape, self.schedule.num_timesteps, count))
 
     @torch.no_grad()
     def encode(self, example: Example, posterior_noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,11 +236,14 @@ class PaintByExampleTraining(lightning.LightningModule):
         return (eps.float() - noise).square().flatten(1).mean(dim=1)
 
     def batch_losses(self, batch: Batch) -> Tensor:
-        """Each sample's mean squared error (B,) of the predicted noise, from pictures on."""
+        """Each draw's mean squared error (K B,) of the predicted noise, from pictures on."""
         example, draws = batch
         z_0, z_masked = self.encode(example, draws.posterior_noise)
         mask = latent_mask(example.mask, self.model.config.vae.downsampling)
-        context = self.drop_exemplars(self.model.encode_exemplar(example.exemplar), draws.drop)
+        context = self.model.encode_exemplar(example.exemplar)
+        K = len(draws.t) // len(z_0)
+        z_0, z_masked, mask = (x.repeat(K, 1, 1, 1) for x in (z_0, z_masked, mask))
+        context = self.drop_exemplars(context.repeat(K, 1, 1), draws.drop)
         return self.losses(z_0, z_masked, mask, context, draws.t, draws.noise)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -243,7 +252,9 @@ class PaintByExampleTraining(lightning.LightningModule):
         loss = (losses * self.weights(draws.t)).mean()
         check_finite(loss, self.global_step + 1, example.file)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return {"loss": loss, "metrics": {"loss": losses.detach(), **self.by_band(losses.detach(), draws.t)}}
+        losses = losses.detach()
+        by_picture = losses.view(-1, len(example.image)).mean(dim=0)
+        return {"loss": loss, "metrics": {"loss": by_picture, **self.by_band(losses, draws.t)}}
 
     def weights(self, t: Tensor) -> Tensor:
         """What the squared error of the noise at each timestep (B,) is multiplied by."""

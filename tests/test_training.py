@@ -116,6 +116,47 @@ def test_draws_are_distributed_as_they_should():
     assert (torch.corrcoef(columns) - torch.eye(5)).abs().max() < 0.08
 
 
+def test_several_draws_of_a_sample_cover_the_timesteps_evenly():
+    one, four = make_draws(range(50), (4, 8, 8), 1000), make_draws(range(50), (4, 8, 8), 1000, count=4)
+    assert torch.equal(four.posterior_noise, one.posterior_noise)
+    assert all(torch.equal(x[:50], y) for x, y in zip((four.t, four.noise, four.drop), one[:2] + one[3:], strict=True))
+    assert four.t.view(4, 50).sort(dim=0)[0].diff(dim=0).eq(250).all()
+    assert len(four.drop.unique()) == 200
+    assert len(four.noise[:, 0, 0, 0].unique()) == 200
+    three = make_draws(range(4000), (4, 1, 1), 1000, count=3).t.view(3, 4000)
+    for t in three:  # each is uniform on its own
+        assert t.double().mean().item() == pytest.approx(499.5, abs=23)
+        assert (t.min() < 10) & (t.max() > 990)
+
+
+@pytest.mark.parametrize("by", ["sample", "batch"])
+def test_several_draws_are_as_many_batches_of_the_same_samples(by):
+    module = training(draws=3, drop_exemplar=0.5, drop_exemplar_by=by)
+    batch = module.on_before_batch_transfer(example(), 0)
+    losses = module.batch_losses(batch)
+    with torch.no_grad():
+        z_0, z_masked = module.encode(batch.example, batch.draws.posterior_noise)
+        mask = latent_mask(batch.example.mask, module.model.config.vae.downsampling)
+        context = module.model.encode_exemplar(batch.example.exemplar)
+        for k in range(3):
+            its = slice(3 * k, 3 * k + 3)
+            dropped = batch.draws.drop[its] < 0.5 if by == "sample" else batch.draws.drop[:1].expand(3) < 0.5
+            null = module.model.null_context.expand_as(context)
+            alone = module.losses(
+                z_0,
+                z_masked,
+                mask,
+                torch.where(dropped[:, None, None], null, context),
+                batch.draws.t[its],
+                batch.draws.noise[its],
+            )
+            torch.testing.assert_close(losses[its], alone, rtol=1e-4, atol=1e-6)
+    metrics = module.training_step(batch, 0)["metrics"]
+    assert torch.allclose(metrics["loss"], losses.detach().view(3, 3).mean(dim=0))  # a value a picture
+    module.eval()  # validation measures one draw, as ever
+    assert len(module.on_before_batch_transfer(example(), 0).draws.t) == 3
+
+
 def test_latents_are_samples_of_both_pictures():
     module, batch = training(), example()
     draws = module.on_before_batch_transfer(batch, 0).draws
@@ -471,6 +512,18 @@ def test_metrics_are_means_over_samples(toy):
     assert toy_run.metrics(third, "train/loss") == {3: pytest.approx(sum(losses.values()) / 3, rel=1e-6)}
 
 
+def test_a_run_with_several_draws(toy):
+    """It logs the mean over draws and samples, and counts pictures as they are."""
+    one, three = toy.parent / "one_draw", toy.parent / "three_draws"
+    settings = ("trainer.max_steps=1", "optimizer.warmup_steps=0", "trainer.val_check_interval=1", "data.batch_size=4")
+    toy_run.run(toy, f"run={one}", *settings)
+    toy_run.run(toy, f"run={three}", *settings, "training.draws=3")
+    a, b = (toy_run.metrics(run, "train/loss")[1] for run in (one, three))
+    assert math.isfinite(b)
+    assert a != b
+    assert toy_run.metrics(three, "val/loss").keys() == toy_run.metrics(one, "val/loss").keys()
+
+
 def test_accumulation_is_a_larger_batch(toy):
     """The first loss logged of 2 x 2 samples is that of 4: the same samples in the same order."""
     one, two = toy.parent / "batch4", toy.parent / "batch2x2"
@@ -650,6 +703,7 @@ def test_weights_are_trained_in_float32(toy, precision, capsys):
     [
         (["trainer.max_steps=abc"], "lightning.Trainer does not take trainer="),
         (["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches must be an integer of at least 1"),
+        (["training.draws=0"], "training.draws must be at least 1, got 0"),
         (["data.batch_size=99"], "data.batch_size=99 is more than the 10 records of"),
         (["data.val_size=64"], "64 pictures (data.val_size) cannot be held out of the 12"),
         (["training={lora: {targets: ['(']}, train: [], ema_decay: null}"], "lora.targets: '(' is no regular"),
