@@ -260,7 +260,7 @@ class PaintByExampleTraining(lightning.LightningModule):
         """What the squared error of the noise at each timestep (B,) is multiplied by."""
         if self.config.loss == "noise":
             return torch.ones_like(t, dtype=torch.float32)
-        return (1 / self.schedule.alpha_bar).float().to(t.device)[t]
+        return (1 / self.schedule.alpha_bar).float().to(t.device, non_blocking=True)[t]
 
     def by_band(self, losses: Tensor, t: Tensor) -> dict[str, Tensor]:
         """The losses (B,) by bands of timesteps, NaN where a sample is in another band."""
@@ -329,8 +329,8 @@ class PaintByExampleTraining(lightning.LightningModule):
 
     def compared(self, split: str) -> dict[str, float]:
         """What `compare_exemplars` found, over all processes."""
-        losses = torch.cat(self.val_losses).double().cpu()
-        pairs = torch.cat([*self.val_pairs, self.val_losses[0].new_empty(0, 2)]).double().cpu()
+        losses = torch.cat(self.val_losses).cpu().double()  # in this order: MPS has no float64
+        pairs = torch.cat([*self.val_pairs, self.val_losses[0].new_empty(0, 2)]).cpu().double()
         gain = pairs[:, 1] - pairs[:, 0]
         counts = torch.tensor([len(losses), len(pairs)]).double()
         sums = torch.cat([losses.sum(dim=0), pairs.sum(dim=0), gain.square().sum()[None], counts])

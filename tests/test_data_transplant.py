@@ -203,7 +203,7 @@ def test_from_a_config(host, donors, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"transplant must be between 0 and 1, got 2"):
         load_config([*settings, "data.recipe.transplant=2"])
     settings.append(f"data.donors.path={tmp_path / 'donors.csv'}")
-    assert show_data.main([*settings, "--out", str(tmp_path / "shown")]) == 0
+    assert show_data.main(["--out", str(tmp_path / "shown"), *settings, "-n", "2", "data.recipe.grow=0"]) == 0
     with Image.open(tmp_path / "shown" / "00_target.png") as target:
         assert target.getpixel((target.width // 2, target.height // 2)) == (255, 0, 0)
     assert show_data.main([*settings, "data.donors.path=nowhere.csv", "--out", str(tmp_path / "shown")]) == 2

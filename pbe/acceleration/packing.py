@@ -96,7 +96,8 @@ def to_channels_last(module: nn.Module, dtype: torch.dtype) -> None:
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
             weight = child.weight.detach()
-            child.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+            # not `contiguous`, which leaves 1x1 kernels the strides by which CUDA takes them for channels-first
+            child.weight = nn.Parameter(weight.to(memory_format=torch.channels_last), requires_grad=False)
             release_mapped(weight)
 
 

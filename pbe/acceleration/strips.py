@@ -177,7 +177,8 @@ def affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     moments = []
     for rows in strips(x):
         part = x[:, :, rows].to(wide)
-        part = part.contiguous(memory_format=memory_format(part))
+        # only a CPU's kernel takes channels-last, and a GPU's refuses it
+        part = part.contiguous(memory_format=memory_format(part) if part.is_cpu else torch.contiguous_format)
         B, C, H, W = part.shape
         # by many times the quickest way to moments (B, groups) in both memory formats
         _, mean, rstd = torch.native_group_norm(part, None, None, B, C, H * W, norm.num_groups, 0.0)

@@ -35,7 +35,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Writes the pictures; returns the exit code."""
-    args = parser(prog).parse_args(argv)
+    args = parser(prog).parse_intermixed_args(argv)  # settings may follow --out
     from pbe.config import load_config
     from pbe.data.datamodule import ExampleDataModule
 

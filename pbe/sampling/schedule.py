@@ -120,9 +120,9 @@ class NoiseSchedule:
             raise ValueError(f"noise must be shaped as z_0 {tuple(z_0.shape)}, got {tuple(noise.shape)}")
         if t.shape != z_0.shape[:1]:
             raise ValueError(f"t must have shape ({z_0.shape[0]},), one timestep a sample, got {tuple(t.shape)}")
-        # the table moves to t, not t to the table: reading t would make the CPU wait for the device
+        # the table moves to t, not t to the table, and is not waited for: a CPU that waits starts the network's work late
         alpha, sigma = (
-            coefficients.float().to(z_0.device)[t].to(z_0.dtype).view(-1, *[1] * (z_0.ndim - 1))
+            coefficients.float().to(z_0.device, non_blocking=True)[t].to(z_0.dtype).view(-1, *[1] * (z_0.ndim - 1))
             for coefficients in (self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
         )  # (B, 1, ...)
         return alpha * z_0 + sigma * noise
