@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 
@@ -58,8 +57,12 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, fused: bo
 def make_optimizer(module: lightning.LightningModule, config: OptimizerConfig) -> dict[str, Any]:
     """What `configure_optimizers` returns: AdamW over the parameters that train, and its learning rate's schedule."""
     trainer = module.trainer
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     # The fused step removes fp16's loss scale itself, too late for Lightning to clip the gradients before.
-    clips_scaled = isinstance(trainer.precision_plugin, MixedPrecision) and bool(trainer.gradient_clip_val)
+    clips_scaled = scaled and bool(trainer.gradient_clip_val)
     optimizer = adamw(module.parameters(), config, fused=module.device.type == "cuda" and not clips_scaled)
+    if not scaled:
+        # Where nothing is scaled Lightning would refuse too: it looks at this mark of a fused optimizer alone.
+        optimizer._step_supports_amp_scaling = False
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -260,7 +260,7 @@ class PaintByExampleTraining(lightning.LightningModule):
         """What the squared error of the noise at each timestep (B,) is multiplied by."""
         if self.config.loss == "noise":
             return torch.ones_like(t, dtype=torch.float32)
-        return (1 / self.schedule.alpha_bar).float().to(t.device, non_blocking=True)[t]
+        return (1 / self.schedule.alpha_bar).float().to(t.device, non_blocking=t.is_cuda)[t]
 
     def by_band(self, losses: Tensor, t: Tensor) -> dict[str, Tensor]:
         """The losses (B,) by bands of timesteps, NaN where a sample is in another band."""

@@ -408,6 +408,13 @@ def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monk
     assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None), QUICK_SAMPLING]
 
 
+def test_cuda_graphs_are_not_for_the_page_s_threads(monkeypatch, capsys):
+    """torch keeps them for each thread, and stops with an assertion in one that did not record them."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert main(["--compile", "whole"]) == 2
+    assert "one thread alone can replay: use --compile regions" in capsys.readouterr().err
+
+
 def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
     assert main(["--ckpt", str(tmp_path / "none.ckpt")]) == 2
     assert capsys.readouterr().err.startswith("error: ")

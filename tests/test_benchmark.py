@@ -395,6 +395,8 @@ def test_all_gives_commands_that_the_sections_take(device, quick, monkeypatch, t
     assert {name.partition("-")[0] for name in parsed} == set(parsers)
     if device == "cuda":
         assert parsed["train-fits"].limit_gib == [24, 48]  # 80 GiB are more than there is
+        gpu.total_memory = 16 * 2**30
+        assert "train-fits" not in everything.sections(device, (tmp_path / "a.ckpt", tmp_path / "a"), quick)
         assert parsed["edit-float16"].batch is None  # which is 1, 4 and 16
 
 
@@ -417,13 +419,14 @@ def test_all_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(everything, "seeded_weights", lambda size, folder: (folder, folder))
     monkeypatch.setattr(everything, "import_module", lambda name: Section)
     monkeypatch.setattr(table, "import_module", lambda name: Section)
-    monkeypatch.setattr(everything, "sections", lambda *_: {"scaling": ["first"], "edit": ["fails"]})
+    monkeypatch.setattr(everything, "sections", lambda *_: {"edit": ["fails"], "scaling": ["first"]})
     assert everything.main(["--out", str(tmp_path)]) == 3
     assert not (tmp_path / "edit.json").exists()
-    monkeypatch.setattr(everything, "sections", lambda *_: {"scaling": ["first"], "edit": ["second"]})
+    assert "edit failed" in capsys.readouterr().err
+    monkeypatch.setattr(everything, "sections", lambda *_: {"edit": ["second"], "scaling": ["first"]})
     monkeypatch.setattr(everything, "find_spec", lambda name: name != "matplotlib" or None)
     assert everything.main(["--out", str(tmp_path)]) == 0
-    assert ran == ["first", "fails", "second"]
+    assert ran == ["fails", "first", "second"]
     assert (tmp_path / "tables.md").read_text().count("the numbers") == 2
     assert "no curves" in capsys.readouterr().err
 

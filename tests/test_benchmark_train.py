@@ -92,6 +92,41 @@ def test_measured_in_turns(task, monkeypatch, capsys, tmp_path):
     assert "error: the first loss of 'pbe' is" in capsys.readouterr().err
 
 
+def test_a_gpu_has_room_for_one_system_at_a_time_and_not_for_all(task, monkeypatch):
+    """What finds no room is a cell of the table, and the others are measured."""
+    there, most = [], []
+
+    class Worker:
+        """A process on a GPU that has no room for "pbe, plain"."""
+
+        def __init__(self, name: str, task: Task, folder: Path):
+            self.name = name
+            there.append(name)
+            most.append(len(there))
+
+        def ask(self, what: str) -> dict[str, float]:
+            if self.name == "pbe, plain":
+                raise RuntimeError("the process ended with 1: torch.OutOfMemoryError: CUDA out of memory.")
+            if what == "memory":
+                return {"peak GPU GiB": 20.0}
+            seconds = {"pbe": 2.0, "diffusers": 3.0}[self.name]
+            return {"seconds": seconds, "processor seconds": 1.0, "loss": 0.5}
+
+        def close(self) -> None:
+            there.remove(self.name)
+
+    monkeypatch.setattr(train, "TrainWorker", Worker)
+    on_gpu = replace(task, device="cuda")
+    run = measure(on_gpu, ["pbe, plain", "pbe", "diffusers"], pairs=2)
+    assert most == [1, 1, 1]
+    assert not there
+    text = tables({"runs": [run], "fits": [], "device": "a GPU"})
+    assert "| pictures a second | out of memory | 1 (1 to 1) | 0.667 (0.667 to 0.667) |" in text
+    assert "| seconds, times pbe |  | 1 | 1.5 (1.5 to 1.5) |" in text
+    run = measure(on_gpu, ["pbe, plain"], pairs=2)
+    assert "| pictures a second | out of memory |" in tables({"runs": [run], "fits": [], "device": "a GPU"})
+
+
 def test_process_answers_and_tells_why_it_failed(task, tmp_path):
     with closing(train.TrainWorker("pbe", task, tmp_path / "worker")) as worker:
         assert worker.started["load s"] > 0

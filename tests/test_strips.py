@@ -88,7 +88,8 @@ def test_many_strips_and_not_one(narrow):
 
 
 def test_small_pictures_go_through_whole_and_large_batches_in_parts(monkeypatch):
-    monkeypatch.setattr(strips, "WHOLE_PIXELS", 2 * 32 * 32)
+    monkeypatch.setattr(strips, "PART_PIXELS", 2 * 32 * 32)
+    monkeypatch.setattr(strips, "WHOLE_PIXELS", 3 * 32 * 32)
     vae = make_model(torch.float32).vae
     striped, seen = strips.StripVAE(vae), []
     vae.decoder.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
@@ -100,7 +101,10 @@ def test_small_pictures_go_through_whole_and_large_batches_in_parts(monkeypatch)
     assert torch.equal(striped.decode(z[:2]), vae.decode(z[:2]))
     assert seen == [(2, 4, 8, 8)] * 2
     seen.clear()
-    striped.decode(noise("z", 1, 4, 16, 9))
+    striped.decode(noise("z", 2, 4, 16, 12))
+    assert seen == [(1, 4, 16, 12)] * 2
+    seen.clear()
+    striped.decode(noise("z", 1, 4, 16, 13))
     assert not seen  # in strips
 
 

@@ -290,13 +290,22 @@ def test_optimizer_settings_that_cannot_be(settings):
 
 def test_fused_optimizer_on_cuda_unless_it_would_clip_scaled_gradients():
     half = MixedPrecision("16-mixed", "cuda", torch.amp.GradScaler("cpu"))
-    for precision, clip, fused in ((half, 1.0, False), (half, None, True), (Precision(), 1.0, True)):
+    bfloat16 = MixedPrecision("bf16-mixed", "cuda")
+    cases = ((half, 1.0, False), (half, None, True), (bfloat16, 1.0, True), (Precision(), 1.0, True))
+    for precision, clip, fused in cases:
         module = SimpleNamespace(
             trainer=SimpleNamespace(precision_plugin=precision, gradient_clip_val=clip),
             parameters=lambda: [torch.nn.Parameter(torch.zeros(2))],
             device=torch.device("cuda"),
         )
-        assert make_optimizer(module, OptimizerConfig())["optimizer"].defaults["fused"] is fused
+        optimizer = make_optimizer(module, OptimizerConfig())["optimizer"]
+        assert optimizer.defaults["fused"] is fused
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.full((2,), 3.0)
+        precision.clip_gradients(optimizer, clip or 0.0)  # which refuses what it takes for scaled
+        norm = optimizer.param_groups[0]["params"][0].grad.norm().item()
+        assert norm == pytest.approx(1.0 if clip else 18**0.5, rel=1e-5)  # clipping divides by the norm and 1e-6
 
 
 def test_learning_rate():

@@ -138,7 +138,7 @@ class PreparedUNet(nn.Module):
         t = torch.tensor(sorted(set(timesteps)), device=context.device)
         table = self.shifts(t, context.dtype)
         table = torch.cat([table, torch.full_like(table[:1], torch.nan)])
-        row = torch.full((int(t[-1]) + 1,), len(t), device=t.device)  # t → its row, the last one for others
+        row = torch.full((max(timesteps) + 1,), len(t), device=t.device)  # t → its row, the last one for others
         row[t] = torch.arange(len(t), device=t.device)
         return lambda unet_in, t: self.predict(unet_in, table[row[t]], folded)
 

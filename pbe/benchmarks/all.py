@@ -4,7 +4,8 @@
 
 On a GPU: editing in float16 with every system at batch 1, 4 and 16, and in bfloat16 and float32 at batch 1; where the
 time of a prediction goes; how time and memory grow; training, and what fits cards of 24, 48 and 80 GiB. Elsewhere the
-same with fewer steps. What is there already is kept: a run that was cut short goes on.
+same with fewer steps. A section that fails keeps none of the others back. What is there already is kept: a run that was
+cut short goes on.
 """
 
 import argparse
@@ -50,7 +51,9 @@ def sections(device: str, weights: tuple[Path, Path], quick: bool) -> dict[str, 
         runs["profile-16"] = [*task, *small, "--dtype", half, "--batch", "16"]
         room = torch.cuda.get_device_properties(device).total_memory / 2**30
         limits = [str(limit) for limit in LIMITS_GIB if limit < room]
-        runs["train-fits"] = ["--ckpt", ckpt, "--device", device, "--systems", *RECIPES, "--limit-gib", *limits]
+        fits = ["--ckpt", ckpt, "--device", device, *small, "--systems", *RECIPES]
+        if limits:
+            runs["train-fits"] = [*fits, "--limit-gib", *limits]
     return runs
 
 
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         p.error(f"--out {args.out} is no folder that can be made: {error.strerror}")
     weights = seeded_weights("small" if args.quick else "full", args.out)
-    files = []
+    files, failed = [], 0
     for name, command in sections(args.device, weights, args.quick).items():
         files.append(args.out / f"{name}.json")
         if files[-1].exists():
@@ -78,8 +81,12 @@ def main(argv: Sequence[str]) -> int:
             continue
         part = files[-1].with_suffix(".part")
         if code := import_module(f"pbe.benchmarks.{name.partition('-')[0]}").main([*command, "--out", str(part)]):
-            return code
-        part.rename(files[-1])
+            print(f"{name} failed", file=sys.stderr)
+            failed = failed or code
+        else:
+            part.rename(files[-1])
+    if failed:
+        return failed
     (args.out / "tables.md").write_text("\n".join(table.document(table.read(file)) for file in files), encoding="utf-8")
     print(f"{args.out / 'tables.md'}: all tables")
     if find_spec("matplotlib") is None:

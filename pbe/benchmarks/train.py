@@ -5,8 +5,9 @@
     python tools/benchmark.py train --quick
 
 A step is: encode image, masked image and exemplar, add noise, predict, go backwards, clip, AdamW, average. Every system
-is a process of its own; they take turns, so that a busy spell of the machine meets all of them, and ratios are taken
-pair by pair. With --limit-gib it finds the largest batch that fits so much of a GPU's memory instead.
+is a process of its own; on a CPU they take turns, so that a busy spell of the machine meets all of them, and ratios are
+taken pair by pair. A GPU has no room for all of them, and takes one after the other. With --limit-gib it finds the
+largest batch that fits so much of a GPU's memory instead.
 """
 
 import argparse
@@ -44,10 +45,29 @@ class TrainWorker(Worker):
 
 
 def measure(task: Task, systems: Sequence[str], pairs: int) -> dict:
-    """Seconds, losses and peaks of all systems after `pairs` rounds of `task.steps` steps in turns.
+    """Seconds, losses and peaks of all systems after `pairs` rounds of `task.steps` steps, or why there are none: an
+    `error`, where a GPU's memory does not suffice.
 
     Raises `RuntimeError` where the losses of the first step differ by more than TOLERANCE: it is not the same step.
     """
+    result: dict[str, dict] = {}
+    for group in [systems] if task.device == "cpu" else [[name] for name in systems]:
+        try:
+            result |= measure_in_turns(task, group, pairs)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            result |= {name: {"error": "out of memory"} for name in group}
+    losses = {name: one["loss"] for name, one in result.items() if "error" not in one}
+    first = next(iter(losses), None)
+    for name, loss in losses.items():
+        if not abs(loss / losses[first] - 1) <= TOLERANCE[task.dtype]:
+            raise RuntimeError(f"the first loss of {name!r} is {loss}, that of {first!r} {losses[first]}")
+    return {"task": asdict(task), "systems": result}
+
+
+def measure_in_turns(task: Task, systems: Sequence[str], pairs: int) -> dict[str, dict]:
+    """What `measure` finds of systems that are there all at once."""
     result = {name: {"seconds": [], "processor seconds": []} for name in systems}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workers = [
@@ -64,11 +84,7 @@ def measure(task: Task, systems: Sequence[str], pairs: int) -> dict:
                     result[worker.name]["loss"] = answer["loss"]
         for worker in workers:
             result[worker.name]["memory"] = worker.ask("memory")
-    expected = result[systems[0]]["loss"]
-    for name, one in result.items():
-        if not abs(one["loss"] / expected - 1) <= TOLERANCE[task.dtype]:
-            raise RuntimeError(f"the first loss of {name!r} is {one['loss']}, that of {systems[0]!r} {expected}")
-    return {"task": asdict(task), "systems": result}
+    return result
 
 
 def largest_batch(fits: Callable[[int], bool], highest: int = MAX_BATCH) -> int:
@@ -112,23 +128,28 @@ def tables(content: dict) -> str:
 
 
 def table(run: dict, device: str) -> str:
-    """Medians with their range, and how many times longer than the first system, the median of the pairs."""
+    """Medians with their range, and how many times longer than the first system that found room, the median of the
+    pairs."""
     systems, task = run["systems"], run["task"]
-    first, reference = next(iter(systems.items()))
+    measured = {name: one for name, one in systems.items() if "error" not in one}
     average, compiled = (
         f", {name}" if task[key] else "" for key, name in (("ema", "averages"), ("compile", "compiled"))
     )
     title = f"{task['dtype']}, batch {task['batch']}, {task['resolution']}²{average}{compiled}, {device}"
-    speeds = {name: [task["batch"] / seconds for seconds in one["seconds"]] for name, one in systems.items()}
-    rows = [["pictures a second", *map(spread, speeds.values())]]
-    for key in ("seconds", "processor seconds"):
-        times = {name: spread(ratios(one[key], reference[key])) for name, one in systems.items()}
-        rows.append([f"{key} a step", *(spread(one[key]) for one in systems.values())])
-        rows.append([f"{key}, times {first}", *(times | {first: "1"}).values()])
-    rows.append(["loss of the first step", *(f"{one['loss']:.6f}" for one in systems.values())])
-    for key in reference["memory"]:
-        rows.append([key, *(f"{one['memory'][key]:.2f}" for one in systems.values())])
-    return f"{title}\n\n{markdown(systems, rows)}"
+    speeds = {name: [task["batch"] / seconds for seconds in one["seconds"]] for name, one in measured.items()}
+    rows = {"pictures a second": {name: one["error"] for name, one in systems.items() if "error" in one}}
+    rows["pictures a second"] |= {name: spread(one) for name, one in speeds.items()}
+    if measured:
+        first, reference = next(iter(measured.items()))
+        for key in ("seconds", "processor seconds"):
+            times = {name: spread(ratios(one[key], reference[key])) for name, one in measured.items()}
+            rows[f"{key} a step"] = {name: spread(one[key]) for name, one in measured.items()}
+            rows[f"{key}, times {first}"] = times | {first: "1"}
+        rows["loss of the first step"] = {name: f"{one['loss']:.6f}" for name, one in measured.items()}
+        for key in reference["memory"]:
+            rows[key] = {name: f"{one['memory'][key]:.2f}" for name, one in measured.items()}
+    cells = [[label, *(row.get(name, "") for name in systems)] for label, row in rows.items()]
+    return f"{title}\n\n{markdown(systems, cells)}"
 
 
 def table_of_fits(runs: Sequence[dict], device: str) -> str:

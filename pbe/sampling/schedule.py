@@ -120,10 +120,11 @@ class NoiseSchedule:
             raise ValueError(f"noise must be shaped as z_0 {tuple(z_0.shape)}, got {tuple(noise.shape)}")
         if t.shape != z_0.shape[:1]:
             raise ValueError(f"t must have shape ({z_0.shape[0]},), one timestep a sample, got {tuple(t.shape)}")
-        # the table moves to t, not t to the table, and is not waited for: a CPU that waits starts the network's work late
+        # the table moves to t, not t to the table, and CUDA's is not waited for (MPS might copy what is freed by then):
+        # a CPU that waits for the device starts the network's work late
         alpha, sigma = (
-            coefficients.float().to(z_0.device, non_blocking=True)[t].to(z_0.dtype).view(-1, *[1] * (z_0.ndim - 1))
-            for coefficients in (self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
+            table.float().to(z_0.device, non_blocking=z_0.is_cuda)[t].to(z_0.dtype).view(-1, *[1] * (z_0.ndim - 1))
+            for table in (self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt())
         )  # (B, 1, ...)
         return alpha * z_0 + sigma * noise
 
