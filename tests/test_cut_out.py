@@ -97,6 +97,18 @@ def test_wrong_input_is_named_and_leaves_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_photo_that_is_gone_keeps_no_other_back(tmp_path, capsys):
+    Image.fromarray(scene()[0]).save(tmp_path / "a.png")
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
+    rows = [f"{name}.png,48,28,113,93\n" for name in ("gone", "damaged", "a")]
+    (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\n" + "".join(rows))
+    assert cli.main([str(tmp_path / "boxes.csv"), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 2 objects" in out
+    assert "2 photos left out; the first: " in out
+    assert f"there is no file {tmp_path / 'gone.png'}" in out
+
+
 # --- tools/split_photos.py ------------------------------------------------------------------------------------
 
 

@@ -43,27 +43,34 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from pbe.data.crop import UnusablePicture, usable
     from pbe.data.manifest import Manifest
     from pbe.files import replacing
 
     sources = [Manifest(path) for path in args.manifests]
-    total, rows = 0, []
+    total, rows, problems = 0, [], []
     with replacing(args.out, args.force) as folder:
         (folder / "masks").mkdir(parents=True)
         with tqdm(total=sum(map(len, sources)), unit=" photos") as bar:
             for source in sources:
                 for i in range(len(source)):
-                    record = source[i]
-                    total += len(record.boxes)
-                    rows += rows_of(record, folder, args.out, first=len(rows))
+                    try:
+                        with usable(f"{source.name}[{i}]"):
+                            record = source[i]
+                        total += len(record.boxes)
+                        rows += rows_of(record, folder, args.out, first=len(rows))
+                    except UnusablePicture as problem:  # one photo of thousands
+                        problems.append(problem)
                     bar.update()
         if not rows:
-            raise ValueError(f"none of {total} objects was found whole")
+            raise problems[0] if problems else ValueError(f"none of {total} objects was found whole")
         with (folder / "objects.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
     print(f"{args.out / 'objects.csv'}: {len(rows)} of {total} objects")
+    if problems:
+        print(f"  {len(problems)} photos left out; the first: {problems[0]}")
     return 0
 
 

@@ -39,7 +39,9 @@ def usable(name: str | Path) -> Iterator[None]:
     except UnusablePicture:
         raise
     except FileNotFoundError as error:
-        raise UnusablePicture("missing", f"{name}: there is no such file") from error
+        known = error.filename is None or str(error.filename) == str(name)
+        which = "there is no such file" if known else f"there is no file {error.filename}"
+        raise UnusablePicture("missing", f"{name}: {which}") from error
     except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UnusablePicture("unreadable", f"{name} cannot be read: {error}") from error
 
