@@ -7,6 +7,7 @@ Only the standard library is imported on top: the command line reads its argumen
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -327,6 +328,23 @@ def load_editor(
     if low_memory:
         model = offload(model, chosen)
     return prepare_for_inference(model, consume=True, dtype=precision, compile=compile)
+
+
+SMALL_RESOLUTION = 128
+
+
+def spare_threads(model: PaintByExample) -> None:
+    """Has the process compute with one thread where a CPU runs a model of pictures of at most 128 pixels, unless
+    OMP_NUM_THREADS says otherwise.
+
+    So small a network gains a quarter by four threads. On a busy machine it loses twentyfold by them: all wait, in
+    each layer, for the one that has no core (docs/editing.md).
+    """
+    import torch
+
+    small = model.config.resolution <= SMALL_RESOLUTION and model.device.type == "cpu"
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def check_memory(low_memory: bool, compile: Compile | None) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from pbe.acceleration import Compile
 from pbe.batch import Outcome, run_row
 from pbe.checkpoints.loading import choose_device
-from pbe.jobs import Job, check_memory, load_editor
+from pbe.jobs import Job, check_memory, load_editor, spare_threads
 from pbe.results import identify
 
 
@@ -51,6 +51,7 @@ class BatchEditing(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device
         model = load_editor(self.checkpoint, device, self.model_dtype, self.low_memory, self.compile_networks)
+        spare_threads(model)
         weights = identify(self.checkpoint, model.dtype)
         # The model is no submodule: Lightning would move it to the device whole, and copy the first process's to all.
         self.run: Callable[[Job], Outcome] = partial(run_row, model, weights=weights, redo=self.redo)

@@ -401,6 +401,7 @@ def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monk
         return SimpleNamespace(dtype=torch.float32)
 
     monkeypatch.setattr("pbe.jobs.load_editor", load)
+    monkeypatch.setattr("pbe.jobs.spare_threads", lambda model: None)
     monkeypatch.setattr(app, "build_page", page)
     flags = ["--device", "cpu", "--dtype", "float32", "--low-memory", "--compile", "regions"]
     assert main(flags) == main(["--ckpt", str(tiny_checkpoint)]) == 2

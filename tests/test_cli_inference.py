@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 import pbe
 import pbe.cli
 from pbe.cli.inference import main, parse_seeds, runs
+from pbe.jobs import spare_threads
 from pbe.results import read_settings
 from pbe.sampling import StepInfo
 
@@ -94,6 +96,19 @@ def test_edit_keeps_the_photo_outside_the_mask(cli, folder):
     inside[BOX[1] : BOX[3], BOX[0] : BOX[2]] = True
     assert (before[~inside] == after[~inside]).all()
     assert (before[inside] != after[inside]).any(axis=-1).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("resolution", "device", "chosen", "threads"),
+    [(64, "cpu", None, 1), (128, "cpu", None, 1), (256, "cpu", None, 2), (64, "cuda", None, 2), (64, "cpu", "2", 2)],
+)
+def test_small_models_take_one_thread_of_a_cpu(resolution, device, chosen, threads, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    torch.set_num_threads(2)
+    spare_threads(SimpleNamespace(config=SimpleNamespace(resolution=resolution), device=torch.device(device)))
+    assert torch.get_num_threads() == threads
 
 
 def test_several_results_are_those_of_their_seeds(cli, folder):

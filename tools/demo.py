@@ -7,13 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 import pbe
 from pbe.grids import grid
-from pbe.jobs import quick_sampling
+from pbe.jobs import quick_sampling, spare_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, OUT = ROOT / "examples", ROOT / "outputs" / "demo"
@@ -24,9 +23,8 @@ SEEDS = range(3)
 def main() -> int:
     start = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    # So small a network gains little by more threads; where others use the machine too, they wait for each other.
-    torch.set_num_threads(1)
-    model = pbe.load_model("demo", dtype="float32")  # the same picture on every machine
+    model = pbe.load_model("demo", "cpu", "float32")  # the same picture on every machine
+    spare_threads(model)
     sampling = quick_sampling("demo")._asdict()
     photo, mask = Image.open(EXAMPLES / "flower.jpg"), Image.open(EXAMPLES / "flower_mask.png")
     exemplars = {colour: Image.open(EXAMPLES / f"flower_{colour}.jpg") for colour in COLOURS}

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     try:
         from pbe.app import build_page, files_of_page, serve, warnings_on_page
         from pbe.checkpoints.loading import choose_device
-        from pbe.jobs import load_editor, quick_sampling
+        from pbe.jobs import load_editor, quick_sampling, spare_threads
         from pbe.results import identify
 
         if args.compile == "whole" and choose_device(args.device).type == "cuda":
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
                 "--compile whole makes CUDA graphs, which one thread alone can replay: use --compile regions"
             )
         model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
+        spare_threads(model)
         with files_of_page(), warnings_on_page():
             page = build_page(model, identify(args.ckpt, model.dtype), quick_sampling(args.ckpt))
             print(f"serving at {serve(page, args.host, args.port)} (Ctrl+C ends it)", flush=True)

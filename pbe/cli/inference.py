@@ -32,6 +32,7 @@ from pbe.jobs import (
     parse_numbers,
     read_inputs,
     run_job,
+    spare_threads,
 )
 from pbe.results import Weights, check_writable, identify, save_result, settings_of
 
@@ -217,6 +218,7 @@ def edit_one(args: argparse.Namespace) -> int:
         say(f"note: {LOSSY}")
 
     model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
+    spare_threads(model)
     scales, seeds = (list(dict.fromkeys(values)) for values in zip(*jobs, strict=True))
     batches = sum(-(-count // batch_size) for _, count in runs(seeds))
     results = {}
@@ -357,6 +359,7 @@ def edit_batch(args: argparse.Namespace) -> int:
         outcomes += shared
     else:
         model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
+        spare_threads(model)
         with progress_bar(args, total=len(jobs), unit="row") as bar:
             for job in jobs:
                 outcomes.append(run_row(model, job, weights, args.redo, callback=partial(show_step, bar)))
