@@ -38,6 +38,14 @@ def test_the_object_is_found_in_its_box_and_its_hole_filled():
     assert cut_out(picture, Box(45, 25, 115, 95))[60, 80]
 
 
+def test_a_narrow_strip_outside_of_the_box_is_no_hole():
+    noise = np.random.default_rng(0).integers(-25, 26, (61, 60, 3))
+    colours = np.where(np.arange(61)[:, None, None] < 60, (190, 40, 30), (40, 150, 60))
+    found = cut_out((colours + noise).astype(np.uint8), Box(0, 0, 60, 60))
+    assert found[:60].mean() > 0.98
+    assert not found[60].any()
+
+
 def test_the_largest_piece_is_taken():
     picture, disc = scene()
     picture[30:36, 130:136] = (190, 40, 30)

@@ -34,7 +34,8 @@ def cut_out(picture: np.ndarray, box: Box) -> np.ndarray:
     numbers, areas = _pieces(~found)
     small = areas < HOLE * found.sum()
     small[0] = False  # number 0 is what was found itself
-    return found | small[numbers]
+    found[box.slices] |= small[numbers[box.slices]]  # a narrow strip around the box is no hole
+    return found
 
 
 def _pieces(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

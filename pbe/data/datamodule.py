@@ -53,7 +53,7 @@ class DataConfig:
         if self.val_size < 0:
             raise ValueError(f"data.val_size must be 0 or more, got {self.val_size}")
         for key, recipe in (("data.recipe", self.recipe), ("data.val_recipe", self.recipe_for_validation())):
-            if recipe.augment and recipe.transplant and self.donors is None:
+            if recipe.needs_donors and self.donors is None:
                 raise ValueError(f"{key}.transplant needs data.donors: a source of objects with masks")
 
     def recipe_for_validation(self) -> RecipeConfig:
@@ -173,10 +173,8 @@ class ExampleDataModule(lightning.LightningDataModule):
             self.test = self._dataset(open_for(val_recipe, config.test_source), val_recipe)
 
     def _dataset(self, source: Source, recipe: RecipeConfig) -> ExampleDataset:
-        config, donors = self.config, None
-        if config.donors is not None and recipe.augment and recipe.transplant:
-            donors = open_source(config.donors)
-        return ExampleDataset(source, recipe, config.seed, donors)
+        donors = open_source(self.config.donors) if recipe.needs_donors else None
+        return ExampleDataset(source, recipe, self.config.seed, donors)
 
     def set_position(self, epoch: int, consumed_samples: int) -> None:
         """Training loaders made from now on carry on in this epoch after `consumed_samples` of all processes."""

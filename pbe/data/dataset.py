@@ -40,7 +40,7 @@ class ExampleDataset(Dataset):
         for needed in (source, donors):
             if needed is not None and not len(needed):
                 raise ValueError(f"{needed.name} holds no picture")
-        if recipe.augment and recipe.transplant and donors is None:
+        if recipe.needs_donors and donors is None:
             raise ValueError("recipe.transplant needs data.donors: a source of objects with masks")
         self.source, self.recipe, self.seed, self.donors = source, recipe, seed, donors
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

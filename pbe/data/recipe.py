@@ -87,7 +87,7 @@ def make_example(
         config = as_it_is(config)
     donor = None
     # Not drawn for at all where it is off, so that the paper's examples stay the same; so in `finish`.
-    if config.augment and config.transplant and shows_itself(record) and happens(config.transplant, generator):
+    if config.needs_donors and shows_itself(record) and happens(config.transplant, generator):
         donor = draw_donor(donors, generator)
     with Photo(record.image) as photo:
         plan = draw_plan(record, photo.size, config, generator, donor)

@@ -95,6 +95,11 @@ class RecipeConfig:
         if not (len(kernels) == 2 and 1 <= kernels[0] <= kernels[1] and all(kernel % 2 for kernel in kernels)):
             raise ValueError(f"recipe.blur_kernels must be [smallest, largest], odd numbers, got {kernels}")
 
+    @property
+    def needs_donors(self) -> bool:
+        """Whether objects of other photos are put in."""
+        return self.augment and self.transplant > 0
+
 
 def changed(recipe: RecipeConfig, changes: Mapping[str, Any], key: str) -> RecipeConfig:
     """A recipe with other values for some of its fields.
