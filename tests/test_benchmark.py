@@ -293,6 +293,62 @@ def test_scaling(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     assert all(index[what][0]["seconds"] > 0 for what in scaling.INDEX)
 
 
+class CutShort(Exception):
+    """Stands for the end of the time."""
+
+
+@pytest.mark.usefixtures("without_processes")
+def test_what_is_measured_outlasts_what_cuts_a_run_short(tiny_checkpoint, tmp_path, monkeypatch):
+    """Of `scaling` the axes, of `profile` and `load` the rounds that were done before."""
+
+    def cut(*_):
+        raise CutShort
+
+    out, weights = tmp_path / "run.json", ["--ckpt", str(tiny_checkpoint)]
+    task = [*weights, "--systems", "pbe", "--resolution", "64", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(scaling, "measure_index", cut)
+    with pytest.raises(CutShort):
+        scaling.main([*task, "--steps", "2", "--pairs", "1", "--batches", "2", "--resolutions"])
+    content = table.read(out)
+    assert [len(content[axis]) for axis in ("batch", "resolution", "index")] == [1, 0, 0]
+    assert table.document(content).count("batch 2") == 1
+
+    asked, ask = [], WorkerHere.ask
+
+    def counting(worker, what):
+        asked.append(what)
+        return cut() if asked.count("profile unet") == 3 else ask(worker, what)
+
+    monkeypatch.setattr(WorkerHere, "ask", counting)
+    with pytest.raises(CutShort):
+        profile.main([*task, "--pairs", "5"])  # the first round warms up, the second is whole
+    assert [len(seconds) for seconds in table.read(out)["run"]["systems"]["pbe"].values()] == [1, 1]
+
+    rounds = iter([{"seconds": 1.0, "GiB": 2.0}] * 3)  # each of two precisions
+    monkeypatch.setattr(load, "measure", lambda prepare: next(rounds, None) or cut())
+    with pytest.raises(CutShort):
+        load.main([*weights, "--repeats", "2", "--out", str(out)])
+    assert len(table.read(out)["results"]["pbe, .ckpt, to float32"]) == 1
+
+
+@pytest.mark.usefixtures("without_processes")
+def test_the_last_start_s_process_takes_the_rounds(tiny_checkpoint, monkeypatch):
+    """So that no system loads more often than it is asked to start; the earlier ones end before the rounds."""
+    made = []
+
+    class Counted(WorkerHere):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(edit, "Worker", Counted)
+    run = edit.measure(make_task(tiny_checkpoint), ["pbe", "pbe, model kept"], pairs=1, starts=2)
+    assert [worker.name for worker in made] == ["pbe", "pbe, model kept"] * 2
+    assert all(worker.system is None for worker in made)
+    assert [len(one["starts"]) for one in run["systems"].values()] == [2, 2]
+    assert [len(one["edit"]) for one in run["systems"].values()] == [1, 1]
+
+
 def scaling_content():
     """By hand: two rounds of two points, the second twice and four times as slow; the third did not fit."""
     measured = [
@@ -356,6 +412,19 @@ def test_curves(tmp_path, capsys):
     assert plot.main([str(file), "--out", str(out)]) == 0
     with Image.open(out) as image:
         assert len(image.getcolors(1 << 20)) > 10  # curves, not an empty page
+    # an axis a file, as `all` has them; one axis; none
+    content, names = scaling_content(), ("index", "batch", "resolution")
+    files = [tmp_path / f"{name}.json" for name in names]
+    for one, axis in zip(files, names, strict=True):
+        one.write_text(json.dumps(about("scaling", []) | content | {name: [] for name in names if name != axis}))
+    drawn = tmp_path / "drawn.png"
+    assert plot.main([*map(str, files), "--out", str(drawn)]) == 0
+    assert drawn.read_bytes() == out.read_bytes()
+    assert plot.main([str(files[1]), "--out", str(drawn)]) == 0
+    assert 3 * Image.open(drawn).width == Image.open(out).width
+    file.write_text(json.dumps(about("scaling", []) | {name: [] for name in names}))
+    assert plot.main([str(file), "--out", str(out)]) == 2
+    assert f"{file} has no points yet" in capsys.readouterr().err
     file.write_text(json.dumps(about("edit", []) | {"runs": []}))
     assert plot.main([str(file), "--out", str(out)]) == 2
     assert "only 'scaling' has curves" in capsys.readouterr().err
@@ -393,11 +462,22 @@ def test_all_gives_commands_that_the_sections_take(device, quick, monkeypatch, t
     parsers = {module.__name__.rpartition(".")[2]: module.parser() for module in (edit, load, profile, scaling, train)}
     parsed = {name: parsers[name.partition("-")[0]].parse_args(command) for name, command in commands.items()}
     assert {name.partition("-")[0] for name in parsed} == set(parsers)
+    for axis in ("batches", "resolutions", "rows"):  # each is a run of its own
+        given = {other: getattr(parsed[f"scaling-{axis}"], other) for other in ("batches", "resolutions", "rows")}
+        assert given.pop(axis) != []
+        assert list(given.values()) == [[], []]
     if device == "cuda":
-        assert parsed["train-fits"].limit_gib == [24, 48]  # 80 GiB are more than there is
+        fits = {name: parsed[name].limit_gib for name in parsed if name.startswith("train-fits")}
+        assert fits == {"train-fits-24": [24], "train-fits-48": [48]}  # 80 GiB are more than there is
         gpu.total_memory = 16 * 2**30
-        assert "train-fits" not in everything.sections(device, (tmp_path / "a.ckpt", tmp_path / "a"), quick)
-        assert parsed["edit-float16"].batch is None  # which is 1, 4 and 16
+        commands = everything.sections(device, (tmp_path / "a.ckpt", tmp_path / "a"), quick)
+        assert not [name for name in commands if name.startswith("train-fits")]
+        edits = [parsed[name] for name in parsed if name.startswith("edit")]
+        assert {batch for one in edits for batch in one.batch} == {1, 4, 16}
+        assert {name for one in edits for name in one.systems} == {*SYSTEMS} - {"pbe, model kept"}
+        assert all(len(one.batch) == len(one.dtype) == 1 for one in edits)  # more would be lost at once
+    else:
+        assert parsed["train"].quick  # several full-size systems in training at once are more than memory holds
 
 
 def test_all_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
@@ -416,16 +496,18 @@ def test_all_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
 
         tables = staticmethod(lambda content: "the numbers")
 
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # which is set otherwise
     monkeypatch.setattr(everything, "seeded_weights", lambda size, folder: (folder, folder))
     monkeypatch.setattr(everything, "import_module", lambda name: Section)
     monkeypatch.setattr(table, "import_module", lambda name: Section)
     monkeypatch.setattr(everything, "sections", lambda *_: {"edit": ["fails"], "scaling": ["first"]})
-    assert everything.main(["--out", str(tmp_path)]) == 3
+    monkeypatch.setattr(everything, "find_spec", lambda name: name != "matplotlib" or None)
+    assert everything.main(["--out", str(tmp_path), "--device", "cpu"]) == 3
     assert not (tmp_path / "edit.json").exists()
     assert "edit failed" in capsys.readouterr().err
+    assert (tmp_path / "tables.md").read_text().count("the numbers") == 1  # of what there is
     monkeypatch.setattr(everything, "sections", lambda *_: {"edit": ["second"], "scaling": ["first"]})
-    monkeypatch.setattr(everything, "find_spec", lambda name: name != "matplotlib" or None)
-    assert everything.main(["--out", str(tmp_path)]) == 0
+    assert everything.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
     assert ran == ["fails", "first", "second"]
     assert (tmp_path / "tables.md").read_text().count("the numbers") == 2
     assert "no curves" in capsys.readouterr().err
@@ -490,6 +572,7 @@ def test_numbers_in_words():
         (profile, ["--ckpt", "CKPT", "--systems", "pbe, compiled"], "no layers left to time"),
         (scaling, ["--ckpt", "CKPT", "--resolutions", "64", "70"], "--resolution must be"),
         (scaling, ["--ckpt", "CKPT", "--rows", "0"], "--rows must be at least 1"),
+        (scaling, ["--ckpt", "CKPT", "--batches", "--resolutions", "--rows"], "all without a number"),
         (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--steps", "1001"], "--steps must be at most 1000, got 1001"),
         (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--guidance", "nan"], "--guidance must be 0 or more, got nan"),
         (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--out", "/"], "--out / is a folder"),
@@ -501,6 +584,7 @@ def test_numbers_in_words():
         (data, ["boxes.csv", "--pairs", "0"], "--pairs must be at least 1"),
         (data, ["boxes.csv", "--out", "/"], "--out / is a folder"),
         (everything, ["--out", "CKPT"], "is no folder that can be made"),
+        (everything, ["--out", "x", "--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
 def test_wrong_arguments_give_one_clear_line(section, arguments, reason, tiny_checkpoint, capsys):

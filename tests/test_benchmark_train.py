@@ -143,10 +143,12 @@ def test_largest_batch(most):
     assert max(asked) <= 16
 
 
-def test_room_is_what_two_steps_find(task, monkeypatch):
+def test_room_is_what_a_step_finds_beside_the_optimiser_s_state(task, monkeypatch):
     system = SYSTEMS["pbe"](task)
     assert answer(system, "fits 1") == {"fits": True}
     assert system.num_steps == 2
+    assert answer(system, "fits 2") == {"fits": True}
+    assert system.num_steps == 3  # the state is there
 
     def out_of_memory(batch):
         raise torch.OutOfMemoryError("none left")
@@ -160,12 +162,18 @@ def test_what_does_not_load_fits_no_batch(task, monkeypatch):
         raise RuntimeError("the process ended with 1: torch.OutOfMemoryError: CUDA out of memory.")
 
     monkeypatch.setattr(train, "TrainWorker", failing)
-    run = train.measure_fits(task, ["pbe"])
-    assert run["largest batch"] == {"pbe": 0}
-    run["task"]["limit_gib"] = 24.0
-    text = tables({"runs": [], "fits": [run], "device": "a GPU"})
-    assert "|  | 24 GiB |" in text
-    assert "| pbe | none |" in text
+    assert train.measure_fits(task, "pbe") == 0
+
+
+def test_table_of_what_fits():
+    """Also of a run that was cut short in its second column."""
+    task = {"dtype": "bfloat16", "resolution": 512, "ema": False}
+    sizes = ((24.0, {"pbe": 0, "pbe, plain": 3}), (48.0, {"pbe": 12}))
+    runs = [{"task": task | {"limit_gib": limit}, "largest batch": size} for limit, size in sizes]
+    text = tables({"runs": [], "fits": runs, "device": "a GPU"})
+    assert "|  | 24 GiB | 48 GiB |" in text
+    assert "| pbe | none | 12 |" in text
+    assert "| pbe, plain | 3 |  |" in text
 
 
 def test_batch_is_the_same_for_all():

@@ -41,7 +41,8 @@ QUICK: dict[str, Any] = {
 class Worker:
     """A system's process; `ask` it for one thing at a time.
 
-    What it compiles is kept in a folder beside its own, where the next process of the same run finds it.
+    What it compiles is kept in TORCHINDUCTOR_CACHE_DIR, or else in a folder beside its own, where the next process of
+    the same run finds it.
     """
 
     def __init__(self, name: str, task: Task, folder: Path):
@@ -54,7 +55,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "compiled")},
+                env={"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "compiled"), **os.environ},
             )
         self.started = self.answer()
 
@@ -80,16 +81,21 @@ class Worker:
 
 
 def measure(task: Task, systems: Sequence[str], pairs: int, starts: int) -> dict:
-    """All numbers of one task: `starts` processes of each system by themselves, then `pairs` rounds of all in turns."""
+    """All numbers of one task: `starts` processes of each system, then `pairs` rounds of all in turns by the last."""
     result = {name: {"starts": [], **{what: [] for what in MEASURED}} for name in systems}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         folders = {name: Path(folder, str(i)) for i, name in enumerate(systems)}
-        for _ in range(starts):
+
+        def start(name: str) -> Worker:
+            worker = Worker(name, task, folders[name])
+            worker.ask("edit")
+            result[name]["starts"].append(worker.started | worker.ask("memory"))
+            return worker
+
+        for _ in range(starts - 1):
             for name in systems:
-                with closing(Worker(name, task, folders[name])) as worker:
-                    worker.ask("edit")
-                    result[name]["starts"].append(worker.started | worker.ask("memory"))
-        workers = [stack.enter_context(closing(Worker(name, task, folders[name]))) for name in systems]
+                start(name).close()
+        workers = [stack.enter_context(closing(start(name))) for name in systems]
         peak = workers[0].ask("matmul")["TFLOP/s"]
         for what in MEASURED:
             for i in range(pairs + 1):

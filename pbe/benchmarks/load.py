@@ -10,7 +10,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,19 +76,19 @@ def measure(prepare: str) -> dict[str, float]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def load(args: argparse.Namespace) -> dict:
-    """The numbers of each run, by system and precision."""
-    systems = {f"pbe, {Path(path).suffix or 'folder'}": (PBE, path) for path in args.ckpt}
-    if args.diffusers:
-        systems["diffusers, folder"] = (DIFFUSERS, args.diffusers)
+def load(ckpt: Sequence[str], diffusers: str | None, repeats: int) -> Iterator[dict[str, list]]:
+    """The numbers of each run, by system and precision: those so far after each round."""
+    systems = {f"pbe, {Path(path).suffix or 'folder'}": (PBE, path) for path in ckpt}
+    if diffusers:
+        systems["diffusers, folder"] = (DIFFUSERS, diffusers)
     results: dict[str, list] = {}
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         for dtype in ("float32", "bfloat16"):
             for name, (template, path) in systems.items():
                 results.setdefault(f"{name}, to {dtype}", []).append(
                     measure(template.format(path=str(Path(path).resolve()), dtype=dtype))
                 )
-    return results
+        yield results
 
 
 def tables(content: dict) -> str:
@@ -127,11 +127,13 @@ def main(argv: Sequence[str]) -> int:
     check_counts(p, args)
     check_out(p, args.out)
 
+    content = about("load", argv)
     try:
-        content = {**about("load", argv), "results": load(args)}
+        for results in load(args.ckpt, args.diffusers, args.repeats):
+            content["results"] = results
+            write_json(args.out, content)  # after each round, so that a run that is cut short leaves what it has
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    write_json(args.out, content)
     print(tables(content))
     return 0

@@ -1,4 +1,7 @@
-"""The curves of `scaling`: `python tools/benchmark.py plot scaling.json --out scaling.png`. Needs the extra `plot`."""
+"""The curves of `scaling`: `python tools/benchmark.py plot scaling.json --out scaling.png`. Needs the extra `plot`.
+
+Several files are drawn as one run, such as those that hold an axis each.
+"""
 
 import argparse
 import statistics
@@ -17,34 +20,36 @@ if TYPE_CHECKING:
 
 
 def draw(content: dict, out: Path) -> None:
-    """Time and memory along the batch, the resolution and the rows; ImportError without matplotlib."""
+    """Time and memory along the batch, the resolution and the rows, a column for each that there is.
+
+    ImportError without matplotlib.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
-    times, memories = figure.subplots(2, 3)
-    for axis, time, memory in zip(AXES, times[:-1], memories[:-1], strict=True):
-        for system in content[axis][0]["systems"]:
-            draw_edits(content[axis], axis, system, time, memory)
-        time.set(ylabel=f"time, times that of {AXES[axis].format(content[axis][0]['task'][axis])}")
-        memory.set(xlabel=axis, ylabel="peak GiB")
-    draw_index(content["index"], times[-1], memories[-1])
-    along = [[point["task"][axis] for point in content[axis]] for axis in AXES]
-    rows = [point["rows"] for point in content["index"]]
-    for ax in (*times, *memories):
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
-        if ax in (*times, memories[2]):
-            ax.set_yscale("log", base=10 if ax in (times[2], memories[2]) else 2)
-            ax.yaxis.set_major_formatter("{x:g}")
+    shown = [axis for axis in (*AXES, "index") if content[axis]]
+    figure = Figure(figsize=(4 * len(shown), 6.4), layout="constrained")
+    columns = figure.subplots(2, len(shown), squeeze=False).T
+    for axis, (time, memory) in zip(shown, columns, strict=True):
+        points = content[axis]
+        if axis == "index":
+            draw_index(points, time, memory)
+            values = [point["rows"] for point in points]
         else:
-            ax.set_ylim(bottom=0)
-    for values, column in zip((*along, rows), zip(times, memories, strict=True), strict=True):
-        for ax in column:
+            for system in points[0]["systems"]:
+                draw_edits(points, axis, system, time, memory)
+            values = [point["task"][axis] for point in points]
+            time.set(ylabel=f"time, times that of {AXES[axis].format(values[0])}")
+            time.set_yscale("log", base=2)
+            memory.set(xlabel=axis, ylabel="peak GiB", ylim=(0, None))
+        time.yaxis.set_major_formatter("{x:g}")
+        for ax in (time, memory):
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize="small")
             ax.set_xscale("log")
             ax.set_xticks(values, [f"{value:,}" for value in values])
             ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    task = content["batch"][0]["task"]
-    figure.suptitle(f"{content['device']}, {task['dtype']}", fontsize="medium")
+    precisions = sorted({point["task"]["dtype"] for axis in AXES for point in content[axis]})
+    figure.suptitle(", ".join([content["device"], *precisions]), fontsize="medium")
     figure.savefig(out, dpi=100)
 
 
@@ -68,21 +73,26 @@ def draw_index(points: Sequence[dict], time: "Axes", memory: "Axes") -> None:
         time.plot(rows, growth, marker="o", markersize=3, label=label)
         peaks = [statistics.median(one["GiB"] for one in point[what]) for point in points]
         memory.plot(rows, peaks, marker="o", markersize=3, label=label)
-    time.set(ylabel=f"time, times that of {rows[0]:,} rows")
-    memory.set(xlabel="rows", ylabel="GiB beside the imports")
+    time.set(ylabel=f"time, times that of {rows[0]:,} rows", yscale="log")
+    memory.set(xlabel="rows", ylabel="GiB beside the imports", yscale="log")
+    memory.yaxis.set_major_formatter("{x:g}")
 
 
 def main(argv: Sequence[str]) -> int:
     """Writes the picture; returns the exit code."""
     p = argparse.ArgumentParser(prog="benchmark.py plot", description=__doc__)
-    p.add_argument("file", type=Path, help="JSON that `scaling` wrote with --out")
+    p.add_argument("files", nargs="+", type=Path, help="JSON that `scaling` wrote with --out")
     p.add_argument("--out", type=Path, required=True, help="the picture to write")
     args = p.parse_args(argv)
     try:
-        content = read(args.file)
-        if content["section"] != "scaling":
-            raise ValueError(f"{args.file} holds {content['section']!r}; only 'scaling' has curves")
-        draw(content, args.out)
+        contents = [read(file) for file in args.files]
+        for file, content in zip(args.files, contents, strict=True):
+            if content["section"] != "scaling":
+                raise ValueError(f"{file} holds {content['section']!r}; only 'scaling' has curves")
+        axes = {axis: [point for content in contents for point in content[axis]] for axis in (*AXES, "index")}
+        if not any(axes.values()):
+            raise ValueError(f"{args.files[0]} has no points yet")
+        draw(contents[0] | axes, args.out)
     except ImportError:
         print("error: plotting needs the extra plot: pip install -e '.[plot]'", file=sys.stderr)
         return 2

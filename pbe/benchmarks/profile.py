@@ -10,7 +10,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,23 +25,24 @@ PARTS = {"unet": "UNet call", "decode": "VAE decode"}
 QUICK = {"systems": ["pbe", "diffusers"], "resolution": 128, "steps": 2}
 
 
-def measure(task: Task, systems: Sequence[str], pairs: int) -> dict:
-    """The seconds of each kind, a round of all systems after the other."""
+def measure(task: Task, systems: Sequence[str], pairs: int) -> Iterator[dict]:
+    """The seconds of each kind, a round of all systems after the other: the run so far after each."""
+    diffusers = task.diffusers if any(name.startswith("diffusers") for name in systems) else None
+    flops = count_flops(task.ckpt, task.resolution, task.batch, diffusers)
     result: dict[str, dict[str, list]] = {name: {part: [] for part in PARTS} for name in systems}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workers = [
             stack.enter_context(closing(Worker(name, task, Path(folder, str(i))))) for i, name in enumerate(systems)
         ]
         peak = workers[0].ask("matmul")["TFLOP/s"]
-        for part in PARTS:
-            for i in range(pairs + 1):
+        for i in range(pairs + 1):
+            for part in PARTS:
                 for worker in workers:
                     seconds = worker.ask(f"profile {part}")
                     if i:  # the first warms up
                         result[worker.name][part].append(seconds)
-    diffusers = task.diffusers if any(name.startswith("diffusers") for name in systems) else None
-    flops = count_flops(task.ckpt, task.resolution, task.batch, diffusers)
-    return {"task": asdict(task), "TFLOP/s of matmul": peak, "TFLOP": flops, "systems": result}
+            if i:
+                yield {"task": asdict(task), "TFLOP/s of matmul": peak, "TFLOP": flops, "systems": result}
 
 
 def tables(content: dict) -> str:
@@ -92,10 +93,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         with ExitStack() as stack:
             task = replace(task_of(args, stack), dtype=args.dtype, batch=args.batch)
-            content = {**about("profile", argv, args.device), "run": measure(task, args.systems, args.pairs)}
+            content = about("profile", argv, args.device)
+            for run in measure(task, args.systems, args.pairs):
+                content["run"] = run
+                write_json(args.out, content)  # after each round, so that a run that is cut short leaves what it has
     except (RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(tables(content))
-    write_json(args.out, content)
     return 0

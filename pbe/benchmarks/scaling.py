@@ -103,9 +103,10 @@ def measure_index(rows: Sequence[int], rounds: int) -> list[dict]:
 
 
 def tables(content: dict) -> str:
-    """The Markdown of a run's JSON: growth with the batch, the resolution and the rows."""
-    systems = content["batch"][0]["systems"]
-    parts = [growth(content, axis, name) for axis in AXES for name in systems]
+    """The Markdown of a run's JSON: growth with the batch, the resolution and the rows, or what there is of them."""
+    parts = [growth(content, axis, name) for axis in AXES if content[axis] for name in content[axis][0]["systems"]]
+    if not content["index"]:
+        return "\n\n".join(parts)
     columns = [column for what in INDEX.values() for column in (f"{what}: s", "GiB")]
     rows = []
     for point in content["index"]:
@@ -158,8 +159,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
     for name, what in (("batches", "pictures at once"), ("resolutions", "sides in pixels, with batch 1")):
         default = f"default {POINTS['cuda'][name]} on a GPU, else {POINTS['cpu'][name]}"
-        p.add_argument(f"--{name}", nargs="+", type=int, help=f"{what}; {default}")
-    p.add_argument("--rows", nargs="+", type=int, help=f"of the index and the manifest; default {ROWS}")
+        p.add_argument(f"--{name}", nargs="*", type=int, help=f"{what}; {default}; without a number: none")
+    p.add_argument("--rows", nargs="*", type=int, help=f"of the index and the manifest; default {ROWS}; likewise")
     p.add_argument("--pairs", type=int, default=3, help="rounds of all points in turn (default 3)")
     return p
 
@@ -167,17 +168,21 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Prints the tables; returns the exit code."""
     points = {kind: {"systems": ["pbe"], "rows": ROWS, **values} for kind, values in POINTS.items()}
-    args = parse(parser(), argv, QUICK, points)
+    p = parser()
+    args = parse(p, argv, QUICK, points)
+    if not (args.batches or args.resolutions or args.rows):
+        p.error("--batches, --resolutions and --rows are all without a number: give one of them some")
+    content = {**about("scaling", argv, args.device), "index": [], "batch": [], "resolution": []}
     try:
         with ExitStack() as stack:
             task = replace(task_of(args, stack), dtype=args.dtype)
-            content = about("scaling", argv, args.device)
-            content["index"] = measure_index(args.rows, args.pairs)
             for axis, values in (("batch", args.batches), ("resolution", args.resolutions)):
                 content[axis] = measure_edits([replace(task, **{axis: n}) for n in values], args.systems, args.pairs)
+                write_json(args.out, content)  # after each, so that a run that is cut short leaves what it has
+            content["index"] = measure_index(args.rows, args.pairs)
+            write_json(args.out, content)
     except (RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(tables(content))
-    write_json(args.out, content)
     return 0

@@ -1,7 +1,7 @@
 """How fast a training step is and what it takes, against the same step with diffusers' modules on the same weights.
 
     python tools/benchmark.py train --ckpt full.ckpt --diffusers full --out train.json
-    python tools/benchmark.py train --ckpt full.ckpt --limit-gib 24 48 80 --out fits.json
+    python tools/benchmark.py train --ckpt full.ckpt --limit-gib 24 48 --out fits.json
     python tools/benchmark.py train --quick
 
 A step is: encode image, masked image and exemplar, add noise, predict, go backwards, clip, AdamW, average. Every system
@@ -99,18 +99,16 @@ def largest_batch(fits: Callable[[int], bool], highest: int = MAX_BATCH) -> int:
     return low
 
 
-def measure_fits(task: Task, systems: Sequence[str]) -> dict:
-    """The largest batch of each system under the task's limit; 0 where not even the weights fit."""
-    sizes = dict.fromkeys(systems, 0)
-    for name in systems:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                with closing(TrainWorker(name, task, Path(folder, "worker"))) as worker:
-                    sizes[name] = largest_batch(lambda size, worker=worker: bool(worker.ask(f"fits {size}")["fits"]))
-            except RuntimeError as error:
-                if "out of memory" not in str(error):
-                    raise
-    return {"task": asdict(task), "largest batch": sizes}
+def measure_fits(task: Task, name: str) -> int:
+    """The largest batch of a system under the task's limit; 0 where not even the weights fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with closing(TrainWorker(name, task, Path(folder, "worker"))) as worker:
+                return largest_batch(lambda size: bool(worker.ask(f"fits {size}")["fits"]))
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            return 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,7 +154,8 @@ def table_of_fits(runs: Sequence[dict], device: str) -> str:
     """The largest batches, a column for each limit."""
     task = runs[0]["task"]
     title = f"largest batch, {task['dtype']}, {task['resolution']}²{', averages' if task['ema'] else ''}, {device}"
-    rows = [[name, *(str(run["largest batch"][name] or "none") for run in runs)] for name in runs[0]["largest batch"]]
+    sizes = [{name: str(size or "none") for name, size in run["largest batch"].items()} for run in runs]
+    rows = [[name, *(one.get(name, "") for one in sizes)] for name in sizes[0]]  # a run cut short lacks some
     return f"{title}\n\n" + markdown([f"{run['task']['limit_gib']:g} GiB" for run in runs], rows)
 
 
@@ -227,8 +226,11 @@ def main(argv: Sequence[str]) -> int:
             base = Task(ckpt, diffusers, args.device, "", 0, args.resolution, args.steps, args.ema, args.compile)
             for dtype in args.dtype:
                 for limit in args.limit_gib or []:
-                    content["fits"].append(measure_fits(replace(base, dtype=dtype, limit_gib=limit), args.systems))
-                    write_json(args.out, content)  # after each, so that a run that is cut short leaves what it has
+                    task, sizes = replace(base, dtype=dtype, limit_gib=limit), {}
+                    content["fits"].append({"task": asdict(task), "largest batch": sizes})
+                    for name in args.systems:
+                        sizes[name] = measure_fits(task, name)
+                        write_json(args.out, content)  # after each, so that a run that is cut short leaves what it has
                 for batch in [] if args.limit_gib else args.batch:
                     content["runs"].append(measure(replace(base, dtype=dtype, batch=batch), args.systems, args.pairs))
                     write_json(args.out, content)

@@ -228,11 +228,11 @@ def take_steps(system: System) -> dict[str, float]:
 
 
 def fits(system: System, size: int) -> bool:
-    """Whether two steps with `size` pictures find room; the first makes the optimiser's state."""
+    """Whether a step with `size` pictures finds room, beside the optimiser's state, which a first step makes."""
     enough = True
     try:
         batch = system.batch(size)
-        for _ in range(2):
+        for _ in range(1 if system.optimizer.state else 2):
             system.step(batch)
         synchronize(system.device)
     except torch.OutOfMemoryError:
