@@ -343,6 +343,19 @@ def test_a_stand_in_may_see_the_large_objects_alone(colours, tmp_path, capsys):
     assert re.search(r"right on [\d.]+% of the 24 objects of .*boxes\.csv", printed)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+        ({"image_size": 20}, "image_size must be a positive multiple of 8, got 20"),
+        ({"image_size": 0}, "image_size must be a positive multiple of 8, got 0"),
+    ],
+)
+def test_a_stand_in_that_cannot_be_trained(settings, message, colours):
+    with pytest.raises(ValueError, match=message):
+        train_stand_in(Manifest(colours), **settings)
+
+
 def test_a_stand_in_needs_classes(colours, tmp_path):
     text = colours.read_text()
     (colours.parent / "one.csv").write_text(text.replace("red", "blue"))

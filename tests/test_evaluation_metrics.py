@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pbe.checkpoints.reading import CheckpointError
 from pbe.evaluation.lpips import load_lpips
 from pbe.evaluation.metrics import (
     BackgroundLPIPS,
@@ -383,6 +384,13 @@ def test_lpips_is_torchmetrics(tmp_path):
     keep[:, :, 20:40, 20:40] = 0
     metric.update(torch.where(keep.bool(), source, result), source, keep)
     assert metric.compute().value.item() == 0
+
+
+def test_a_file_without_alexnet_is_refused_in_one_line(tmp_path):
+    torch.save({"features.0.bias": torch.zeros(64), "other": torch.zeros(1)}, tmp_path / "alexnet.pth")
+    message = r"alexnet\.pth does not fit AlexNet: it lacks 15: .*; has no place for 1: other$"
+    with pytest.raises(CheckpointError, match=message):
+        load_lpips(tmp_path / "alexnet.pth")
 
 
 def test_metrics_refuse_bad_settings():

@@ -322,6 +322,8 @@ REFUSED = [
     ("copy-paste", ["--guidance-interval", "0,9"], "--guidance-interval is nothing that copy-paste has"),
     ("paint-by-example", ["paint_by_example", "--resolution", "60"], "a positive multiple of 8, got 60"),
     ("copy-paste", ["--devices", "2", "--device", "cuda:1"], "device='cuda:1' cannot be several devices"),
+    ("copy-paste", ["--devices", "0"], "--devices must be 1 or more, got 0"),
+    ("copy-paste", ["--num-nodes", "-1"], "--num-nodes must be 1 or more, got -1"),
     ("copy-paste", ["--seed", "-1"], "seed must be between 0 and "),
     ("stable-diffusion-image", ["stable_diffusion", "vocabulary", "--clip", "ADM"], "holds a ADM, not the CLIP"),
 ]
@@ -358,6 +360,15 @@ def test_labels_that_cannot_be_read(text, message, tmp_path):
     (tmp_path / "labels.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         read_labels(tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"items": [{"id": 7}]}', '{"items": 3}'])
+def test_a_damaged_manifest_is_named(text, tmp_path):
+    folder = write_benchmark(tmp_path / "bench")
+    (folder / "benchmark.json").write_text(text)
+    with pytest.raises(ValueError, match=r"bench/benchmark\.json is not as `build` writes it"):
+        Benchmark(folder)
+    assert len(Benchmark(folder, labels={}).items) == 3
 
 
 def test_labels_are_of_the_benchmark(tmp_path):

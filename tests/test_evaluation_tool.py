@@ -425,6 +425,29 @@ def test_score_refuses(bench, scored, judge, tmp_path, capsys):
     assert "limit must be 2 or more" in message("--results", str(raw), "--limit", "1")
     assert "names a kind twice" in message("--results", str(raw), "--backbone", judge, judge)
     assert "--resamples must be 1 or more" in message("--results", str(raw), "--resamples", "0")
+    assert "--pictures must be 0 or more" in message("--results", str(raw), "--pictures", "-1")
+
+    text = message("--results", str(raw), "--out", mixture)
+    assert text == f"error: --out {mixture} is a file; give a folder\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--out", "m.npz", "--components", "0"], "components must be 1 or more, got 0"),
+        (["--out", "m.npz", "--components", "9"], "9 components over 8 features need 72 pictures or more, got 16"),
+        (["--out", "m.pkl", "--components", "2"], "m.pkl: a mixture's file ends in .npz"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused_before_photos_are_read(
+    arguments, reason, coco, judge, monkeypatch, tmp_path, capsys
+):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pbe.evaluation.scoring.photo_features", lambda *_: pytest.fail("photos were read"))
+    fit = ["fit-mixture", "--real", str(coco[1]), "--backbone", judge, "--device", "cpu", "--quiet"]
+    assert main([*fit, *arguments]) == 2
+    assert capsys.readouterr().err == f"error: {reason}\n"
 
 
 @pytest.mark.slow
@@ -458,7 +481,8 @@ def test_clip_score_qs_and_fid_are_the_released_ones_end_to_end(bench, scored, c
     clip = seeded(CLIP, SMALL_CLIP)
     clip.visual_projection.weight.data *= 1e-3
     save_checkpoint(clip.state_dict(), tmp_path / "clip.ckpt", pbe_entry(SMALL_CLIP))
-    backbone = load_backbone(f"clip={tmp_path / 'clip.ckpt'}")
+    another = load_backbone(f"clip={tmp_path / 'clip.ckpt'}")
+    backbone = replace(another, name="CLIP ViT-B/32")
     benchmark, raw = Benchmark(bench), scored[0] / SYSTEM / "raw"
     real = real_moments(coco[1], backbone, tmp_path)
     files = [raw / f"{item.name}.png" for item in benchmark.items]
@@ -468,6 +492,12 @@ def test_clip_score_qs_and_fid_are_the_released_ones_end_to_end(bench, scored, c
     judges = Judges({"clip": backbone}, {"clip": real}, mixture, resamples=5)
     scores = score_results(benchmark, raw, judges, "raw", batch_size=3)
     figures = {figure.key: figure for figure in scores.figures}
+    assert {key for key, figure in figures.items() if figure.is_released} == {"fid/clip", "qs/clip", "clip_score/clip"}
+    # QS's range is of ViT-B/32's features alone
+    judges = Judges({"clip": another}, mixture=replace(mixture, features=identity(another)), resamples=5)
+    keys = {figure.key for figure in score_results(benchmark, raw, judges, "raw").figures}
+    assert "log_density/clip" in keys
+    assert "qs/clip" not in keys
 
     def encode(values):
         """(H, W, 3) in [0, 1], resized already."""

@@ -171,12 +171,14 @@ def open_source(args: argparse.Namespace, prefix: str) -> Source | None:
 def fit(args: argparse.Namespace) -> int:
     from pbe.checkpoints.loading import choose_device
     from pbe.evaluation.backbones import load_backbone
-    from pbe.evaluation.mixture import fit_mixture, save_mixture
+    from pbe.evaluation.mixture import check_fit, check_name, fit_mixture, save_mixture
     from pbe.evaluation.scoring import identity, photo_features, picture_files
 
     check_output(args)
+    check_name(args.out)
     backbone = load_backbone(args.backbone, choose_device(args.device))
     files = picture_files(args.real)
+    check_fit(len(files), backbone.num_features, args.components)
     with progress(args, len(files), "real photos") as bar:
         features = photo_features(files, backbone, args.batch_size, args.workers, bar.update)
     mixture = fit_mixture(features, args.components, args.seed, identity(backbone))

@@ -60,6 +60,10 @@ def load_judges(args: argparse.Namespace) -> Judges:
 
     if args.resamples < 1:
         raise ValueError(f"--resamples must be 1 or more, got {args.resamples}")
+    if args.pictures < 0:
+        raise ValueError(f"--pictures must be 0 or more, got {args.pictures}")
+    if args.out.exists() and not args.out.is_dir():
+        raise FileExistsError(f"--out {args.out} is a file; give a folder")
     device = choose_device(args.device)
     loaded = [load_backbone(text, device) for text in args.backbone]
     backbones = {backbone.kind: backbone for backbone in loaded}

@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """ValueError for systems named twice, and for an option that none of them has."""
+    """ValueError for systems named twice, an option that none of them has, and no device."""
     from pbe.evaluation.baselines import get_baseline
 
     names = args.system
@@ -157,6 +157,9 @@ def check_options(args: argparse.Namespace) -> None:
     for setting, option in OPTIONS.items():
         if getattr(args, option) is not None and setting not in settings:
             raise ValueError(f"--{option.replace('_', '-')} is nothing that {' and '.join(names)} has")
+    for option in ("devices", "num_nodes"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be 1 or more, got {getattr(args, option)}")
 
 
 def weights_of(args: argparse.Namespace, name: str) -> Weights:

@@ -158,7 +158,7 @@ def _dino(path: Path, _: str) -> Parts:
     model = build_on_meta(lambda given: VisionTransformer(*given), sizes)
     model.heads = nn.Identity()
     tensors = {name: recipe.build(*(state[source] for source in recipe.sources)) for name, recipe in recipes.items()}
-    _load_strictly(model, tensors, path)
+    load_strictly(model, tensors, path)
     prepare = partial(_imagenet, size=image_size, shorter=round(image_size * 256 / 224), bicubic=True)
     return f"DINO ViT, width {width}, patch {patch}", model, model, prepare
 
@@ -171,12 +171,13 @@ def _torchvision(path: Path, name: str) -> Parts:
     heads = [head for head in HEADS if hasattr(model, head)]
     if len(heads) != 1:
         raise ValueError(f"torchvision's {name} is no classifier whose features can be told from its logits")
-    _load_strictly(model, state, path)
+    load_strictly(model, state, path)
     setattr(model, heads[0], nn.Identity())
     return f"torchvision {name}", model, lambda x: model(x).flatten(1), _imagenet
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Fills a model on `meta` with a file's tensors; CheckpointError that tells which do not fit."""
     expected = model.state_dict()
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]

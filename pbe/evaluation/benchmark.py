@@ -57,8 +57,7 @@ class Benchmark(CocoEE):
             raise ValueError(f"{folder}/id_list.npy names an id twice")
         if labels is None:
             manifest = self.folder / MANIFEST
-            listed = json.loads(manifest.read_text(encoding="utf-8"))["items"] if manifest.is_file() else []
-            labels = {item["id"]: item["label"] for item in listed}
+            labels = manifest_labels(manifest) if manifest.is_file() else {}
         elif unknown := labels.keys() - set(self._ids.tolist()):
             raise ValueError(f"there is a label for the id {min(unknown)}, which {folder}/id_list.npy does not list")
         self.items = []
@@ -68,6 +67,15 @@ class Benchmark(CocoEE):
             mask_of_reference = self.folder / REFERENCE_MASKS / f"{id_:012d}_ref_mask.png"
             there = mask_of_reference if mask_of_reference.is_file() else None
             self.items.append(Item(id_, source, reference, mask, labels.get(id_), there))
+
+
+def manifest_labels(path: Path) -> dict[int, str]:
+    """The labels by id of a benchmark's manifest; ValueError for another file."""
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))["items"]
+        return {item["id"]: item["label"] for item in items}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not as `build` writes it ({error!r}); --labels does without it") from None
 
 
 def read_labels(path: str | Path) -> dict[int, str]:

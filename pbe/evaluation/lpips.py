@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchvision.models import alexnet
 
 from pbe.checkpoints.meta import build_on_meta
-from pbe.checkpoints.reading import CheckpointError, read_state_dict
+from pbe.checkpoints.reading import read_state_dict
+from pbe.evaluation.backbones import load_strictly
 
 # The metric's own normalisation of [-1, 1], and the layers of `features` after whose ReLU it compares.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -49,12 +50,8 @@ def load_lpips(path: str | Path, device: str | torch.device = "cpu") -> LPIPS:
 
     FileNotFoundError, or CheckpointError where the file holds something else.
     """
-    state = read_state_dict(path)
     network = build_on_meta(lambda weights: alexnet(weights=weights), None)
-    try:
-        network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not hold torchvision's AlexNet: {error}") from None
+    load_strictly(network, read_state_dict(path), path)
     shipped = Path(torchmetrics.__file__).parent / "functional/image/lpips_models/alex.pth"
     linear = read_state_dict(shipped)
     model = LPIPS(network.features, [linear[f"lin{i}.model.1.weight"] for i in range(len(LAYERS))])

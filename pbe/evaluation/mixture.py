@@ -10,6 +10,7 @@ import math
 import pickle
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,25 @@ class GaussianMixture:
         return GaussianMixture(*(getattr(self, name).to(device) for name in ARRAYS), self.features)
 
 
+def check_fit(N: int, C: int, components: int) -> None:
+    """Raises what `fit_mixture` does for N pictures of C features, before their features are computed."""
+    if find_spec("sklearn") is None:
+        raise ImportError("fitting a mixture needs scikit-learn, the extra eval: pip install pbe[eval]")
+    if components < 1:
+        raise ValueError(f"components must be 1 or more, got {components}")
+    if N < components * C:
+        raise ValueError(f"{components} components over {C} features need {components * C} pictures or more, got {N}")
+
+
 def fit_mixture(features: Tensor, components: int = 20, seed: int = 0, described: str = "") -> GaussianMixture:
     """A mixture of `components` full Gaussians fitted to features (N, C) by scikit-learn.
 
     ImportError without the extra `eval`; ValueError for fewer pictures than components times features, of which
     covariances would be singular.
     """
-    try:
-        from sklearn.mixture import GaussianMixture as Fit
-    except ImportError as error:
-        raise ImportError("fitting a mixture needs scikit-learn, the extra eval: pip install pbe[eval]") from error
-    N, C = features.shape
-    if N < components * C:
-        raise ValueError(f"{components} components over {C} features need {components * C} pictures or more, got {N}")
+    check_fit(*features.shape, components)
+    from sklearn.mixture import GaussianMixture as Fit
+
     fit = Fit(components, covariance_type="full", random_state=seed).fit(features.double().numpy())
     return GaussianMixture(
         torch.from_numpy(fit.weights_),
@@ -86,11 +93,16 @@ def fit_mixture(features: Tensor, components: int = 20, seed: int = 0, described
 # --- files ------------------------------------------------------------------------------------------------
 
 
+def check_name(path: Path) -> None:
+    """ValueError for a file that `save_mixture` would not write."""
+    if path.suffix != ".npz":
+        raise ValueError(f"{path}: a mixture's file ends in .npz")
+
+
 def save_mixture(mixture: GaussianMixture, path: str | Path, overwrite: bool = False) -> None:
     """Writes an `.npz` file of plain arrays; FileExistsError for an existing file unless `overwrite` is set."""
     path = Path(path)
-    if path.suffix != ".npz":
-        raise ValueError(f"{path}: a mixture's file ends in .npz")
+    check_name(path)
     arrays = {name: getattr(mixture, name).cpu().numpy() for name in ARRAYS}
     with replacing(path, overwrite) as part, part.open("wb") as file:
         np.savez(file, features=np.array(mixture.features), **arrays)

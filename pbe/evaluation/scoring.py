@@ -63,7 +63,7 @@ class Judges:
 
     backbones: by kind; only the CLIP that the paper used makes figures that compare with the paper's.
     real: the moments of real photos by the same kinds, for FID.
-    mixture: on the features it was fitted on, CLIP's for QS; on others it gives the bare log-density.
+    mixture: on the features it was fitted on, CLIP ViT-B/32's for QS; on others it gives the bare log-density.
     """
 
     backbones: Mapping[str, Backbone]
@@ -188,7 +188,7 @@ def _make_metrics(judges: Judges) -> Metrics:
         if kind in judges.real:
             metrics["fid", kind] = FrechetDistance(backbone.num_features, judges.real[kind], **fid_settings)
         if judges.mixture is not None and kind == judges.mixture_backbone():
-            name, density = ("qs", QualityScore) if kind == "clip" else ("log_density", LogDensity)
+            name, density = ("qs", QualityScore) if backbone.is_released_clip else ("log_density", LogDensity)
             metrics[name, kind] = density(judges.mixture, **settings)
         if kind == "clip":
             metrics["clip_score", kind] = FeatureSimilarity(**settings)

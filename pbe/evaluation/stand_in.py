@@ -95,8 +95,13 @@ def train_stand_in(
     """A classifier of the labelled boxes of a source, and the classes' names.
 
     Each object's box is seen with a random shift, size and flip. `on_epoch` is called with the epoch, the mean loss
-    and the share of objects that were recognised. ValueError without labels, or with one class alone.
+    and the share of objects that were recognised. ValueError without labels, with one class alone, without an epoch,
+    and for a size that cannot be halved three times.
     """
+    if epochs < 1:
+        raise ValueError(f"epochs must be 1 or more, got {epochs}")
+    if image_size < 8 or image_size % 8:
+        raise ValueError(f"image_size must be a positive multiple of 8, got {image_size}")
     pictures, labels = _labelled_boxes(source, round(image_size * 1.25))
     names = sorted(set(labels))
     if len(names) < 2:
