@@ -70,23 +70,30 @@ HEIGHT = 520  # of photo and results
 
 
 def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> str:
-    """Serves a page of `build_page` in threads of its own; returns its address. OSError if the port is taken.
+    """Serves a page of `build_page` in threads of its own; returns its address.
+
+    ValueError for a number that is no port; OSError if the port is taken, or the host no address of this machine.
 
     Nothing is sent to or fetched from anywhere else. `page.block_thread()` waits until it is interrupted.
     """
-    _, address, _ = page.queue(max_size=MAX_WAITING).launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        ssr_mode=False,
-        run_history=False,
-        footer_links=["api"],
-        max_file_size=MAX_UPLOAD,
-        theme=THEME,
-        css=CSS,
-    )
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port must be between 1 and 65535, got {port}")
+    try:
+        _, address, _ = page.queue(max_size=MAX_WAITING).launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            run_history=False,
+            footer_links=["api"],
+            max_file_size=MAX_UPLOAD,
+            theme=THEME,
+            css=CSS,
+        )
+    except OSError as error:  # its text names Gradio's own settings
+        raise OSError(f"cannot serve at {host}:{port}: the port is taken or the host not this machine's") from error
     return address
 
 
@@ -163,11 +170,14 @@ def save_edits(
     The folder takes copies of the pictures under plain names, which the settings and the error messages then hold.
     ValueError, OSError and MemoryError as of `pbe.edit`, and ValueError for more pixels or results than a page takes.
     """
-    if not 1 <= settings.num_images <= MAX_RESULTS:
-        raise ValueError(f"num_images must be between 1 and {MAX_RESULTS} on this page, got {settings.num_images}")
+    if settings.num_images not in range(1, MAX_RESULTS + 1):
+        raise ValueError(
+            f"num_images must be a whole number from 1 to {MAX_RESULTS} on this page, got {settings.num_images}"
+        )
+    num_images = int(settings.num_images)
     # An emptied field is None, and a program may send 20.0 steps.
     scale, steps, seed = parse("scale", settings.guidance), parse("steps", settings.steps), parse("seed", settings.seed)
-    last = seed + settings.num_images - 1
+    last = seed + num_images - 1
     if last > MAX_SEED:
         raise ValueError(f"the last result's seed would be {last}, and the largest is {MAX_SEED}")
     job = Job(
@@ -186,7 +196,7 @@ def save_edits(
     about = settings_of(job, weights)
     check_writable(job.path(job.out), inputs.picture.source, about)
 
-    done, total = 0, steps * -(-settings.num_images // BATCH_SIZE)
+    done, total = 0, steps * -(-num_images // BATCH_SIZE)
     progress((0, total), desc="Painting")
 
     def step_done(_: StepInfo) -> None:
@@ -194,7 +204,7 @@ def save_edits(
         done += 1
         progress((done, total), desc="Painting")
 
-    images = run_job(model, job, inputs, settings.num_images, BATCH_SIZE, step_done)
+    images = run_job(model, job, inputs, num_images, BATCH_SIZE, step_done)
     paths = [folder / f"{edit.photo.stem}-{seed + i}.png" for i in range(len(images))]
     for i, (image, path) in enumerate(zip(images, paths, strict=True)):
         save_result(image, path, {**about, "seed": seed + i})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -78,10 +79,10 @@ def _unknown_column(names: Iterable[str]) -> str | None:
 
 
 def _check_outputs_differ(path: Path, jobs: Sequence[Job]) -> None:
-    inputs = {job.path(name).resolve(): job.line for job in jobs for name in job.inputs}
-    outputs: dict[Path, int] = {}
+    inputs = {os.path.realpath(job.path(name)): job.line for job in jobs for name in job.inputs}
+    outputs: dict[str, int] = {}
     for job in jobs:
-        out = job.path(job.out).resolve()
+        out = os.path.realpath(job.path(job.out))
         if out in outputs:
             raise ValueError(f"{path}: lines {outputs[out]} and {job.line} both write {job.out}")
         if out in inputs:  # whether the row reads it before or after would depend on the order

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
@@ -105,6 +105,7 @@ def edit(
         sampler=sampler,
         eta=eta,
         spacing=spacing,
+        seed=seed,
         num_images=num_images,
         batch_size=batch_size,
         window=window,
@@ -140,7 +141,7 @@ def edit(
             seen, keep = see_window(batch, region, box, size)
             with on_device(model.vae, device):
                 condition = window_condition(model, seen, keep, context, len(batch))
-            generators = make_generators(seed + first, len(batch))
+            generators = make_generators(int(seed) + first, len(batch))
             x_T = randn(condition.z_masked.shape[1:], generators, device)
             with on_device(model.unet, device):
                 eps = guided_eps(model, condition, guidance, timesteps, guidance_interval)
@@ -165,6 +166,7 @@ def check_settings(
     sampler: str,
     eta: float,
     spacing: str,
+    seed: int,
     num_images: int,
     batch_size: int,
     window: Literal["auto", "full"] | tuple[int, int, int, int],
@@ -177,18 +179,23 @@ def check_settings(
     """Raises `ValueError` for settings of `edit` that no model and no photo could make right."""
     NoiseSchedule.scaled_linear(spacing=spacing).timesteps(steps)
     choose_sampler(sampler, eta)
-    if not (math.isfinite(guidance) and guidance >= 0):
-        raise ValueError(f"guidance must be 0 or more, got {guidance}")
+    if not (is_number(guidance) and guidance >= 0):
+        raise ValueError(f"guidance must be 0 or more, got {guidance!r}")
     if guidance_interval is not None and not is_interval(guidance_interval):
         raise ValueError(
             "guidance_interval must be two whole timesteps (t_low, t_high), -1 <= t_low <= t_high <= 1000, "
             f"got {guidance_interval!r}"
         )
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be between 0 and 1, got {eta}")
+    if not (is_number(eta) and 0 <= eta <= 1):
+        raise ValueError(f"eta must be between 0 and 1, got {eta!r}")
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if not (isinstance(value, Integral) and value >= 1):
+            raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+    if not (isinstance(seed, Integral) and 0 <= int(seed) <= 2**64 - int(num_images)):  # torch's seeds have 64 bits
+        raise ValueError(
+            f"seed must be a whole number from 0 to 2**64 - 1, the last result's too; "
+            f"got {seed!r} with num_images={num_images}"
+        )
     if regions not in ("together", "each"):
         raise ValueError(f"regions must be 'together' or 'each', got {regions!r}")
     if seam not in ("poisson", "feather"):
@@ -196,15 +203,21 @@ def check_settings(
     if isinstance(window, str):
         is_window = window in ("auto", "full")
     else:
-        is_window = isinstance(window, Sequence | np.ndarray) and len(window) == 4 and all(x == int(x) for x in window)
+        is_window = isinstance(window, Sequence | np.ndarray) and len(window) == 4
+        is_window = is_window and all(is_number(x) and x == int(x) for x in window)
     if not is_window:
         raise ValueError(f"window must be 'auto', 'full' or a box (x0, y0, x1, y1) of whole pixels, got {window!r}")
-    if feather is not None and feather < 0:
-        raise ValueError(f"feather must be 0 or more pixels, got {feather}")
-    if not 0 <= margin < 0.5:
-        raise ValueError(f"margin must be at least 0 and below 0.5, got {margin}")
-    if resolution is not None and (resolution < 8 or resolution % 8):
-        raise ValueError(f"resolution must be a positive multiple of 8, got {resolution}")
+    if feather is not None and not (isinstance(feather, Integral) and feather >= 0):
+        raise ValueError(f"feather must be a whole number of pixels, 0 or more, got {feather!r}")
+    if not (is_number(margin) and 0 <= margin < 0.5):
+        raise ValueError(f"margin must be at least 0 and below 0.5, got {margin!r}")
+    if resolution is not None and not (isinstance(resolution, Integral) and resolution >= 8 and resolution % 8 == 0):
+        raise ValueError(f"resolution must be a whole number, a positive multiple of 8, got {resolution!r}")
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a real number, neither NaN nor infinite."""
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def is_interval(value: tuple[int, int]) -> bool:
@@ -214,9 +227,11 @@ def is_interval(value: tuple[int, int]) -> bool:
 
 
 def check_finite(edited: Tensor) -> None:
-    """Raises `ValueError` for a picture with NaN or infinity, which 16 bits can bring about."""
+    """Raises `ValueError` for a picture with NaN or infinity, which float16 can bring about."""
     if not edited.isfinite().all():
-        raise ValueError(f"the model's picture is not finite in {edited.dtype}: use bfloat16 or float32")
+        narrow = edited.dtype == torch.float16
+        advice = "use bfloat16 or float32" if narrow else "is the guidance too large, or the checkpoint damaged?"
+        raise ValueError(f"the model's picture is not finite in {edited.dtype}: {advice}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,7 +276,10 @@ def mixed_context(
     if not exemplars:
         raise ValueError("exemplar is an empty list; at least one picture is needed")
     masks = [None] * len(exemplars) if masks is None else list(masks)
-    weights = [1.0] * len(exemplars) if weights is None else list(weights)
+    try:
+        weights = [1.0] * len(exemplars) if weights is None else [float(w) for w in weights]
+    except (TypeError, ValueError):
+        raise ValueError(f"exemplar_weights must be numbers, one for each exemplar, got {weights!r}") from None
     for name, values in (("exemplar_mask", masks), ("exemplar_weights", weights)):
         if len(values) != len(exemplars):
             raise ValueError(f"{name} has {len(values)} entries for {len(exemplars)} exemplars; one each is needed")
@@ -292,15 +310,17 @@ def window_condition(model: PaintByExample, pixels: Tensor, keep: Tensor, contex
     return Condition(*(x.expand(batch, *x.shape[1:]) for x in (z_masked, mask, context)))
 
 
+LARGER_MASK = "draw it wider, zoom in on it (window='auto') or work at a higher resolution"
+
+
 def check_visible(mask: Tensor) -> None:
     """Raises or warns if a mask (B, 1, h, w), 1 = keep, has all but vanished at latent size."""
     visible = (1 - mask.float()).sum().item() / len(mask)
     if visible == 0:
-        raise ValueError("the mask is too small for the model to see in this window; window='auto' zooms in on it")
+        raise ValueError(f"the mask is too small for the model to see in this window; {LARGER_MASK}")
     if visible < 1:
         warnings.warn(
-            f"the mask covers {visible:.2f} of one cell of what the model sees, and will hardly show; "
-            "window='auto' zooms in on it",
+            f"the mask covers {visible:.2f} of one cell of what the model sees, and will hardly show; {LARGER_MASK}",
             PictureWarning,
             stacklevel=4,
         )

@@ -72,7 +72,8 @@ class Job:
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed must be between 0 and {MAX_SEED}, got {self.seed}")
         for name in self.inputs:
-            if self.path(name).resolve() == self.path(self.out).resolve():
+            # not Path.resolve, to which links that lead back to themselves are no ValueError
+            if os.path.realpath(self.path(name)) == os.path.realpath(self.path(self.out)):
                 raise ValueError(f"out {self.out} is also an input: it would be overwritten")
 
     @property
@@ -265,6 +266,7 @@ def check_job(job: Job) -> None:
         sampler=job.sampler,
         eta=job.eta,
         spacing=job.spacing,
+        seed=job.seed,
         num_images=1,
         batch_size=1,
         window=job.window,

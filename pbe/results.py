@@ -123,7 +123,9 @@ def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) 
     except ValueError as error:
         raise ValueError(str(error).replace(str(trial), str(path))) from None
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        file = next((parent for parent in path.parents if parent.is_file()), None)
+        reason = f"{file} is no folder" if file else error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}") from error
     finally:
         if trial.exists():  # what is no folder cannot even be asked to delete a file
             trial.unlink()

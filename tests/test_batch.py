@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 
 import pbe
 from pbe.batch import Outcome, is_finished, read_jobs, run_row
-from pbe.jobs import COLUMNS, MAX_SEED, Job, make_job
+from pbe.jobs import COLUMNS, MAX_SEED, Job, make_job, read_inputs
 from pbe.pictures import PictureWarning
 from pbe.results import NUM_SAMPLES, SAMPLE_BYTES, Weights, identify, read_settings, save_result, settings_of
 
@@ -252,6 +252,14 @@ def test_csv_cell_that_is_too_long_is_named(folder):
 def test_wrong_files_are_refused_before_anything_is_done(folder, write, rows, message):
     with pytest.raises(ValueError, match=message):
         read_jobs(write(folder, *rows), {})
+
+
+def test_a_link_that_leads_back_to_itself_fails_alone(folder):
+    (folder / "loop.png").symlink_to("loop.png")
+    jobs, failed = read_jobs(write_jsonl(folder, {**GIVEN, "image": "loop.png"}, {**GIVEN, "out": "2.png"}), {})
+    assert (len(jobs), failed) == (2, [])
+    with pytest.raises(FileNotFoundError, match=r"image .*loop\.png: there is no such file"):
+        read_inputs(jobs[0])
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,27 @@ def test_grid(cli, edits, folder):
         assert (pixels == colour).all(axis=-1).sum() > 1000
 
 
+def test_photos_may_be_larger_than_pillow_s_bound(cli, edits, folder, capsys, monkeypatch):
+    """The bound's error and its warning at half as many pixels; a batch knows its large results again."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of 8000
+    (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    assert cli(batch="rows.csv") == 0
+    assert cli(batch="rows.csv") == 0
+    output = capsys.readouterr()
+    assert "1 done before" in output.out
+    assert output.err == ""
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_a_grid_does_not_replace_an_input(cli, edits, folder, capsys):
+    (folder / "mask.png").rename(folder / "photo-grid.png")
+    before = (folder / "photo-grid.png").read_bytes()
+    assert cli(mask="photo-grid.png", out="./", grid=True) == 2
+    assert "photo-grid.png is also an input" in capsys.readouterr().err
+    assert (folder / "photo-grid.png").read_bytes() == before
+    assert edits == []
+
+
 def test_seeds_and_scales_make_a_table(cli, edits, folder):
     assert cli(seeds="1..2,7", sweep_scale="1,2.5") == 0
     expected = {f"out-scale{scale}-{seed}.png" for scale in ("1", "2.5") for seed in (1, 2, 7)}
@@ -304,7 +325,8 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"image": "none.png"}, "none.png"),
         ({"mask": "none.png"}, "error: mask none.png: there is no such file"),
         ({"mask": "dog.png"}, "error: mask dog.png is "),
-        ({"out": "photo.png/out.png"}, "cannot write photo.png/out.png: "),
+        ({"out": "photo.png/out.png"}, "cannot write photo.png/out.png: photo.png is no folder"),
+        ({"image": "loop.png"}, "image loop.png: there is no such file"),
         ({"reference": "none.png"}, "none.png"),
         ({"ckpt": "none.ckpt"}, "none.ckpt"),
         ({"ckpt": "photo.png"}, "photo.png"),
@@ -354,6 +376,7 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
 )
 def test_wrong_input_is_one_line_and_code_2(cli, edits, folder, capsys, changes, message):
     (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    (folder / "loop.png").symlink_to("loop.png")
     before = names(folder)
     try:
         code = cli(**changes)

@@ -12,7 +12,7 @@ from PIL import Image
 import pbe
 from pbe.acceleration import prepare_for_inference
 from pbe.checkpoints.seeding import seeded_state
-from pbe.editing import mixed_context
+from pbe.editing import check_finite, mixed_context
 from pbe.evaluation.baselines.poisson import membrane
 from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig
@@ -285,25 +285,41 @@ def test_half_precision_edits(tmp_path):
         ({"exemplar": []}, "empty list"),
         ({"exemplar": [EXEMPLAR], "exemplar_weights": [1, 2]}, "2 entries for 1"),
         ({"exemplar_weights": [0.0]}, "not all 0"),
+        ({"exemplar_weights": 1.0}, "exemplar_weights must be numbers.*got 1.0"),
+        ({"exemplar_weights": ["much"]}, "exemplar_weights must be numbers.*'much'"),
         ({"steps": 0}, "steps"),
         ({"steps": 1001}, "1001"),
         ({"sampler": "euler"}, "'euler'.*plms"),
         ({"eta": 0.5}, "ddim"),
         ({"guidance": -1.0}, "guidance"),
         ({"guidance": float("nan")}, "guidance"),
+        ({"guidance": "5"}, "guidance must be 0 or more, got '5'"),
+        ({"sampler": "ddim", "eta": "1"}, "eta must be between 0 and 1, got '1'"),
+        ({"seed": -1}, "seed must be a whole number from 0 .* got -1"),
+        ({"seed": 2**64}, f"seed must be .* got {2**64}"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "the last result's too"),
+        ({"seed": "7"}, "seed must be .* got '7'"),
+        ({"seed": 1.5}, "seed must be .* got 1.5"),
         ({"num_images": 0}, "num_images"),
+        ({"num_images": 1.0}, "num_images must be a whole number, at least 1, got 1.0"),
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": "2"}, "batch_size must be a whole number, at least 1, got '2'"),
         ({"regions": "both"}, "'both'"),
         ({"window": "half"}, "'half'"),
         ({"window": None}, "None"),
         ({"window": (0, 0, 40.5, 60)}, "whole pixels"),
+        ({"window": (0, 0, float("inf"), 60)}, "whole pixels"),
+        ({"window": ("a", 0, 40, 60)}, "whole pixels"),
         ({"window": (30, 0, 80, 60)}, "hold the mask"),
         ({"window": (0, 0, 80, 61)}, "lie inside the photo"),
         ({"resolution": 63}, "multiple"),
         ({"resolution": 0}, "multiple"),
+        ({"resolution": "64"}, "multiple of 8, got '64'"),
         ({"seam": "gauss"}, "'gauss'"),
         ({"feather": -1}, "feather"),
+        ({"feather": 2.5}, "feather must be a whole number of pixels, 0 or more, got 2.5"),
         ({"margin": 0.6}, "margin"),
+        ({"margin": "wide"}, "margin must be .* got 'wide'"),
     ],
 )
 def test_wrong_inputs(model, changes, message):
@@ -315,8 +331,11 @@ def test_wrong_inputs(model, changes, message):
 def test_numpy_numbers_are_numbers(model):
     image = photo(80, 60)
     plain, numpy = (
-        edit(model, image, (20, 20, 60, 50), steps=steps, window=window)[0]
-        for steps, window in ((4, (10, 0, 70, 60)), (np.int64(4), np.array([10, 0, 70, 60])))
+        edit(model, image, (20, 20, 60, 50), steps=steps, window=window, guidance=guidance, seed=seed, num_images=n)[-1]
+        for steps, window, guidance, seed, n in (
+            (4, (10, 0, 70, 60), 3.0, 7, 2),
+            (np.int64(4), np.array([10, 0, 70, 60]), np.float32(3), np.int64(7), np.int64(2)),
+        )
     )
     assert np.array_equal(plain, numpy)
 
@@ -324,8 +343,10 @@ def test_numpy_numbers_are_numbers(model):
 def test_a_picture_that_is_not_finite_is_an_error(model, monkeypatch):
     """16 bits can overflow; a black patch would be taken for a result."""
     monkeypatch.setattr(model.vae.decoder, "forward", lambda z: torch.full((len(z), 3, 64, 64), float("nan")))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"not finite in torch\.float32: is the guidance too large"):
         edit(model, photo(80, 60), (20, 20, 60, 50))
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16: use bfloat16"):
+        check_finite(torch.full((1, 3, 8, 8), float("inf"), dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -359,6 +380,12 @@ def test_a_mask_too_small_for_the_window(model):
     with pytest.raises(ValueError, match="window='auto'"):
         edit(model, image, (300, 300, 301, 301), window=(0, 0, 600, 600), resolution=64)
     edit(model, image, (300, 300, 301, 301))
+
+
+def test_a_mask_too_thin_for_any_window(model):
+    """A line across the photo lets no window zoom in: what is advised must be more than the window it has."""
+    with pytest.raises(ValueError, match=r"too small for the model to see .* wider, .* or work at a higher resolution"):
+        edit(model, photo(600, 600), (0, 300, 600, 301))
 
 
 @pytest.mark.parametrize("steps", [2, 600])

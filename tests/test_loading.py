@@ -1,6 +1,7 @@
 """From files in every layout to models: recognised, sized, strict, converted tensor by tensor."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from pbe.checkpoints.loading import (
     choose_device,
     choose_dtype,
     has_native_bfloat16,
+    hints_of,
     view,
 )
 from pbe.checkpoints.reading import Checkpoint, CheckpointError
@@ -31,6 +33,8 @@ from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
 
 MANIFESTS = Path(__file__).parents[2] / "shared" / "reference" / "manifests"
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+ATTENTION_NORM = "model.diffusion_model.input_blocks.1.1.norm.weight"
 VIT_B = {
     "vision": CLIPVisionConfig(width=768, num_layers=12, num_heads=12, patch_size=32, mlp_width=3072),
     "text": CLIPTextConfig(width=512, num_layers=12, num_heads=8, mlp_width=2048),
@@ -167,11 +171,28 @@ def test_averages_alone_are_named_as_such(tmp_path):
         pbe.load_model(tmp_path / "ema.ckpt", device="cpu")
 
 
-@pytest.mark.parametrize("entry", [{"unet_heads": "8"}, {"latent_scale": [1]}, {"exemplar_tokens": 3}])
-def test_an_entry_of_the_wrong_type_is_named(tmp_path, entry):
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"unet_heads": "8"}, "its entry 'pbe' says unet_heads='8' is not a positive whole number"),
+        ({"unet_heads": -1}, "unet_heads=-1 is not a positive whole number"),
+        ({"unet_heads": 7}, "its sizes make no such model: .* do not divide into num_heads=7"),
+        ({"resolution": 0}, "resolution=0 is not a positive whole number"),
+        ({"latent_scale": [1]}, r"latent_scale=\[1\] is not a positive number"),
+        ({"latent_scale": float("nan")}, "latent_scale=nan is not a positive number"),
+        ({"exemplar_tokens": "some"}, "exemplar_tokens='some' is not 'class' or 'all'"),
+    ],
+)
+def test_an_impossible_entry_is_named(tmp_path, entry, message):
     torch.save({"state_dict": seeded_state(CONFIG, 0), "pbe": pbe_entry(CONFIG) | entry}, tmp_path / "model.ckpt")
-    with pytest.raises(CheckpointError, match=next(iter(entry))):
+    with pytest.raises(CheckpointError, match=rf"model\.ckpt.* {message}"):
         pbe.load_model(tmp_path / "model.ckpt", device="cpu")
+
+
+def test_a_folder_of_another_family_is_named():
+    checkpoint = Checkpoint(Path("xl"), "made up", {}, {"configs": {"unet": {"attention_head_dim": [5, 10, 20]}}})
+    with pytest.raises(CheckpointError, match=r"xl: its config\.json says \[5, 10, 20\] heads by level"):
+        hints_of(checkpoint)
 
 
 def test_heads_of_a_clip_folder_come_from_its_config(tmp_path):
@@ -222,6 +243,12 @@ def test_strictness_lists_every_fault(tmp_path):
         (lambda s: {"weight": torch.zeros(2)}, "fits no known model"),
         (lambda s: s | {"surprise.weight": torch.zeros(2)}, "surprise.weight"),
         (lambda s: {k: v for k, v in s.items() if k != "model.diffusion_model.out.2.weight"}, "out.2.weight"),
+        # by this one a block might be told to have no attention
+        (lambda s: {k: v for k, v in s.items() if k != ATTENTION_NORM}, rf"lacks 1: {re.escape(ATTENTION_NORM)}$"),
+        (lambda s: s | {FIRST: torch.zeros(3)}, r"model\.ckpt looks like .* its sizes make no such model"),
+        (lambda s: s | {FIRST: torch.zeros(0, 9, 3, 3)}, "its sizes make no such model"),
+        (lambda s: s | {"first_stage_model.post_quant_conv.weight": torch.zeros(())}, "its sizes make no such model"),
+        (lambda s: s | {"proj_out.bias": s["proj_out.bias"].to(torch.int8)}, r"in 1: proj_out\.bias \(torch\.int8\)"),
     ],
 )
 def test_files_that_do_not_fit(tmp_path, change, message):

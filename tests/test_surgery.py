@@ -191,8 +191,29 @@ def test_merge(model, tmp_path, capsys):
     a, b, merged = seeded_state(CONFIG, 1), seeded_state(CONFIG, 2), pbe.load_model(out, device="cpu").state_dict()
     for name in a:
         assert torch.allclose(merged[name], 0.25 * a[name] + 0.75 * b[name], atol=1e-6), name
-    assert main(["merge", str(model), "--weights", "0.5", "--out", str(out), "--force"]) == 2
-    assert "add up to" in capsys.readouterr().err
+    for wrong in ("0.5", "nan"):
+        assert main(["merge", str(model), "--weights", wrong, "--out", str(out), "--force"]) == 2
+        assert "add up to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["seed", "--seed", "-1", "--out", "out.ckpt"], "--seed must be between 0 and"),
+        (["seed", "--seed", str(2**64), "--out", "out.ckpt"], f"got {2**64}"),
+        (["merge-lora", "model.ckpt", "model.ckpt", "--weight", "nan", "--out", "out.ckpt"], "got nan"),
+        # before the checkpoint, which is not there, is opened
+        (["expand", "none.ckpt", "--seed", "-1", "--out", "out.ckpt"], "--seed must be between 0 and"),
+        (["slim", "none.ckpt", "--out", "out.zip"], "out.zip: a checkpoint's name ends in .safetensors, .ckpt"),
+    ],
+)
+def test_wrong_values_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_set_vae(model, tmp_path, capsys):

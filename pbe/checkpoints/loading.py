@@ -72,7 +72,13 @@ def warn_of_averages(source: "Source") -> None:
 def build(source: "Source") -> nn.Module:
     """The model that a checkpoint fits, on the meta device; `CheckpointError` where its tensors do not fit together."""
     model_class, infer = MODELS[source.layout.name]
-    model = build_on_meta(model_class, infer(source.shapes, source.hints))
+    try:
+        model = build_on_meta(model_class, infer(source.shapes, source.hints))
+    except CheckpointError:
+        raise
+    except (ValueError, IndexError, ZeroDivisionError) as error:  # shapes of too few or of no numbers
+        likeness = f"{source.checkpoint.path} looks like {source.layout.description}"
+        raise CheckpointError(f"{likeness}, but its sizes make no such model: {error}") from error
     check_names_and_shapes(source, {name: tuple(p.shape) for name, p in model.state_dict().items()})
     return model
 
@@ -145,7 +151,10 @@ def view(checkpoint: Checkpoint) -> Source:
 def hints_of(checkpoint: Checkpoint) -> sizes.Hints:
     entry = checkpoint.extras.get("pbe")
     if isinstance(entry, dict):
-        return sizes.Hints.from_entry(entry)
+        try:
+            return sizes.Hints.from_entry(entry)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.path}: its entry 'pbe' says {error}") from None
     configs = checkpoint.extras.get("configs", {})
     whole = configs.get("", {})
     towers = {"vision_config": whole.get("vision_config", {}), "text_config": whole.get("text_config", {})}
@@ -154,11 +163,14 @@ def hints_of(checkpoint: Checkpoint) -> sizes.Hints:
             raise CheckpointError(
                 f"{checkpoint.path}: {name} was trained with {tower['hidden_act']!r}, and only 'quick_gelu' is known"
             )
-    return sizes.Hints.from_diffusers(configs)
+    try:
+        return sizes.Hints.from_diffusers(configs)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: its config.json says {error}") from None
 
 
 def check_names_and_shapes(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises one error that lists every missing, unexpected and mis-shaped tensor."""
+    """Raises one error that lists every missing, unexpected and mis-shaped tensor, and those that are no weights."""
     missing = [name for name in expected if name not in source.shapes]
     unexpected = [name for name in source.shapes if name not in expected]
     misshaped = [
@@ -166,7 +178,17 @@ def check_names_and_shapes(source: Source, expected: Mapping[str, tuple[int, ...
         for name, shape in expected.items()
         if name in source.shapes and source.shapes[name] != shape
     ]
-    faults = (("lacks", missing), ("has no place for", unexpected), ("has the wrong shape in", misshaped))
+    no_weights = [
+        f"{name} ({source.dtype(name)})"
+        for name in expected
+        if name in source.shapes and not source.dtype(name).is_floating_point
+    ]
+    faults = (
+        ("lacks", missing),
+        ("has no place for", unexpected),
+        ("has the wrong shape in", misshaped),
+        ("has other numbers than floats in", no_weights),
+    )
     if any(names for _, names in faults):
         text = "; ".join(f"{verb} {len(names)}: {shorten(names)}" for verb, names in faults if names)
         raise CheckpointError(f"{source.checkpoint.path} looks like {source.layout.description}, but {text}")

@@ -4,6 +4,7 @@ What shapes cannot tell (the number of attention heads, the latents' scale, the 
 or stands in an entry `pbe` that files written by this library carry, or in the configs of a diffusers folder.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,7 +24,7 @@ CLIP_HEAD_WIDTH = 64  # in every CLIP that OpenAI released
 
 @dataclass(frozen=True)
 class Hints:
-    """What the shapes cannot tell; None stands for the original's constant."""
+    """What the shapes cannot tell; None stands for the original's constant. `CheckpointError` for impossible values."""
 
     unet_heads: int | None = None
     vision_heads: int | None = None
@@ -34,15 +35,21 @@ class Hints:
     latent_scale: float | None = None
     resolution: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "exemplar_tokens":
+                fits, wanted = value in ("class", "all"), "'class' or 'all'"
+            elif name == "latent_scale":
+                fits, wanted = isinstance(value, int | float) and 0 < value < math.inf, "a positive number"
+            else:
+                fits, wanted = isinstance(value, int) and value > 0, "a positive whole number"
+            if value is not None and not fits:
+                raise CheckpointError(f"{name}={value!r} is not {wanted}")
+
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "Hints":
-        """The hints in a file's `pbe` entry, whose other fields are ignored; `CheckpointError` for a wrong type."""
-        hints = {field.name: entry[field.name] for field in fields(cls) if entry.get(field.name) is not None}
-        for name, value in hints.items():
-            expected = {"latent_scale": (int, float), "exemplar_tokens": str}.get(name, int)
-            if not isinstance(value, expected):
-                raise CheckpointError(f"the entry 'pbe' has {name}={value!r}, which should be a number or a name")
-        return cls(**hints)
+        """The hints in a file's `pbe` entry, whose other fields are ignored."""
+        return cls(**{field.name: entry.get(field.name) for field in fields(cls)})
 
     @classmethod
     def from_diffusers(cls, configs: Mapping[str, Mapping[str, Any]]) -> "Hints":
@@ -55,7 +62,7 @@ class Hints:
         # named attention_head_dim by a historical slip; it counts heads in every v1 model
         unet_heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
         if not isinstance(unet_heads, int | None):
-            raise CheckpointError(f"a UNet with {unet_heads} heads by level is not Stable Diffusion v1's")
+            raise CheckpointError(f"{unet_heads} heads by level; Stable Diffusion v1 has one number for all")
         return cls(
             unet_heads=unet_heads,
             vision_heads=vision.get("num_attention_heads"),
@@ -88,7 +95,7 @@ def unet_config(shapes: Shapes, hints: Hints, prefix: str = "model.diffusion_mod
             continue
         widths[-1] = shapes[f"{block}.0.out_layers.3.weight"][0]
         blocks[-1] += 1
-        if f"{block}.1.norm.weight" in shapes:
+        if any(name.startswith(f"{block}.1.") for name in shapes):
             attention_levels.add(len(widths) - 1)
     if len(set(blocks)) > 1 or any(width % model_channels for width in widths):
         raise CheckpointError(

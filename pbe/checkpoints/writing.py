@@ -33,8 +33,7 @@ def save_checkpoint(
     Raises `ValueError` for another suffix, `FileExistsError` for an existing file unless `overwrite` is set.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: a checkpoint's name ends in {', '.join(SUFFIXES)}")
+    check_suffix(path)
     tensors = {name: compact(tensor) for name, tensor in tensors.items()}
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; it is not replaced by a file")
@@ -43,6 +42,12 @@ def save_checkpoint(
             save_safetensors(tensors, part, {"pbe": json.dumps(entry)})
         else:
             torch.save({"state_dict": tensors, "pbe": dict(entry)}, part)
+
+
+def check_suffix(path: Path) -> None:
+    """Raises `ValueError` for a name that `save_checkpoint` does not write."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: a checkpoint's name ends in {', '.join(SUFFIXES)}")
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,19 @@ def check_output(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{args.out} exists; --force replaces it")
 
 
+def check_file(args: argparse.Namespace) -> None:
+    """The same for what must be one file."""
+    from pbe.checkpoints.writing import check_suffix
+
+    check_suffix(args.out)
+    check_output(args)
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"--seed must be between 0 and 2**64 - 1, got {seed}")
+
+
 def inspect(args: argparse.Namespace) -> int:
     from pbe.checkpoints.loading import open_source
     from pbe.checkpoints.surgery import describe
@@ -120,7 +134,8 @@ def expand(args: argparse.Namespace) -> int:
     from pbe.checkpoints.writing import save_checkpoint
     from pbe.models.paint_by_example import PaintByExampleConfig
 
-    check_output(args)
+    check_file(args)
+    check_seed(args.seed)
     source = open_source(args.checkpoint)
     config = surgery.config_of(source)
     tensors = surgery.expand(source)
@@ -151,7 +166,7 @@ def rewrite(args: argparse.Namespace, tensors_of: Callable) -> int:
     from pbe.checkpoints.surgery import entry_of
     from pbe.checkpoints.writing import save_checkpoint
 
-    check_output(args)
+    check_file(args)
     source = open_source(args.checkpoint)
     entry = entry_of(source)
     tensors = tensors_of(source, DTYPES[args.dtype] if args.dtype else None)
@@ -194,8 +209,8 @@ def merge(args: argparse.Namespace) -> int:
     from pbe.checkpoints.loading import open_source
     from pbe.checkpoints.writing import save_checkpoint
 
-    check_output(args)
-    if abs(sum(args.weights) - 1) > 1e-6:
+    check_file(args)
+    if not abs(sum(args.weights) - 1) <= 1e-6:  # nor NaN
         raise ValueError(f"the weights {args.weights} add up to {sum(args.weights):g}, not to 1")
     sources = [open_source(path) for path in args.checkpoints]
     entry = surgery.entry_of(sources[0])
@@ -209,7 +224,9 @@ def merge_lora(args: argparse.Namespace) -> int:
     from pbe.checkpoints.surgery import entry_of
     from pbe.checkpoints.writing import save_checkpoint
 
-    check_output(args)
+    check_file(args)
+    if not math.isfinite(args.weight):
+        raise ValueError(f"--weight must be a number, got {args.weight}")
     entry = entry_of(open_source(args.checkpoint))
     model = load_model(args.checkpoint, device="cpu", dtype="float32")
     lora.load_lora(model, args.adapter, args.weight)
@@ -224,7 +241,7 @@ def set_vae(args: argparse.Namespace) -> int:
     from pbe.checkpoints.writing import save_checkpoint
     from pbe.initialization import read_vae
 
-    check_output(args)
+    check_file(args)
     source = open_source(args.checkpoint)
     entry = surgery.entry_of(source)
     size, state = read_vae(args.vae)
@@ -242,6 +259,7 @@ def seed(args: argparse.Namespace) -> int:
     from pbe.files import replacing
 
     check_output(args)
+    check_seed(args.seed)
     if args.out.suffix not in PICKLE_SUFFIXES:
         raise ValueError(f"{args.out}: the original layout is a pickle; its name ends in {', '.join(PICKLE_SUFFIXES)}")
     with replacing(args.out, args.force) as part:

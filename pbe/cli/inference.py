@@ -168,7 +168,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parser(prog).parse_args(argv)
-    with one_line_warnings():
+    with one_line_warnings(), photos_of_any_size():
         try:
             check_memory(args.low_memory, args.compile)
             return edit_batch(args) if args.batch else edit_one(args)
@@ -183,6 +183,18 @@ def one_line_warnings() -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)  # other packages' deprecations: nothing a user can act on
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         yield
+
+
+@contextmanager
+def photos_of_any_size() -> Iterator[None]:
+    """Lifts Pillow's bound on pixels: it is for what strangers upload, and these files are the user's own."""
+    from PIL import Image
+
+    bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = bound
 
 
 def say(message: str) -> None:
@@ -257,7 +269,11 @@ def variants(args: argparse.Namespace, job: Job, num_images: int) -> tuple[dict[
         name = f"{base.stem}{label}-{seed}{base.suffix}"
         is_alone = not in_folder and not with_grid and len(seeds) == 1
         jobs[scale, seed] = replace(job, scale=scale, seed=seed, out=str(base if is_alone else base.with_name(name)))
-    return jobs, base.with_name(f"{base.stem}-grid.png") if with_grid and in_folder else base if with_grid else None
+    if not with_grid:
+        return jobs, None
+    grid_path = base.with_name(f"{base.stem}-grid.png") if in_folder else base
+    replace(job, out=str(grid_path))  # ValueError where it is one of the inputs, as for the results
+    return jobs, grid_path
 
 
 def parse_seeds(text: str) -> list[int]:
