@@ -391,6 +391,17 @@ def test_wrong_input_is_one_line_and_code_2(cli, edits, folder, capsys, changes,
     assert edits == []
 
 
+def test_ctrl_c_ends_in_one_line_and_leaves_nothing(cli, folder, capsys, monkeypatch):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pbe.editing.edit", interrupted)
+    before = names(folder)
+    assert cli() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert names(folder) == before
+
+
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
 def test_folder_without_permission(cli, edits, folder, capsys):
     (folder / "locked").mkdir(mode=0o500)

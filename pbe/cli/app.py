@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import add_compile, add_device, add_dtype, add_low_memory
 
 
@@ -29,26 +29,21 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Serves the page until it is interrupted; returns the exit code."""
     args = parser(prog).parse_args(argv)
-    try:
-        from pbe.app import build_page, files_of_page, serve, warnings_on_page
-        from pbe.checkpoints.loading import choose_device
-        from pbe.jobs import load_editor, quick_sampling, spare_threads
-        from pbe.results import identify
+    from pbe.app import build_page, files_of_page, serve, warnings_on_page
+    from pbe.checkpoints.loading import choose_device
+    from pbe.jobs import load_editor, quick_sampling, spare_threads
+    from pbe.results import identify
 
-        if args.compile == "whole" and choose_device(args.device).type == "cuda":
-            raise ValueError(
-                "--compile whole makes CUDA graphs, which one thread alone can replay: use --compile regions"
-            )
-        model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
-        spare_threads(model)
-        with files_of_page(), warnings_on_page():
-            page = build_page(model, identify(args.ckpt, model.dtype), quick_sampling(args.ckpt))
-            print(f"serving at {serve(page, args.host, args.port)} (Ctrl+C ends it)", flush=True)
-            page.block_thread()
-    except (ValueError, OSError, MemoryError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.compile == "whole" and choose_device(args.device).type == "cuda":
+        raise ValueError("--compile whole makes CUDA graphs, which one thread alone can replay: use --compile regions")
+    model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
+    spare_threads(model)
+    with files_of_page(), warnings_on_page():
+        page = build_page(model, identify(args.ckpt, model.dtype), quick_sampling(args.ckpt))
+        print(f"serving at {serve(page, args.host, args.port)} (Ctrl+C ends it)", flush=True)
+        page.block_thread()
     return 0

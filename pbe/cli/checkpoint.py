@@ -3,9 +3,10 @@
 import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from pbe.cli.errors import one_line_errors
 
 DTYPES = ("float32", "bfloat16", "float16")
 A_FILE = "a file ending in .safetensors or .ckpt"
@@ -76,14 +77,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Runs one command; returns the exit code."""
     args = parser(prog).parse_args(argv)
-    try:
-        return args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return args.run(args)
 
 
 def check_output(args: argparse.Namespace) -> None:

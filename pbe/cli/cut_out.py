@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pbe.cli.errors import one_line_errors
 
 if TYPE_CHECKING:
     from pbe.data.records import Record
@@ -30,14 +31,10 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Writes the masks and their manifest; returns the exit code."""
-    args = parser(prog).parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(parser(prog).parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:

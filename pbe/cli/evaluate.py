@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pbe.cli.errors import one_line_errors
 from pbe.cli.scoring import add_benchmark, add_judges, add_loading, load_judges, open_benchmark, progress, write_scores
 from pbe.cli.study import add_study, add_study_report, named_folders
 from pbe.cli.systems import add_guidance_figure, add_run, guidance_figure, run
@@ -109,14 +109,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Runs one command; returns the exit code."""
     args = parser(prog).parse_args(argv)
-    try:
-        return args.run(args)
-    except (ValueError, OSError, MemoryError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return args.run(args)
 
 
 # --- scoring ----------------------------------------------------------------------------------------------

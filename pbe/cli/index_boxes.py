@@ -1,8 +1,9 @@
 """`pbe index-boxes`: turn OpenImages' CSV of boxes into the index that training reads."""
 
 import argparse
-import sys
 from pathlib import Path
+
+from pbe.cli.errors import one_line_errors
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -15,14 +16,10 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Writes the index; returns the exit code."""
-    args = parser(prog).parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(parser(prog).parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:

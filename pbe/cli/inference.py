@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pbe.batch import Outcome, is_finished, read_jobs, run_row
+from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import add_compile, add_device, add_dtype, add_low_memory
 from pbe.jobs import (
     COLUMNS,
@@ -165,16 +166,13 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parser(prog).parse_args(argv)
     with one_line_warnings(), photos_of_any_size():
-        try:
-            check_memory(args.low_memory, args.compile)
-            return edit_batch(args) if args.batch else edit_one(args)
-        except (ValueError, OSError, MemoryError, ImportError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        check_memory(args.low_memory, args.compile)
+        return edit_batch(args) if args.batch else edit_one(args)
 
 
 @contextmanager

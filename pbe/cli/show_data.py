@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pbe.cli.errors import one_line_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,27 +34,24 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     return p
 
 
+@one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Writes the pictures; returns the exit code."""
     args = parser(prog).parse_intermixed_args(argv)  # settings may follow --out
     from pbe.config import load_config
     from pbe.data.datamodule import ExampleDataModule
 
-    try:
-        if args.n < 1:
-            raise ValueError(f"-n must be at least 1, got {args.n}")
-        data = ExampleDataModule(load_config(args.config).data)
-        data.setup("test" if args.test else "fit")
-        dataset = data.test if args.test else data.val if args.val else data.train
-        if dataset is None:
-            raise ValueError("there are no validation examples: set data.val_source or data.val_size")
-        dataset.set_epoch(args.epoch)
-        # Spread over the source, whose neighbours are often alike.
-        n = min(args.n, len(dataset))
-        write([dataset.stages(i * len(dataset) // n) for i in range(n)], args.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.n < 1:
+        raise ValueError(f"-n must be at least 1, got {args.n}")
+    data = ExampleDataModule(load_config(args.config).data)
+    data.setup("test" if args.test else "fit")
+    dataset = data.test if args.test else data.val if args.val else data.train
+    if dataset is None:
+        raise ValueError("there are no validation examples: set data.val_source or data.val_size")
+    dataset.set_epoch(args.epoch)
+    # Spread over the source, whose neighbours are often alike.
+    n = min(args.n, len(dataset))
+    write([dataset.stages(i * len(dataset) // n) for i in range(n)], args.out)
     skipped = {reason: count for reason, count in dataset.skipped.items() if count}
     print(f"{args.out / 'grid.png'}: {n} examples" + (f"; skipped: {skipped}" if skipped else ""))
     return 0
