@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pbe.jobs import MAX_SEED, QUICK_SAMPLING, Job, Sampling, parse, read_inputs, run_job
+from pbe.jobs import MAX_SEED, QUICK_SAMPLING, Job, Sampling, read_inputs, run_job
 from pbe.models.paint_by_example import PaintByExample
 from pbe.painter import CROPPING, DRAWING, MAX_SIDE, painter, region_of, to_value
+from pbe.parsing import parse
 from pbe.pictures import UNREADABLE, PictureWarning, read_mask, read_picture
 from pbe.results import Weights, check_writable, save_result, settings_of
 from pbe.sampling import SAMPLERS, StepInfo

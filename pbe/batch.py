@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pbe.jobs import COLUMNS, Job, check_job, make_job, read_inputs, run_job
+from pbe.jobs import Job, check_job, make_job, read_inputs, run_job
+from pbe.parsing import COLUMNS
 from pbe.results import Weights, check_writable, followed_from, save_result, settings_of
 from pbe.rows import read_jsonl, read_lines
 

@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pbe.jobs import COLUMNS, Job
+from pbe.jobs import Job
+from pbe.parsing import COLUMNS
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,8 @@ from PIL import ExifTags, Image
 
 import pbe
 from pbe.batch import Outcome, is_finished, read_jobs, run_row
-from pbe.jobs import COLUMNS, MAX_SEED, Job, make_job, read_inputs
+from pbe.jobs import MAX_SEED, Job, make_job, read_inputs
+from pbe.parsing import COLUMNS
 from pbe.pictures import PictureWarning
 from pbe.results import NUM_SAMPLES, SAMPLE_BYTES, Weights, identify, read_settings, save_result, settings_of
 

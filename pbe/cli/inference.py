@@ -22,19 +22,17 @@ from pbe.batch import Outcome, is_finished, read_jobs, run_row
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import add_compile, add_device, add_dtype, add_low_memory
 from pbe.jobs import (
-    COLUMNS,
     Inputs,
     Job,
     check_job,
     check_memory,
     load_editor,
     make_job,
-    parse,
-    parse_numbers,
     read_inputs,
     run_job,
     spare_threads,
 )
+from pbe.parsing import COLUMNS, parse, parse_numbers
 from pbe.results import Weights, check_writable, identify, save_result, settings_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pbe.cli.flags import add_dtype
 from pbe.cli.scoring import add_benchmark, add_judges, load_judges, open_benchmark, progress, write_scores
-from pbe.jobs import parse
+from pbe.parsing import parse
 
 if TYPE_CHECKING:
     from pbe.batch import Outcome
