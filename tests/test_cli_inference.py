@@ -14,7 +14,8 @@ from PIL import Image
 
 import pbe
 import pbe.cli
-from pbe.cli.inference import main, parse_seeds, runs
+from pbe.cli.comparison import parse_seeds, runs
+from pbe.cli.inference import main
 from pbe.jobs import spare_threads
 from pbe.results import read_settings
 from pbe.sampling import StepInfo

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
-import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pbe.batch import Outcome, is_finished, read_jobs, run_row
+from pbe.cli.comparison import comparison, runs, variants
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import add_compile, add_device, add_dtype, add_low_memory
 from pbe.jobs import (
-    Inputs,
     Job,
     check_job,
     check_memory,
@@ -32,11 +28,10 @@ from pbe.jobs import (
     run_job,
     spare_threads,
 )
-from pbe.parsing import COLUMNS, parse, parse_numbers
+from pbe.parsing import COLUMNS, parse
 from pbe.results import Weights, check_writable, identify, save_result, settings_of
 
 if TYPE_CHECKING:
-    from PIL import Image
     from tqdm import tqdm
 
     from pbe.sampling import StepInfo
@@ -53,10 +48,9 @@ paths in it are relative to its folder, several references are separated by ';' 
 silent, the flags hold. A row whose picture is there, made with the same settings, inputs and checkpoint, is not done
 again.
 
-exit code: 0 all done, 1 some rows failed, 2 nothing could be done
+exit code: 0 all done, 1 some rows failed, 2 nothing could be done, 130 interrupted
 """
 PER_ROW = ("image", "mask", "box", "polygon", "reference", "reference_mask", "reference_weights", "out")
-MAX_COLUMNS = 6  # of a comparison
 LOSSY = "JPEG changes all pixels a little; to keep those outside the mask bit for bit save PNG, TIFF or WebP"
 
 
@@ -248,88 +242,6 @@ def edit_one(args: argparse.Namespace) -> int:
 
         save_picture(comparison(inputs, results, scales, seeds), grid_path)
     return 0
-
-
-def variants(args: argparse.Namespace, job: Job, num_images: int) -> tuple[dict[tuple[float, int], Job], Path | None]:
-    """The jobs to run by (scale, seed), each with its own output, and where their comparison goes if one is wanted."""
-    scales = parse_numbers(args.sweep_scale) if args.sweep_scale else [job.scale]
-    seeds = parse_seeds(args.seeds) if args.seeds else [job.seed + i for i in range(num_images)]
-    with_grid = args.grid or args.sweep_scale is not None or args.seeds is not None
-
-    out = Path(job.out)
-    in_folder = job.out.endswith(("/", os.sep)) or out.is_dir()
-    base = out / f"{Path(job.image).stem}.png" if in_folder else out
-    jobs = {}
-    for scale, seed in product(scales, seeds):
-        label = f"-scale{scale:g}" if args.sweep_scale else ""
-        name = f"{base.stem}{label}-{seed}{base.suffix}"
-        is_alone = not in_folder and not with_grid and len(seeds) == 1
-        jobs[scale, seed] = replace(job, scale=scale, seed=seed, out=str(base if is_alone else base.with_name(name)))
-    if not with_grid:
-        return jobs, None
-    grid_path = base.with_name(f"{base.stem}-grid.png") if in_folder else base
-    replace(job, out=str(grid_path))  # ValueError where it is one of the inputs, as for the results
-    return jobs, grid_path
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Seeds from `1..8`, `1,5,9` or both: each once, in the order given."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:\.\.(\d+))?\s*", part)
-        if found is None or int(found[2] or found[1]) < int(found[1]):
-            raise ValueError(f"--seeds {text!r} is neither a range like 1..8 nor a list like 1,5,9")
-        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
-    return list(dict.fromkeys(seeds))
-
-
-def runs(seeds: Sequence[int]) -> list[tuple[int, int]]:
-    """Seeds as runs of consecutive ones, (first, count): each run is edited in batches."""
-    found: list[tuple[int, int]] = []
-    for seed in seeds:
-        if found and seed == sum(found[-1]):
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((seed, 1))
-    return found
-
-
-def comparison(
-    inputs: Inputs, results: Mapping[tuple[float, int], Image.Image], scales: Sequence[float], seeds: Sequence[int]
-) -> Image.Image:
-    """Source | masked | exemplar | results; for several scales and seeds a table of the results below those."""
-    import numpy as np
-    from PIL import Image
-
-    from pbe.grids import grid
-    from pbe.pictures import read_picture
-
-    def shown(image: Image.Image) -> Image.Image:
-        rgb = read_picture(image).rgb()[0].permute(1, 2, 0).numpy()
-        return Image.fromarray(np.rint((rgb + 1) * 127.5).astype(np.uint8))
-
-    source = shown(inputs.picture.source)
-    masked = Image.composite(Image.new("RGB", source.size, "gray"), source, Image.fromarray(inputs.repaint))
-    many = len(inputs.exemplars) > 1
-    cells = [source, masked, *inputs.exemplars]
-    captions = [
-        "source",
-        "masked",
-        *(f"exemplar {i + 1}" if many else "exemplar" for i in range(len(inputs.exemplars))),
-    ]
-    if len(scales) > 1 and len(seeds) > 1:
-        table = [[shown(results[scale, seed]) for seed in seeds] for scale in scales]
-        return grid(
-            [cells, *table],
-            captions=[captions, *([f"seed {seed}" for seed in seeds] for _ in scales)],
-            row_labels=["", *(f"scale {scale:g}" for scale in scales)],
-        )
-    for (scale, seed), image in results.items():
-        cells.append(shown(image))
-        captions.append(f"scale {scale:g}" if len(scales) > 1 else f"seed {seed}")
-    per_row = math.ceil(len(cells) / math.ceil(len(cells) / MAX_COLUMNS))
-    starts = range(0, len(cells), per_row)
-    return grid([cells[i : i + per_row] for i in starts], captions=[captions[i : i + per_row] for i in starts])
 
 
 # --- many photos ------------------------------------------------------------------------------------------
