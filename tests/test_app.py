@@ -22,12 +22,13 @@ import pbe
 from pbe.jobs import DEMO_SAMPLING, QUICK_SAMPLING, quick_sampling
 from pbe.pictures import PictureWarning
 from pbe.results import Weights, read_settings
+from pbe.windows import Box
 
 gr = pytest.importorskip("gradio", reason="the page needs the extra app")
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
-from pbe import app  # noqa: E402
+from pbe import app, uploads  # noqa: E402
 from pbe.cli.app import main  # noqa: E402
 from pbe.painter import region_of, to_value  # noqa: E402
 
@@ -101,7 +102,7 @@ def test_the_endpoint_gives_what_edit_gives(client, model, files):
         num_images=2,
         sampler="ddim",
         spacing="trailing",
-        batch_size=app.BATCH_SIZE,
+        batch_size=uploads.BATCH_SIZE,
     )
     assert [path.name for path in results] == ["photo-7.png", "photo-8.png"]
     for path, image in zip(results, expected, strict=True):
@@ -212,10 +213,10 @@ def test_only_the_edit_is_offered_to_programs(client):
 
 def test_progress_counts_the_steps_of_all_batches(model, files, tmp_path):
     told = []
-    settings = app.Settings(guidance=3, steps=4, seed=7, num_images=app.BATCH_SIZE + 1, sampler="ddim")
+    settings = uploads.Settings(guidance=3, steps=4, seed=7, num_images=uploads.BATCH_SIZE + 1, sampler="ddim")
     (tmp_path / "work").mkdir()
-    app.save_edits(
-        model, WEIGHTS, app.Edit(*files.values()), settings, tmp_path / "work", lambda at, desc: told.append(at)
+    uploads.save_edits(
+        model, WEIGHTS, uploads.Edit(*files.values()), settings, tmp_path / "work", lambda at, desc: told.append(at)
     )
     assert told == [(done, 8) for done in range(9)]
 
@@ -224,13 +225,13 @@ def test_a_cropped_exemplar_is_as_good_as_one_cut_before(model, files, tmp_path)
     noise = np.random.default_rng(1).integers(0, 256, (60, 50, 4), dtype=np.uint8)
     noise[..., 3] = 255 * (np.arange(50) > 20)  # see-through on the left
     Image.fromarray(noise).save(files["exemplar"])
-    settings = app.Settings(guidance=3, steps=4, seed=7, num_images=1, sampler="ddim")
-    crop = app.Box(10, 5, 40, 50)
+    settings = uploads.Settings(guidance=3, steps=4, seed=7, num_images=1, sampler="ddim")
+    crop = Box(10, 5, 40, 50)
     results = {}
     for name, edit in (("whole", {}), ("crop", {"crop": crop})):
         (tmp_path / name).mkdir()
-        paths = app.save_edits(
-            model, WEIGHTS, app.Edit(*files.values(), **edit), settings, tmp_path / name, lambda at, desc: None
+        paths = uploads.save_edits(
+            model, WEIGHTS, uploads.Edit(*files.values(), **edit), settings, tmp_path / name, lambda at, desc: None
         )
         results[name] = pixels(paths[0])
     cut = Image.open(files["exemplar"]).crop(crop)
@@ -259,7 +260,7 @@ def test_one_edit_runs_at_a_time(client, files, monkeypatch):
         running.release()
         return [inputs.picture.source]
 
-    monkeypatch.setattr(app, "run_job", run_job)
+    monkeypatch.setattr(uploads, "run_job", run_job)
     handed = {name: handle_file(path) for name, path in files.items()}
     jobs = [client.submit(**handed, **SETTINGS, api_name="/edit") for _ in range(3)]
     assert all(len(job.result(timeout=30)) == 1 for job in jobs)
