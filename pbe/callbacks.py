@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -51,6 +52,7 @@ class TrainingMetrics(Callback):
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}  # (2,) each: sum and count, on the device until they are logged
         self.seconds = 0.0  # before this process began
+        self.since = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         self.last_step = trainer.global_step
@@ -185,8 +187,8 @@ class SamplesConfig:
             raise ValueError(f"samples.count must be at least 1, got {self.count}")
         if not 1 <= self.steps <= 1000:
             raise ValueError(f"samples.steps must be 1 to 1000, got {self.steps}")
-        if not self.guidance >= 0:
-            raise ValueError(f"samples.guidance must be at least 0, got {self.guidance}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"samples.guidance must be finite and at least 0, got {self.guidance}")
 
 
 class SampleGrids(Callback):
@@ -298,7 +300,6 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder, self.config = folder, config
-
         self.position = (0, 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -34,6 +34,13 @@ PARTS: dict[Part, str] = {
 VAE_PREFIX = "first_stage_model."
 
 
+def check_parts(key: str, parts: Sequence[str]) -> None:
+    """ValueError, which begins with the config's `key`, naming the first that is no part."""
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"{key}: {part!r} is no part of the model; choose from {', '.join(PARTS)}")
+
+
 @dataclass
 class ModelConfig:
     """What training starts from.
@@ -50,6 +57,9 @@ class ModelConfig:
     size: PaintByExampleConfig | None = None
     vae: str | None = None
     tokens: Literal["class", "all"] | None = None
+
+    def __post_init__(self) -> None:
+        check_parts("model.reset", self.reset)
 
 
 def starting_model(config: ModelConfig, seed: int) -> PaintByExample:

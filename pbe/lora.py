@@ -124,7 +124,10 @@ def load_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:
     entry = checkpoint.extras.get("pbe")
     if not (isinstance(entry, dict) and isinstance(entry.get("lora"), dict)):
         raise CheckpointError(f"{path} holds no adapters of this library (its entry 'pbe' names no 'lora')")
-    config = LoRAConfig(**entry["lora"])
+    try:
+        config = LoRAConfig(**entry["lora"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its entry 'lora' is not this library's: {error}") from None
     add_lora(model, config, torch.Generator())
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
     found = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names()}

@@ -20,7 +20,7 @@ from pbe.data.example import Example
 from pbe.draws import Batch, make_draws
 from pbe.efficient_training import checkpoint_blocks, halve_frozen, keep_norms_half, skip_queries
 from pbe.ema import ParameterAverage, average_name
-from pbe.initialization import PARTS, Part
+from pbe.initialization import PARTS, Part, check_parts
 from pbe.lora import LoRAConfig, add_lora, is_adapter
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig, latent_mask
 from pbe.models.unet import TransformerBlock
@@ -82,10 +82,13 @@ class TrainingConfig:
             raise ValueError(f"training.ema_decay must be between 0 and 1, or null for none, got {self.ema_decay}")
         if not self.train and not self.lora:
             raise ValueError(f"training.train is empty; it lists parts to train, of {', '.join(PARTS)}")
+        check_parts("training.train", self.train)
         if self.draws < 1:
             raise ValueError(f"training.draws must be at least 1, got {self.draws}")
         if not 0 <= self.drop_exemplar <= 1:
             raise ValueError(f"training.drop_exemplar is a probability, got {self.drop_exemplar}")
+        if self.drop_exemplar_by not in ("sample", "batch"):
+            raise ValueError(f"training.drop_exemplar_by must be sample or batch, got {self.drop_exemplar_by!r}")
         if self.loss not in ("noise", "velocity"):
             raise ValueError(f"training.loss must be noise or velocity, got {self.loss!r}")
         if self.gradient_checkpointing < 0:

@@ -283,6 +283,11 @@ def test_a_guided_step_is_the_formula():
     expected = mean - sigma2 * gradient + math.sqrt(sigma2) * z
     assert torch.allclose(found[0].x_t.double(), expected, atol=1e-5)
     assert torch.allclose(found[0].z_0.double(), x_0, atol=1e-5)
+
+    # The last step has no noise; its mean is the estimate itself, and beta stands in for beta~, which is 0.
+    x_0 = (found[0].x_t.double() - 0.5 * math.sqrt(1 - a_prev)) / math.sqrt(a_prev)
+    gradient = 2 * (x_0 - target) / math.sqrt(a_prev) + 2
+    assert torch.allclose(found[1].x_t.double(), x_0 - (1 - a_prev) * gradient, rtol=1e-4, atol=1e-4)
     assert len(found) == 2
 
 

@@ -12,7 +12,7 @@ from pbe.config import load_config
 from pbe.data.crop import UnusablePicture, in_window
 from pbe.data.dataset import ExampleDataset, UnusablePictureWarning
 from pbe.data.example import make_generator
-from pbe.data.recipe import make_example
+from pbe.data.recipe import draw_plan, make_example
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import MaskArray, MaskFile, Record, number_photos
 from pbe.data.transplant import CutOut, Donor, draw_donor, paste, placed
@@ -83,6 +83,13 @@ def test_a_donor_stays_inside_the_photo():
             place = placed(donor, box, (100, 100))
             assert 0 <= place.x0 < place.x1 <= 100
             assert 0 <= place.y0 < place.y1 <= 100
+
+
+def test_the_margin_of_an_exemplar_follows_its_own_photo():
+    donor = donor_of(200, 100)._replace(size=(2048, 512))
+    config = RecipeConfig(reference_margin=5)
+    plan = draw_plan(Record(Path("photo.jpg"), BOX), (256, 256), config, make_generator(0), donor)
+    assert plan.reference == donor.box.grown(10, donor.size)  # 5 pixels of a photo of 1024
 
 
 def test_a_box_in_the_pixels_of_a_window():

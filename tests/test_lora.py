@@ -9,6 +9,7 @@ import pbe
 from pbe.checkpoints.reading import CheckpointError
 from pbe.checkpoints.seeding import seeded_state
 from pbe.checkpoints.sizes import pbe_entry
+from pbe.checkpoints.writing import save_checkpoint
 from pbe.cli.checkpoint import main
 from pbe.lora import LoRAConfig, LoRALinear, add_lora, is_adapter, load_lora, merge_lora, save_lora
 from pbe.models.paint_by_example import PaintByExample
@@ -111,6 +112,9 @@ def test_adapters_that_do_not_fit(tmp_path):
     load_lora(plain, tmp_path / "adapter.ckpt")
     with pytest.raises(ValueError, match="adapters already"):
         load_lora(plain, tmp_path / "adapter.ckpt")
+    save_checkpoint({"x.lora_up": torch.zeros(1)}, tmp_path / "later.ckpt", {"lora": {"rank": 2, "dropout": 0.1}})
+    with pytest.raises(CheckpointError, match=r"later\.ckpt: its entry 'lora' is not this library's: .*'dropout'"):
+        load_lora(make_model(), tmp_path / "later.ckpt")
     with pytest.raises(ValueError, match="no linear layer"):
         add_lora(make_model(), LoRAConfig(targets=["nothing"]), torch.Generator())
     with pytest.raises(ValueError, match="rank"):

@@ -9,6 +9,7 @@ from golden_file import noise
 
 from pbe.checkpoints.seeding import seeded_state
 from pbe.models.clip import CLIPTextConfig, CLIPTextTower, CLIPVisionConfig, CLIPVisionTower
+from pbe.models.exemplar import ExemplarConfig
 from pbe.models.paint_by_example import PaintByExample, latent_mask
 from pbe.models.unet import UNet, UNetConfig, timestep_embedding
 
@@ -134,8 +135,17 @@ def test_all_tokens_as_context(model):
 
 
 def test_heads_must_divide_the_channels():
-    with pytest.raises(ValueError, match="num_heads=7"):
-        UNetConfig(num_heads=7)
+    for config in (UNetConfig, CLIPVisionConfig, CLIPTextConfig):
+        with pytest.raises(ValueError, match="num_heads=7"):
+            config(num_heads=7)
+    with pytest.raises(ValueError, match="1024 channels do not divide into num_heads=3"):
+        ExemplarConfig(mapper_heads=3)
+
+
+def test_unknown_tokens_are_named():
+    """They would pass for all."""
+    with pytest.raises(ValueError, match="tokens must be 'class' or 'all', got 'cls'"):
+        ExemplarConfig(tokens="cls")
 
 
 def test_mask_must_fit_the_image(model):

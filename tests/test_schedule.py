@@ -247,6 +247,19 @@ def test_a_bad_scale_is_named(scale):
         guided_eps(Model(), make_condition(), scale)
 
 
+@pytest.mark.parametrize("scale", [0, 1, 5.0])
+def test_each_sample_needs_a_context(scale):
+    """Or else the two halves of a single one would be taken for the contexts of two samples."""
+    condition = make_condition()
+    condition.context = condition.context[:1]
+    with pytest.raises(ValueError, match=r"one context a sample \(2\), got 1; context\.expand"):
+        guided_eps(Model(), condition, scale)
+    with pytest.raises(ValueError, match=r"one context a sample \(2\), got 1"):
+        guided_eps(Model(), condition, scale, interval=(100, 900))
+    condition.context = condition.context.expand(2, -1, -1)
+    assert guided_eps(Model(), condition, scale)(X_T, T).shape == X_T.shape
+
+
 def test_latents_of_another_shape_are_named():
     eps = guided_eps(Model(), make_condition(batch=3), 5.0)
     with pytest.raises(ValueError, match=r"z_masked \(3, 4, 8, 6\), got \(2, 4, 8, 6\)"):

@@ -31,9 +31,10 @@ from pbe.data.example import Example
 from pbe.ema import ParameterAverage
 from pbe.initialization import PARTS, ModelConfig, initial_weights, read_vae, starting_model
 from pbe.lora import LoRAConfig, is_adapter, load_lora
+from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.models.paint_by_example import PaintByExample, latent_mask
 from pbe.models.unet import UNet
-from pbe.optimizer import OptimizerConfig, lr_factor, make_optimizer
+from pbe.optimizer import OptimizerConfig, adamw, lr_factor, make_optimizer
 from pbe.training import PaintByExampleTraining, TrainingConfig, check_finite, make_draws, trained_names
 
 
@@ -308,6 +309,15 @@ def test_fused_optimizer_on_cuda_unless_it_would_clip_scaled_gradients():
         assert norm == pytest.approx(1.0 if clip else 18**0.5, rel=1e-5)  # clipping divides by the norm and 1e-6
 
 
+def test_what_trains_decays_and_nothing_else():
+    trained, frozen = (torch.nn.Parameter(torch.ones(2), requires_grad=train) for train in (True, False))
+    optimizer = adamw([trained, frozen], OptimizerConfig(lr=0.1, weight_decay=0.5), fused=False)
+    trained.grad = torch.zeros(2)  # so that only the decay moves it, by lr times weight_decay
+    optimizer.step()
+    assert trained.tolist() == pytest.approx([0.95, 0.95])
+    assert frozen.tolist() == [1, 1]
+
+
 def test_learning_rate():
     config = OptimizerConfig(warmup_steps=10_000, warmup_start=1e-6)
     # the original's: (1 - start) / warm-up * n + start
@@ -335,6 +345,20 @@ def test_average():
         ParameterAverage({}, decay=1)
 
 
+def test_settings_of_training_that_cannot_be():
+    """In code too, where no YAML is checked against the types."""
+    for settings, message in (
+        ({"train": ["unet", "vae"]}, "training.train: 'vae' is no part of the model; choose from unet, mapper,"),
+        ({"drop_exemplar_by": "picture"}, "training.drop_exemplar_by must be sample or batch, got 'picture'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainingConfig(**settings)
+    with pytest.raises(ValueError, match=r"model\.reset: 'vae' is no part of the model"):
+        ModelConfig(reset=["vae"])
+    with pytest.raises(ValueError, match=r"samples\.guidance must be finite and at least 0, got inf"):
+        callbacks.SamplesConfig(guidance=math.inf)
+
+
 # --- where it starts ------------------------------------------------------------------------------------------
 
 
@@ -349,6 +373,8 @@ def test_scratch_is_seeded_and_the_unet_starts_at_zero(toy):
     assert model.config.vae.latent_scale == 0.5  # of the autoencoder's file
     x, t, context = torch.randn(2, 9, 8, 8), torch.tensor([5, 900]), torch.randn(2, 1, 32)
     assert model.unet(x, t, context).abs().max() == 0
+    residual, transformer = model.unet.middle_block[:2]
+    assert residual.out_layers[-1].weight.abs().max() == transformer.proj_out.weight.abs().max() == 0
     # unit gain within the exemplar's encoder: neither vanishing nor exploding
     assert 0.1 < model.encode_exemplar(torch.randn(8, 3, 16, 16)).std() < 3
 
@@ -485,6 +511,51 @@ def test_averages_are_in_the_checkpoint_and_extracted(finished):
         assert torch.equal(averaged[name], saved["model_ema." + name.removeprefix("model.").replace(".", "")])
 
 
+def test_averages_begin_with_the_first_step_and_are_what_grids_show(toy, monkeypatch):
+    name, shown = "model.diffusion_model.out.2.weight", []
+
+    def sample_grid(model, examples, config):
+        shown.append(model.get_parameter(name).detach().clone())
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(callbacks, "sample_grid", sample_grid)
+    run = toy.parent / "one_average"
+    settings = ("trainer.max_steps=1", "optimizer.warmup_steps=0", "samples.every_n_steps=1")
+    toy_run.run(toy, f"run={run}", *settings, "trainer.limit_val_batches=0")
+    start = starting_model(load_config([str(toy)]).model, 0).get_parameter(name)
+    saved = toy_run.checkpoint(run, 1)["state_dict"]
+    end, average = saved[name], saved["model_ema.diffusion_modelout2weight"]
+    # the decay of the first update is (1 + 1) / (10 + 1)
+    torch.testing.assert_close(average, (2 / 11) * start + (9 / 11) * end)
+    assert not torch.allclose(average, end)
+    assert torch.equal(shown[0], average)
+
+
+def test_validation_measures_the_averages():
+    module, examples = training(ema_decay=0.9), example(2)
+    expected = validate(module, examples, 2)["val/loss"]  # of averages that are still the parameters
+    before = [p.detach().clone() for p in module.model.parameters()]
+    with torch.no_grad():
+        for parameter in module.model_ema._averaged:
+            parameter.mul_(1.1)
+    moved = [p.detach().clone() for p in module.model.parameters()]
+    assert validate(module, examples, 2)["val/loss"] == pytest.approx(expected, rel=1e-6)
+    assert all(torch.equal(p, x) for p, x in zip(module.model.parameters(), moved, strict=True))
+    module.model_ema.swap()
+    assert all(torch.equal(p, x) for p, x in zip(module.model.parameters(), before, strict=True))
+    module.model_ema.swap()
+    module.model_ema = None
+    assert validate(module, examples, 2)["val/loss"] != pytest.approx(expected, rel=1e-3)
+
+
+def test_checkpoints_are_contiguous_whatever_the_run_s_memory_format():
+    module = training(channels_last=True, ema_decay=0.9)
+    checkpoint = {"state_dict": module.state_dict()}
+    assert not all(x.is_contiguous() for x in checkpoint["state_dict"].values())
+    module.on_save_checkpoint(checkpoint)
+    assert all(x.is_contiguous() for x in checkpoint["state_dict"].values())
+
+
 def test_frozen_parts_stay_and_the_others_move(finished, toy):
     start = starting_model(load_config([str(toy)]).model, 0).state_dict()
     end = toy_run.checkpoint(finished, 10)["state_dict"]
@@ -500,6 +571,18 @@ def test_the_last_checkpoints_are_kept(toy):
     assert names == ["step-00000006.ckpt", "step-00000007.ckpt"]
 
 
+@pytest.mark.parametrize(
+    ("end", "last"),
+    [("trainer.max_epochs=1", 5), ("trainer.max_time={milliseconds: 1}", 1)],
+    ids=["by epochs", "by time"],
+)
+def test_every_run_ends_with_a_checkpoint(toy, end, last, request):
+    run = toy.parent / request.node.callspec.id.replace(" ", "_")
+    settings = ("trainer.max_steps=-1", end, "checkpoint.every_n_steps=100", "trainer.limit_val_batches=0")
+    toy_run.run(toy, f"run={run}", *settings)
+    assert [callbacks.step_of(path) for path in list_checkpoints(run / "checkpoints")] == [last]
+
+
 def test_metrics_and_samples(finished):
     assert list(toy_run.metrics(finished, "train/loss")) == list(range(1, 11))
     assert list(toy_run.metrics(finished, "val/loss")) == [4, 8]
@@ -509,6 +592,20 @@ def test_metrics_and_samples(finished):
     )
     assert sorted(path.name for path in (finished / "samples").iterdir()) == ["step-00000005.png", "step-00000010.png"]
     assert load_config([str(finished / "config.yaml")]).data.batch_size == 2
+
+
+def test_validation_s_time_is_not_training_s(monkeypatch):
+    now, metrics, trainer = [100.0], callbacks.TrainingMetrics(), SimpleNamespace(global_step=0, sanity_checking=False)
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    metrics.on_train_start(trainer, None)
+    now[0] = 107.0
+    metrics.on_validation_start(trainer, None)
+    now[0] = 130.0
+    metrics.on_validation_end(trainer, None)
+    now[0] = 131.0
+    checkpoint = {}
+    metrics.on_save_checkpoint(trainer, None, checkpoint)
+    assert checkpoint["metrics"]["seconds"] == 8.0
 
 
 def test_metrics_are_means_over_samples(toy):
@@ -608,7 +705,9 @@ def test_validation_does_not_depend_on_the_batch_size():
 def test_a_test_is_a_validation_of_other_pictures(finished, toy):
     source = f"{{kind: manifest, path: {toy.parent / 'boxes.csv'}}}"
     config = load_config([str(toy), f"data.val_source={source}", f"data.test_source={source}"])
-    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, barebones=False)
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=callbacks.TrainingMetrics()
+    )
     module, data = make_module(config), ExampleDataModule(config.data)
     (validated,), (tested,) = trainer.validate(module, data), trainer.test(module, data)
     assert {name.replace("test/", "val/"): x for name, x in tested.items()} == validated
@@ -804,6 +903,22 @@ def test_log_is_cut_where_the_run_continues(tmp_path):
 
 
 # --- small parts ----------------------------------------------------------------------------------------------
+
+
+def test_sample_grid_shows_each_picture_in_its_own_colours(monkeypatch):
+    monkeypatch.setattr(callbacks, "grid", lambda rows, **_: rows)
+    shown = example(1)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    gray, blue = torch.full((1, 3, 28, 28), 0.6), torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(1, 3, 28, 28)
+    for colours, expected in ((gray, (153, 153, 153)), (blue, (0, 0, 255))):
+        shown = shown._replace(exemplar=(colours - mean) / std)
+        ((source, masked, exemplar, result, target),) = sample_grid(
+            tiny_model(), shown, callbacks.SamplesConfig(steps=1)
+        )
+        assert exemplar.getpixel((14, 14)) == expected
+    assert masked.getpixel((16, 16)) == (128, 128, 128)  # the mask's inside is 0 of [-1, 1]
+    assert source.tobytes() == target.tobytes() != masked.tobytes()
+    assert result.size == source.size
 
 
 def test_sample_grid_shows_all_columns():

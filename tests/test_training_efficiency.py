@@ -207,6 +207,18 @@ def test_files_hold_frozen_parts_as_they_were(toy):
     assert {x.dtype for x in end.values()} == {torch.float32}
 
 
+def test_a_run_that_goes_on_keeps_the_frozen_parts_of_its_checkpoint():
+    """Not those of the file that it starts from anew, which may be another by then."""
+    name = "first_stage_model.quant_conv.bias"
+    saved, again = ({"state_dict": test_training.training(frozen="bfloat16").state_dict()} for _ in range(2))
+    test_training.training(frozen="bfloat16").on_save_checkpoint(saved)
+    saved["state_dict"][name] = expected = saved["state_dict"][name] + 1 / 3
+    module = test_training.training(frozen="bfloat16")
+    module.on_load_checkpoint(saved)
+    module.on_save_checkpoint(again)
+    assert torch.equal(again["state_dict"][name], expected)
+
+
 def test_frozen_layers_beneath_adapters_need_the_same_precision(toy, capsys):
     start = toy_run.write_model(toy.parent)
     settings = [

@@ -127,7 +127,8 @@ class PreparedUNet(nn.Module):
         """predict(unet_in (B, 9, h, w), t (B,)) → noise (K, 4, h, w) for contexts (K, T, context_dim).
 
         With `timesteps`, all that they contribute is computed at once. The closure must then be given no other ones:
-        it looks them up on the device, where an error would cost a wait at every step, and gives NaN for others.
+        it looks them up on the device, where a check would cost a wait at every step, and gives NaN for those between
+        them; one above them all is an index out of bounds.
 
         Raises:
             ValueError: for contexts of several tokens, if the model was prepared for one.

@@ -126,13 +126,13 @@ class ExampleSampler(DistributedSampler):
 
 
 class InOrder(DistributedSampler):
-    """Pictures in their order, dealt out to the processes; each gets as many, so a few at the end may come twice."""
+    """Pictures in their order, dealt out to the processes; each gets as many, so a few at the end may come twice.
+
+    It leaves the dataset's epoch alone: validation sees the same examples in each.
+    """
 
     def __init__(self, dataset: ExampleDataset, rank: int = 0, processes: int = 1):
         super().__init__(dataset, num_replicas=processes, rank=rank, shuffle=False)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing: validation sees the same examples in each epoch."""
 
 
 def open_for(recipe: RecipeConfig, source: SourceConfig) -> Source:

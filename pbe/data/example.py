@@ -49,7 +49,7 @@ def collate(examples: Sequence[Example]) -> Example:
 def hash64(*values: int) -> int:
     """A well-mixed number in [0, 2^64) of some integers in their order: the same everywhere and always.
 
-    Each is added to the state of SplitMix64 (Steele, Lea and Flood 2014), which then takes a step.
+    Each is XORed into the state of SplitMix64 (Steele, Lea and Flood 2014), which then takes a step.
     """
     h = 0
     for value in values:

@@ -15,6 +15,12 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def check_heads(width: int, num_heads: int) -> None:
+    """ValueError unless attention of this width divides into heads."""
+    if width % num_heads:
+        raise ValueError(f"{width} channels do not divide into num_heads={num_heads}")
+
+
 @dataclass(frozen=True)
 class CLIPVisionConfig:
     """Sizes of `CLIPVisionTower`; the defaults are those of ViT-L/14 at 224 pixels."""
@@ -25,6 +31,9 @@ class CLIPVisionConfig:
     patch_size: int = 14
     image_size: int = 224
     mlp_width: int = 4096
+
+    def __post_init__(self) -> None:
+        check_heads(self.width, self.num_heads)
 
     @property
     def num_positions(self) -> int:
@@ -42,6 +51,9 @@ class CLIPTextConfig:
     vocab_size: int = 49408
     context_length: int = 77
     mlp_width: int = 3072
+
+    def __post_init__(self) -> None:
+        check_heads(self.width, self.num_heads)
 
 
 @dataclass(frozen=True)

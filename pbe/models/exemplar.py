@@ -11,7 +11,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pbe.models.clip import CLIPVisionConfig, CLIPVisionTower
+from pbe.models.clip import CLIPVisionConfig, CLIPVisionTower, check_heads
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class ExemplarConfig:
     mapper_layers: int = 5
     mapper_heads: int = 1
     tokens: Literal["class", "all"] = "class"
+
+    def __post_init__(self) -> None:
+        if self.tokens not in ("class", "all"):
+            raise ValueError(f"tokens must be 'class' or 'all', got {self.tokens!r}")
+        check_heads(self.vision.width, self.mapper_heads)
 
 
 class MapperAttention(nn.Module):

@@ -57,8 +57,8 @@ def guided_eps(
     closure must then be given no others.
 
     Raises:
-        ValueError: if scale is negative or not finite, or t_low above t_high; from the closure, if x_t is not shaped
-            as z_masked, or samples lie on both sides of the interval.
+        ValueError: if scale is negative or not finite, there is not one context a sample, or t_low is above t_high;
+            from the closure, if x_t is not shaped as z_masked, or samples lie on both sides of the interval.
     """
     if not (isfinite(scale) and scale >= 0):
         raise ValueError(f"the guidance scale must be finite and at least 0, got {scale}")
@@ -86,6 +86,11 @@ def eps_at_scale(
 ) -> Eps:
     """`guided_eps` with the same scale at all timesteps."""
     context = condition.context  # (B, T, 768)
+    if len(context) != len(condition.z_masked):
+        raise ValueError(
+            f"the condition must have one context a sample ({len(condition.z_masked)}), got {len(context)}; "
+            "context.expand(B, -1, -1) gives all samples one exemplar's"
+        )
     null_context = model.null_context.to(context).expand_as(context)
     kept = torch.cat([condition.z_masked, condition.mask.to(condition.z_masked)], dim=1)  # (B, 5, h, w)
     both = scale not in (0, 1)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from math import log, sqrt
+from math import log
 
 import torch
 from torch import Tensor
 
 from pbe.sampling.blending import Blend
+from pbe.sampling.ddpm import posterior
 from pbe.sampling.noise import check_generators, randn
 from pbe.sampling.schedule import Callback, NoiseSchedule, StepInfo, evaluate, predict_z_0
 
@@ -68,9 +69,10 @@ def learned_variance_ddpm(
             gradient = 0.0 if loss is None else torch.autograd.grad(loss(x_0, x_t, alpha_bar_t), x_t)[0]
         x_t, x_0 = x_t.detach(), x_0.detach()
 
-        mean, log_beta, log_beta_tilde = posterior(x_0, x_t, alpha_bar_t, alpha_bar_prev)
+        mean, beta_t, beta_tilde_t = posterior(x_0, x_t, alpha_bar_t, alpha_bar_prev)
         v = (v.detach() + 1) / 2  # the network's is in [-1, 1]
-        variance = torch.exp(v * log_beta + (1 - v) * log_beta_tilde)
+        # In the last step, which adds no noise, this only scales the guidance: beta_t stands in for the log of 0.
+        variance = torch.exp(v * log(beta_t) + (1 - v) * log(beta_tilde_t or beta_t))
         noise = randn(x_t.shape[1:], generators, x_t.device, x_t.dtype)
         if alpha_bar_prev == 1:
             noise = torch.zeros_like(noise)
@@ -80,14 +82,3 @@ def learned_variance_ddpm(
         if callback is not None:
             callback(StepInfo(index, len(timesteps), t, x_t, x_0))
     return x_t
-
-
-def posterior(x_0: Tensor, x_t: Tensor, alpha_bar_t: float, alpha_bar_prev: float) -> tuple[Tensor, float, float]:
-    """The mean of q(x_prev | x_t, x_0), log beta_t, and the log of its variance beta~_t (DDPM, equations 6 and 7)."""
-    alpha_t = alpha_bar_t / alpha_bar_prev
-    beta_t = 1 - alpha_t
-    to_x_0 = sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t)
-    to_x_t = sqrt(alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
-    beta_tilde_t = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t
-    # in the last step, which adds no noise, the variance only scales the guidance: beta_t stands in for the log of 0
-    return to_x_0 * x_0 + to_x_t * x_t, log(beta_t), log(beta_tilde_t or beta_t)
