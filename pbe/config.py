@@ -10,7 +10,8 @@ from typing import Any, Literal
 from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pbe.callbacks import CheckpointConfig, SamplesConfig
+from pbe.callbacks.checkpoints import CheckpointConfig
+from pbe.callbacks.samples import SamplesConfig
 from pbe.data.datamodule import DataConfig
 from pbe.initialization import ModelConfig
 from pbe.models.vae import VAEConfig

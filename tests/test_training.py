@@ -19,8 +19,17 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from PIL import Image
 
 import pbe
-from pbe import callbacks
-from pbe.callbacks import AtomicCheckpointIO, JSONLinesLogger, check_room, list_checkpoints, sample_grid
+from pbe.callbacks import checkpoints, samples
+from pbe.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    CheckpointConfig,
+    Checkpoints,
+    check_room,
+    list_checkpoints,
+    step_of,
+)
+from pbe.callbacks.metrics import JSONLinesLogger, TrainingMetrics
+from pbe.callbacks.samples import SamplesConfig, sample_grid
 from pbe.checkpoints.loading import open_source
 from pbe.checkpoints.reading import CheckpointError
 from pbe.checkpoints.surgery import expand, extract_ema
@@ -356,7 +365,7 @@ def test_settings_of_training_that_cannot_be():
     with pytest.raises(ValueError, match=r"model\.reset: 'vae' is no part of the model"):
         ModelConfig(reset=["vae"])
     with pytest.raises(ValueError, match=r"samples\.guidance must be finite and at least 0, got inf"):
-        callbacks.SamplesConfig(guidance=math.inf)
+        SamplesConfig(guidance=math.inf)
 
 
 # --- where it starts ------------------------------------------------------------------------------------------
@@ -518,7 +527,7 @@ def test_averages_begin_with_the_first_step_and_are_what_grids_show(toy, monkeyp
         shown.append(model.get_parameter(name).detach().clone())
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(callbacks, "sample_grid", sample_grid)
+    monkeypatch.setattr(samples, "sample_grid", sample_grid)
     run = toy.parent / "one_average"
     settings = ("trainer.max_steps=1", "optimizer.warmup_steps=0", "samples.every_n_steps=1")
     toy_run.run(toy, f"run={run}", *settings, "trainer.limit_val_batches=0")
@@ -580,7 +589,7 @@ def test_every_run_ends_with_a_checkpoint(toy, end, last, request):
     run = toy.parent / request.node.callspec.id.replace(" ", "_")
     settings = ("trainer.max_steps=-1", end, "checkpoint.every_n_steps=100", "trainer.limit_val_batches=0")
     toy_run.run(toy, f"run={run}", *settings)
-    assert [callbacks.step_of(path) for path in list_checkpoints(run / "checkpoints")] == [last]
+    assert [step_of(path) for path in list_checkpoints(run / "checkpoints")] == [last]
 
 
 def test_metrics_and_samples(finished):
@@ -595,8 +604,8 @@ def test_metrics_and_samples(finished):
 
 
 def test_validation_s_time_is_not_training_s(monkeypatch):
-    now, metrics, trainer = [100.0], callbacks.TrainingMetrics(), SimpleNamespace(global_step=0, sanity_checking=False)
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    now, metrics, trainer = [100.0], TrainingMetrics(), SimpleNamespace(global_step=0, sanity_checking=False)
+    monkeypatch.setattr("pbe.callbacks.metrics.time", SimpleNamespace(monotonic=lambda: now[0]))
     metrics.on_train_start(trainer, None)
     now[0] = 107.0
     metrics.on_validation_start(trainer, None)
@@ -705,9 +714,7 @@ def test_validation_does_not_depend_on_the_batch_size():
 def test_a_test_is_a_validation_of_other_pictures(finished, toy):
     source = f"{{kind: manifest, path: {toy.parent / 'boxes.csv'}}}"
     config = load_config([str(toy), f"data.val_source={source}", f"data.test_source={source}"])
-    trainer = lightning.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=callbacks.TrainingMetrics()
-    )
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=TrainingMetrics())
     module, data = make_module(config), ExampleDataModule(config.data)
     (validated,), (tested,) = trainer.validate(module, data), trainer.test(module, data)
     assert {name.replace("test/", "val/"): x for name, x in tested.items()} == validated
@@ -746,7 +753,7 @@ def test_a_folder_that_cannot_be_written(toy, tmp_path, capsys):
 def test_a_disk_too_small_for_the_checkpoints(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     check_room(tmp_path, usage.free // 2)
-    monkeypatch.setattr(callbacks.shutil, "disk_usage", lambda path: usage._replace(free=3 * 10**9))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=3 * 10**9))
     with pytest.raises(OSError, match=r"has 3\.0 GB free, and the checkpoints to keep there need about 50\.0 GB"):
         check_room(tmp_path, 50 * 10**9)
 
@@ -755,7 +762,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
     path = tmp_path / "step-00000001.ckpt"
     writer = AtomicCheckpointIO()
     writer.save_checkpoint({"x": torch.ones(3)}, path)
-    monkeypatch.setattr(callbacks.torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("write failed")))
+    monkeypatch.setattr(checkpoints.torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("write failed")))
     with pytest.raises(OSError, match=rf"cannot write {path} \([\d.]+ GB free\): write failed"):
         writer.save_checkpoint({"x": torch.zeros(3)}, path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -781,7 +788,7 @@ def test_divergence_stops_the_run(toy, capsys):
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     module = training()
     module.model.proj_out.bias.data[3] = float("nan")
-    writer = callbacks.Checkpoints(tmp_path, callbacks.CheckpointConfig())
+    writer = Checkpoints(tmp_path, CheckpointConfig())
     with pytest.raises(FloatingPointError, match=r"after step 3 1 parameters are not finite, as model\.proj_out\.bias"):
         writer.save(SimpleNamespace(global_step=3), module)
 
@@ -880,7 +887,7 @@ def test_a_grid_that_cannot_be_made_does_not_end_the_run(toy, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(callbacks, "sample_grid", full)
+    monkeypatch.setattr(samples, "sample_grid", full)
     run = toy.parent / "no_grid"
     with pytest.warns(UserWarning, match="no sample grid of step 1: No space left"):
         toy_run.run(toy, f"run={run}", "trainer.max_steps=2", "samples={every_n_steps: 1, steps: 2}")
@@ -906,15 +913,13 @@ def test_log_is_cut_where_the_run_continues(tmp_path):
 
 
 def test_sample_grid_shows_each_picture_in_its_own_colours(monkeypatch):
-    monkeypatch.setattr(callbacks, "grid", lambda rows, **_: rows)
+    monkeypatch.setattr(samples, "grid", lambda rows, **_: rows)
     shown = example(1)
     mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
     gray, blue = torch.full((1, 3, 28, 28), 0.6), torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(1, 3, 28, 28)
     for colours, expected in ((gray, (153, 153, 153)), (blue, (0, 0, 255))):
         shown = shown._replace(exemplar=(colours - mean) / std)
-        ((source, masked, exemplar, result, target),) = sample_grid(
-            tiny_model(), shown, callbacks.SamplesConfig(steps=1)
-        )
+        ((source, masked, exemplar, result, target),) = sample_grid(tiny_model(), shown, SamplesConfig(steps=1))
         assert exemplar.getpixel((14, 14)) == expected
     assert masked.getpixel((16, 16)) == (128, 128, 128)  # the mask's inside is 0 of [-1, 1]
     assert source.tobytes() == target.tobytes() != masked.tobytes()
@@ -922,7 +927,7 @@ def test_sample_grid_shows_each_picture_in_its_own_colours(monkeypatch):
 
 
 def test_sample_grid_shows_all_columns():
-    settings = callbacks.SamplesConfig(steps=2, count=2)
+    settings = SamplesConfig(steps=2, count=2)
     picture = sample_grid(tiny_model(), example(2), settings)
     again = sample_grid(tiny_model(), example(2), settings)
     assert picture.tobytes() == again.tobytes()

@@ -95,7 +95,7 @@ def train(config: PaintByExampleRun | VAERun, resume: bool = False) -> None:
     """
     from lightning.pytorch.utilities import rank_zero_only
 
-    from pbe.callbacks import prepare_folder
+    from pbe.callbacks.checkpoints import prepare_folder
     from pbe.files import locked
 
     check_trainer(config.trainer)
@@ -113,7 +113,8 @@ def run(config: PaintByExampleRun | VAERun, resume: bool) -> None:
     """What `train` does once the folder is this run's alone."""
     from lightning.pytorch.utilities import rank_zero_only
 
-    from pbe.callbacks import check_room, clear_parts, list_checkpoints, skipped_pictures, step_of
+    from pbe.callbacks.checkpoints import check_room, clear_parts, list_checkpoints, step_of
+    from pbe.callbacks.metrics import skipped_pictures
     from pbe.config import save_config
     from pbe.data.datamodule import ExampleDataModule
 
@@ -249,7 +250,9 @@ def make_trainer(config: PaintByExampleRun | VAERun, folder: Path, step: int) ->
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from pbe.callbacks import AtomicCheckpointIO, Checkpoints, JSONLinesLogger, SampleGrids, TrainingMetrics
+    from pbe.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+    from pbe.callbacks.metrics import JSONLinesLogger, TrainingMetrics
+    from pbe.callbacks.samples import SampleGrids
     from pbe.config import PaintByExampleRun
 
     callbacks = [TrainingMetrics(), Checkpoints(folder / "checkpoints", config.checkpoint)]
