@@ -12,7 +12,8 @@ from PIL import Image
 from pbe.data.coco import Coco, Polygons, decode_counts, decode_rle
 from pbe.data.cocoee import CocoEE
 from pbe.data.manifest import Manifest
-from pbe.data.open_images import OpenImages, index_boxes
+from pbe.data.open_images import OpenImages
+from pbe.data.open_images_index import index_boxes
 from pbe.data.records import DataWarning, MaskArray, MaskFile, Texts, box_areas, clip_boxes, in_area, upright_size
 from pbe.data.sources import SourceConfig, open_source
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pbe.cli.index_boxes import main
-from pbe.data import open_images
-from pbe.data.open_images import FLAGS, OpenImages, index_boxes
+from pbe.data import open_images, open_images_index
+from pbe.data.open_images import OpenImages
+from pbe.data.open_images_index import FLAGS, index_boxes, read_facts
 from pbe.data.records import DataWarning, box_areas
 
 ANNOTATIONS = Path(__file__).parents[1] / "../shared/data/annotations"
@@ -75,7 +76,7 @@ def test_rows_that_are_not_utf8_are_named(tmp_path, line):
 def test_broken_meta_is_named(index, content, message):
     (index / "meta.json").write_text(content)
     with pytest.raises(ValueError, match=rf"meta\.json {message}.*; index again"):
-        open_images.read_facts(index)
+        read_facts(index)
 
 
 def test_records_hold_the_rows(tmp_path, index):
@@ -150,8 +151,9 @@ def test_blocks_do_not_show(tmp_path, monkeypatch, ordered):
     rows = [row(name, f"/m/{k % 5}", box) for k, (name, box) in enumerate(zip(names, corners, strict=True))]
     path = write(tmp_path / "boxes.csv", rows)
     index_boxes(path, tmp_path / "whole")
-    monkeypatch.setattr(open_images, "BLOCK", 200)
+    monkeypatch.setattr(open_images_index, "BLOCK", 200)
     monkeypatch.setattr(open_images, "ROWS", 5)
+    monkeypatch.setattr(open_images_index, "ROWS", 5)
     read = []
     index_boxes(path, tmp_path / "pieces", progress=read.append)
     assert len(read) > 10
@@ -191,7 +193,7 @@ def test_wrong_columns(tmp_path):
     ],
 )
 def test_bad_rows_are_named_by_their_line(tmp_path, monkeypatch, bad, message):
-    monkeypatch.setattr(open_images, "BLOCK", 300)
+    monkeypatch.setattr(open_images_index, "BLOCK", 300)
     path = write(tmp_path / "boxes.csv", [*ROWS, *ROWS, bad, *ROWS])
     with pytest.raises(ValueError, match=f"line 12: {message}"):
         index_boxes(path, tmp_path / "index")

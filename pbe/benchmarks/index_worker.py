@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from pbe.data.manifest import Manifest
-from pbe.data.open_images import OpenImages, index_boxes
+from pbe.data.open_images import OpenImages
+from pbe.data.open_images_index import index_boxes
 
 BOXES_A_PICTURE = 8  # as many as OpenImages has
 VISITS = 1000

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from pbe.data.open_images import index_boxes
+    from pbe.data.open_images_index import index_boxes
 
     with tqdm(total=args.csv.stat().st_size, unit="B", unit_scale=True, desc=args.csv.name) as bar:
         facts = index_boxes(args.csv, args.out, args.images, args.classes, args.force, bar.update)
