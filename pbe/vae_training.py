@@ -117,7 +117,7 @@ class VAETraining(lightning.LightningModule):
     def num_scale_batches(self, available: int) -> int:
         """As many batches as validation uses; where it uses none, all."""
         limit = self.trainer.limit_val_batches
-        limit = round(limit * available) if isinstance(limit, float) else limit
+        limit = int(limit * available) if isinstance(limit, float) else limit  # rounded down, as by Lightning
         return min(limit, available) or available
 
     # --- checkpoints --------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from pbe.models.paint_by_example import PaintByExample, latent_mask
 from pbe.models.unet import UNet
 from pbe.optimizer import OptimizerConfig, adamw, lr_factor, make_optimizer
 from pbe.training import PaintByExampleTraining, TrainingConfig, check_finite, make_draws, trained_names
+from pbe.vae_training import VAETraining
 
 
 def tiny_model() -> PaintByExample:
@@ -972,6 +973,12 @@ def test_autoencoder_s_run(toy):
     z_0, _ = module.encode(examples, module.on_before_batch_transfer(examples, 0).draws.posterior_noise)
     # two other pictures than the four it was measured on
     assert 0.5 < z_0.std() < 2
+
+
+@pytest.mark.parametrize("limit, batches", [(2, 2), (9, 7), (0, 7), (0.5, 3), (1.0, 7)])
+def test_an_autoencoder_s_scale_is_measured_on_what_validation_sees(limit, batches):
+    module = SimpleNamespace(trainer=SimpleNamespace(limit_val_batches=limit))
+    assert VAETraining.num_scale_batches(module, 7) == batches
 
 
 def test_decoder_alone_is_trained(toy, capsys):
