@@ -117,7 +117,7 @@ class Sampling(NamedTuple):
 # For results soon: as good as many steps give, where PLMS, with as few, loses its hold under strong guidance.
 # docs/editing.md, "How many steps"
 QUICK_SAMPLING = Sampling("dpm_solver", "trailing", steps=20, guidance=Job.scale)
-# With more guidance its colours are stronger than the exemplars': docs/demo-model.md
+# More guidance takes its colours away from the exemplars' again: docs/demo-model.md
 DEMO_SAMPLING = QUICK_SAMPLING._replace(guidance=3.0)
 
 

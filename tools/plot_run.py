@@ -46,6 +46,8 @@ def main() -> int:
     gains.errorbar(steps, gain, [2 * e for e in error], capsize=3)
     gains.axhline(0, color="gray", linewidth=0.8)
     gains.set(xlabel="step", ylabel="loss with a wrong exemplar minus\nwith the right one, ± 2 standard errors")
+    for axes in (losses, gains):
+        axes.locator_params(axis="x", nbins=6)
     figure.savefig(args.out, dpi=110)
     return 0
 
