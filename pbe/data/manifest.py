@@ -38,6 +38,7 @@ from pbe.data.records import (
     number_photos,
     upright_size,
 )
+from pbe.parsing import parse_float
 from pbe.rows import read_jsonl, read_lines
 
 CORNERS = ("x0", "y0", "x1", "y1")
@@ -86,12 +87,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _number(name: str, value: Any) -> float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name} is {value!r}, not a number")
-    return number
+        return parse_float(value)
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}, not a number") from None
 
 
 def _text(name: str, value: Any) -> str:
