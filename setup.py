@@ -26,7 +26,7 @@ EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
 # ruff is pinned: another version formats and finds other things.
 # diffusers loads weights tensor by tensor, and moves networks off a small card, only with accelerate.
 BENCH = ["diffusers>=0.33", "transformers>=4.48", "accelerate>=0.31", *SAFETENSORS]
-TEST = ["pytest>=8", "ruff==0.17.6", *BENCH, *APP, *EVAL, *MASKS]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "ruff==0.17.6", *BENCH, *APP, *EVAL, *MASKS]
 
 setup(
     name="pbe",
@@ -38,7 +38,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["pbe", "pbe.*"]),
-    package_data={"pbe": ["weights/*", "evaluation/study.html"]},
+    package_data={"pbe": ["weights/*", "evaluation/study/study.html", "app/*.html", "app/*.css", "app/*.js", "py.typed"]},
     install_requires=[
         # A torchvision release names the one torch it was built for; a second pin here could only contradict it.
         "torch>=2.6",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pbe.acceleration import prepare_for_inference
     from pbe.checkpoints.loading import load_model
-    from pbe.editing import edit
+    from pbe.editing.edit import edit
     from pbe.models.paint_by_example import PaintByExample
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ __all__ = ["PaintByExample", "__version__", "edit", "load_model", "prepare_for_i
 # Imported on first use: torch takes seconds, and `pbe --help` needs none of it.
 _HOMES = {
     "PaintByExample": "pbe.models.paint_by_example",
-    "edit": "pbe.editing",
+    "edit": "pbe.editing.edit",
     "load_model": "pbe.checkpoints.loading",
     "prepare_for_inference": "pbe.acceleration",
 }

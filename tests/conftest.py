@@ -6,7 +6,7 @@ import golden_file
 import pytest
 import torch
 
-from pbe.checkpoints.sizes import pbe_entry
+from pbe.checkpoints.infer_config import pbe_entry
 from pbe.models.clip import CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig

@@ -5,7 +5,6 @@ error, and so is a CPU's tensor among them. The last tests compute on a GPU wher
 """
 
 import pytest
-import test_training
 import torch
 import toy_run
 from conftest import TINY
@@ -15,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pbe
 from pbe.acceleration import prepare_for_inference, strips
 from pbe.checkpoints.seeding import seeded_state
-from pbe.lora import LoRAConfig
+from pbe.models.lora import LoRAConfig
 from pbe.models.paint_by_example import Condition, PaintByExample
 from pbe.sampling import SAMPLERS, NoiseSchedule, guided_eps, make_generators, randn
-from pbe.training import PaintByExampleTraining, TrainingConfig
+from pbe.training.module import PaintByExampleTraining, TrainingConfig
+from tests.training import test_module as test_training
 
 fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
 

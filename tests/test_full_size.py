@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.cli import checkpoint, inference
+from pbe.cli import checkpoint
+from pbe.cli import edit as inference
 
 pytestmark = pytest.mark.slow
 

@@ -34,7 +34,7 @@ EDITOR = """
 import sys
 from pathlib import Path
 import pbe
-from pbe.jobs import load_editor
+from pbe.batch.job import load_editor
 load_editor(Path("demo"), "cpu", "float32")
 pbe.edit
 print("imported:", *sys.modules)
@@ -59,6 +59,6 @@ def test_help_needs_no_heavy_package(command):
 def test_an_editor_needs_only_torch_and_pillow():
     """Neither training's packages nor torch's compiler, which take as long to import as torch itself."""
     found = modules(EDITOR)
-    assert {"torch", "PIL", "pbe.editing"} <= found
+    assert {"torch", "PIL", "pbe.editing.edit"} <= found
     unused = HEAVY - {"torch", "numpy", "PIL"} | {"torch._dynamo", "torch._inductor", "sympy", "pandas"}
     assert unused.isdisjoint(found)

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pbe.checkpoints.sizes import pbe_entry
+from pbe.checkpoints.infer_config import pbe_entry
 from pbe.cli.train import main
-from pbe.config import load_config
-from pbe.initialization import VAE_PREFIX, starting_model, starting_vae
 from pbe.models.vae import VAEConfig
+from pbe.training.config import load_config
+from pbe.training.initialization import VAE_PREFIX, starting_model, starting_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_PICTURES = 12

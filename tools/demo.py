@@ -11,8 +11,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import pbe
-from pbe.grids import grid
-from pbe.jobs import quick_sampling, spare_threads
+from pbe.batch.job import quick_sampling, spare_threads
+from pbe.images.grids import grid
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, OUT = ROOT / "examples", ROOT / "outputs" / "demo"

@@ -2,7 +2,7 @@
 
 import sys
 
-from pbe.cli.inference import main
+from pbe.cli.edit import main
 
 if __name__ == "__main__":
     sys.exit(main())

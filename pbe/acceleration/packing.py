@@ -8,7 +8,7 @@ kernels are made for those: on CUDA in 16 bits.
 import torch
 from torch import Tensor, nn
 
-from pbe.checkpoints.mapping import release_mapped
+from pbe.checkpoints.formats.lazy_tensors import release_mapped
 
 
 class PackedConv2d(nn.Module):

@@ -11,8 +11,8 @@ from pbe.acceleration.layers import PhaseUpsample
 from pbe.acceleration.packing import convert, relayout
 from pbe.acceleration.strips import StripVAE
 from pbe.acceleration.unet import PreparedUNet
-from pbe.checkpoints.mapping import release_mapped
-from pbe.lora import merge_lora
+from pbe.checkpoints.formats.lazy_tensors import release_mapped
+from pbe.models.lora import merge_lora
 from pbe.models.paint_by_example import PaintByExample
 from pbe.models.unet import UNet
 from pbe.models.vae import AutoencoderKL

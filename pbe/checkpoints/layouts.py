@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from pbe.checkpoints.rules import Rule, Table, prefixes, same
+from pbe.checkpoints.key_map import Rule, Table, prefixes, same
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Original files: Paint by Example, Stable Diffusion v1

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pbe.checkpoints import sizes
+from pbe.checkpoints import infer_config as sizes
+from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
+from pbe.checkpoints.key_map import Recipe, Table, UnlistedNames, shorten
 from pbe.checkpoints.layouts import LAYOUTS, Layout, recognise, table_of
-from pbe.checkpoints.meta import build_on_meta
-from pbe.checkpoints.reading import Checkpoint, CheckpointError, open_checkpoint
-from pbe.checkpoints.rules import Recipe, Table, UnlistedNames, shorten
+from pbe.checkpoints.meta_device import build_on_meta
 from pbe.models.adm import ADM
 from pbe.models.clip import CLIP
 from pbe.models.paint_by_example import PaintByExample
@@ -124,7 +124,7 @@ def view(checkpoint: Checkpoint) -> Source:
     entry = checkpoint.extras.get("pbe")
     if isinstance(entry, dict) and "lora" in entry:
         raise CheckpointError(
-            f"{path} holds adapters alone; `pbe checkpoint merge-lora` and pbe.lora.load_lora lay them over a model"
+            f"{path} holds adapters alone; `pbe checkpoint merge-lora` makes them part of a checkpoint"
         )
     if layout is None:
         if any(name.startswith("model_ema.") for name in names):

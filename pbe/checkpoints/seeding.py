@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbe.checkpoints.meta import build_on_meta
-from pbe.checkpoints.sizes import pbe_entry
+from pbe.checkpoints.infer_config import pbe_entry
+from pbe.checkpoints.meta_device import build_on_meta
 from pbe.models.clip import CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.formats.opening import CheckpointError
+from pbe.checkpoints.infer_config import clip_config, pbe_entry
+from pbe.checkpoints.key_map import shorten
 from pbe.checkpoints.loading import Source, build
-from pbe.checkpoints.meta import build_on_meta
-from pbe.checkpoints.reading import CheckpointError
-from pbe.checkpoints.rules import shorten
-from pbe.checkpoints.sizes import clip_config, pbe_entry
+from pbe.checkpoints.meta_device import build_on_meta
 from pbe.models.adm import ADMConfig
 from pbe.models.clip import CLIPConfig
 from pbe.models.exemplar import ExemplarConfig, ExemplarEncoder

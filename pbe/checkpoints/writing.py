@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pbe.checkpoints.layouts import table_of_diffusers
-from pbe.files import replacing
+from pbe.io.atomic import replacing
 from pbe.models.clip import CLIP_MEAN, CLIP_STD, CLIPVisionConfig
 from pbe.models.paint_by_example import PaintByExampleConfig
 from pbe.models.unet import UNetConfig

@@ -7,7 +7,7 @@ import pbe
 
 # Each module has `main(argv, prog) -> exit code`, and is imported only when its command is chosen.
 COMMANDS = {
-    "edit": ("pbe.cli.inference", "repaint the masked part of a photo, or of a batch of photos"),
+    "edit": ("pbe.cli.edit", "repaint the masked part of a photo, or of a batch of photos"),
     "app": ("pbe.cli.app", "serve a page on which photos are edited by hand"),
     "checkpoint": ("pbe.cli.checkpoint", "look into checkpoints and change them"),
     "train": ("pbe.cli.train", "train or fine-tune, as a YAML file says"),

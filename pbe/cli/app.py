@@ -33,10 +33,10 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Serves the page until it is interrupted; returns the exit code."""
     args = parser(prog).parse_args(argv)
-    from pbe.app import build_page, files_of_page, serve, warnings_on_page
+    from pbe.app.page import build_page, files_of_page, serve, warnings_on_page
+    from pbe.batch.job import load_editor, quick_sampling, spare_threads
+    from pbe.batch.provenance import identify
     from pbe.checkpoints.loading import choose_device
-    from pbe.jobs import load_editor, quick_sampling, spare_threads
-    from pbe.results import identify
 
     if args.compile == "whole" and choose_device(args.device).type == "cuda":
         raise ValueError("--compile whole makes CUDA graphs, which one thread alone can replay: use --compile regions")

@@ -127,8 +127,8 @@ def inspect(args: argparse.Namespace) -> int:
 
 def expand(args: argparse.Namespace) -> int:
     from pbe.checkpoints import surgery
+    from pbe.checkpoints.infer_config import pbe_entry
     from pbe.checkpoints.loading import open_source
-    from pbe.checkpoints.sizes import pbe_entry
     from pbe.checkpoints.writing import save_checkpoint
     from pbe.models.paint_by_example import PaintByExampleConfig
 
@@ -217,10 +217,10 @@ def merge(args: argparse.Namespace) -> int:
 
 
 def merge_lora(args: argparse.Namespace) -> int:
-    from pbe import lora
     from pbe.checkpoints.loading import load_model, open_source
     from pbe.checkpoints.surgery import entry_of
     from pbe.checkpoints.writing import save_checkpoint
+    from pbe.models import lora
 
     check_file(args)
     if not math.isfinite(args.weight):
@@ -237,7 +237,7 @@ def set_vae(args: argparse.Namespace) -> int:
     from pbe.checkpoints import surgery
     from pbe.checkpoints.loading import open_source
     from pbe.checkpoints.writing import save_checkpoint
-    from pbe.initialization import read_vae
+    from pbe.training.initialization import read_vae
 
     check_file(args)
     source = open_source(args.checkpoint)
@@ -254,7 +254,7 @@ def seed(args: argparse.Namespace) -> int:
     from pbe.checkpoints.loading import DTYPES
     from pbe.checkpoints.seeding import seeded_checkpoint
     from pbe.checkpoints.writing import PICKLE_SUFFIXES
-    from pbe.files import replacing
+    from pbe.io.atomic import replacing
 
     check_output(args)
     check_seed(args.seed)

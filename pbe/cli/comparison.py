@@ -12,8 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbe.jobs import Inputs, Job
-from pbe.parsing import parse_numbers
+from pbe.batch.job import Inputs, Job
+from pbe.editing.parsing import parse_numbers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,8 +72,8 @@ def comparison(
     import numpy as np
     from PIL import Image
 
-    from pbe.grids import grid
-    from pbe.pictures import read_picture
+    from pbe.images.grids import grid
+    from pbe.images.reading import read_picture
 
     def shown(image: Image.Image) -> Image.Image:
         rgb = read_picture(image).rgb()[0].permute(1, 2, 0).numpy()

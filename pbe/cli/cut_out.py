@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     from pbe.data.crop import UnusablePicture, usable
     from pbe.data.manifest import Manifest
-    from pbe.files import replacing
+    from pbe.io.atomic import replacing
 
     sources = [Manifest(path) for path in args.manifests]
     total, rows, problems = 0, [], []
@@ -79,10 +79,10 @@ def rows_of(record: Record, folder: Path, out: Path, first: int) -> list[dict[st
     from PIL import Image
 
     from pbe.data.crop import Photo, to_pixels
-    from pbe.data.cutting import cut_out, is_whole
     from pbe.data.records import MaskFile
-    from pbe.saving import save_picture
-    from pbe.windows import Box
+    from pbe.images.grabcut import cut_out, is_whole
+    from pbe.images.saving import save_picture
+    from pbe.images.windows import Box
 
     with Photo(record.image) as photo:
         height, width = photo.size

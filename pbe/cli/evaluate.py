@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 
 def score(args: argparse.Namespace) -> int:
-    from pbe.evaluation.baselines.running import settings_in
+    from pbe.baselines.running import settings_in
 
     bench, folders = open_benchmark(args), named_folders(args.results)
     settings = {"systems": {name: settings_in(bench, folder) for name, folder in folders.items()}}
@@ -168,7 +168,7 @@ def open_source(args: argparse.Namespace, prefix: str) -> Source | None:
 def fit(args: argparse.Namespace) -> int:
     from pbe.checkpoints.loading import choose_device
     from pbe.evaluation.backbones import load_backbone
-    from pbe.evaluation.mixture import check_fit, check_name, fit_mixture, save_mixture
+    from pbe.evaluation.quality_score import check_fit, check_name, fit_mixture, save_mixture
     from pbe.evaluation.scoring import identity, photo_features, picture_files
 
     check_output(args)
@@ -185,7 +185,7 @@ def fit(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from pbe.evaluation.mixture import convert_mixture, save_mixture
+    from pbe.evaluation.quality_score import convert_mixture, save_mixture
 
     mixture = convert_mixture(args.pickle, args.features)
     save_mixture(mixture, args.out, args.force)
@@ -197,7 +197,7 @@ def convert(args: argparse.Namespace) -> int:
 def stand_in(args: argparse.Namespace) -> int:
     from pbe.checkpoints.loading import choose_device
     from pbe.data.manifest import Manifest
-    from pbe.evaluation.stand_in import recognised, save_stand_in, train_stand_in
+    from pbe.evaluation.surrogate import recognised, save_stand_in, train_stand_in
 
     check_output(args)
     source = Manifest(args.data, args.images, tuple(args.area))

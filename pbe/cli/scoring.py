@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from pbe.evaluation.benchmark import Benchmark
     from pbe.evaluation.scoring import Judges
+    from pbe.evaluation.test_set import Benchmark
 
 
 def add_benchmark(p: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def add_judges(p: argparse.ArgumentParser) -> None:
 
 
 def open_benchmark(args: argparse.Namespace) -> Benchmark:
-    from pbe.evaluation.benchmark import Benchmark, read_labels
+    from pbe.evaluation.test_set import Benchmark, read_labels
 
     return Benchmark(args.bench, args.limit, read_labels(args.labels) if args.labels else None)
 
@@ -55,7 +55,7 @@ def load_judges(args: argparse.Namespace) -> Judges:
     from pbe.checkpoints.loading import choose_device
     from pbe.evaluation.backbones import load_backbone
     from pbe.evaluation.lpips import load_lpips
-    from pbe.evaluation.mixture import load_mixture
+    from pbe.evaluation.quality_score import load_mixture
     from pbe.evaluation.scoring import Judges, picture_files, real_moments
 
     if args.resamples < 1:

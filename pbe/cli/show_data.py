@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pbe.data.recipe import Stages
-    from pbe.windows import Box
+    from pbe.images.windows import Box
 
 STAGES = ("photo", "window", "mask", "masked", "reference", "exemplar", "target")
 COLOURS = {"box": (230, 30, 30), "grown": (255, 170, 0), "reference": (30, 160, 60), "window": (30, 90, 255)}
@@ -38,8 +38,8 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Writes the pictures; returns the exit code."""
     args = parser(prog).parse_intermixed_args(argv)  # settings may follow --out
-    from pbe.config import load_config
     from pbe.data.datamodule import ExampleDataModule
+    from pbe.training.config import load_config
 
     if args.n < 1:
         raise ValueError(f"-n must be at least 1, got {args.n}")
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 def write(samples: list[Stages], out: Path) -> None:
     """Writes `grid.png`, a row an example, and each of its pictures as `<number>_<stage>.png`."""
-    from pbe.grids import grid
-    from pbe.saving import save_picture
+    from pbe.images.grids import grid
+    from pbe.images.saving import save_picture
 
     rows = [stage_pictures(stages) for stages in samples]
     for number, row in enumerate(rows):
@@ -93,7 +93,7 @@ def photo_with_boxes(stages: Stages, side: int = 640) -> Image.Image:
     from torchvision.transforms.v2.functional import to_pil_image
 
     from pbe.data.crop import Photo
-    from pbe.windows import Box
+    from pbe.images.windows import Box
 
     plan = stages.plan
     with Photo(stages.record.image) as photo:

@@ -59,8 +59,8 @@ def named_folders(texts: Sequence[str]) -> dict[str, Path]:
 def study(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from pbe.evaluation.benchmark import Benchmark
-    from pbe.evaluation.study import KEY, PAGE, StudyConfig, build_study
+    from pbe.evaluation.study.build import KEY, PAGE, StudyConfig, build_study
+    from pbe.evaluation.test_set import Benchmark
 
     config = StudyConfig(args.num_items, args.size, args.quality, args.seed, args.title, args.send_to)
     systems, bench = named_folders(args.results), Benchmark(args.bench)
@@ -74,7 +74,7 @@ def study(args: argparse.Namespace) -> int:
 
 
 def study_report(args: argparse.Namespace) -> int:
-    from pbe.evaluation import study_report as reports
+    from pbe.evaluation.study import report as reports
 
     report = reports.study_report(args.key, args.answers, args.resamples, args.level, args.seed)
     reports.write_study_report(report, args.out)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pbe.cli.flags import add_dtype
 from pbe.cli.scoring import add_benchmark, add_judges, load_judges, open_benchmark, progress, write_scores
-from pbe.parsing import parse
+from pbe.editing.parsing import parse
 
 if TYPE_CHECKING:
-    from pbe.batch import Outcome
-    from pbe.evaluation.baselines import Weights
-    from pbe.evaluation.baselines.running import Plan
-    from pbe.evaluation.benchmark import Benchmark
+    from pbe.baselines import Weights
+    from pbe.baselines.running import Plan
+    from pbe.batch.run import Outcome
+    from pbe.evaluation.test_set import Benchmark
 
 OURS = "paint-by-example"
 # Options by the settings that they give; a system that lacks one has no use for the option.
@@ -116,7 +116,7 @@ def add_guidance_figure(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pbe.evaluation.baselines.running import make_plan
+    from pbe.baselines.running import make_plan
     from pbe.evaluation.compositing import composite_result
 
     check_options(args)
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_options(args: argparse.Namespace) -> None:
     """ValueError for systems named twice, an option that none of them has, and no device."""
-    from pbe.evaluation.baselines import get_baseline
+    from pbe.baselines import get_baseline
 
     names = args.system
     if len(set(names)) < len(names):
@@ -164,7 +164,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def weights_of(args: argparse.Namespace, name: str) -> Weights:
     """The files given for the system called `name`; ValueError that names the options of those it lacks."""
-    from pbe.evaluation.baselines import Weights, get_baseline
+    from pbe.baselines import Weights, get_baseline
 
     files = get_baseline(name).files
     given = {kind: args.ckpt if kind == "paint_by_example" else getattr(args, kind) for kind in files}
@@ -176,7 +176,7 @@ def weights_of(args: argparse.Namespace, name: str) -> Weights:
 
 def check_given(who: str, given: Mapping[str, Path | None]) -> None:
     """ValueError that names the files which are None, and their options."""
-    from pbe.evaluation.baselines.systems import WEIGHT_FILES
+    from pbe.baselines.systems import WEIGHT_FILES
 
     missing = [f"{WEIGHT_FILES[kind]} by {FLAGS[kind]}" for kind, path in given.items() if path is None]
     if missing:
@@ -187,10 +187,10 @@ def generate(
     args: argparse.Namespace, plans: Sequence[Plan], bench: Benchmark, folders: Mapping[str, Path]
 ) -> dict[str, list[Outcome]] | None:
     """Makes the systems' raw results that are not there yet; None in all but the first of several processes."""
-    from pbe.evaluation.baselines.running import run_plan
+    from pbe.baselines.running import run_plan
 
     if args.devices * args.num_nodes > 1:
-        from pbe.evaluation.division import run_divided
+        from pbe.baselines.distributed import run_divided
 
         return run_divided(
             plans, bench, folders, args.devices, args.num_nodes, args.device, args.redo, progress=not args.quiet
@@ -217,7 +217,7 @@ def report_outcomes(name: str, outcomes: Sequence[Outcome], bench: Benchmark) ->
 
 def describe(plan: Plan) -> dict[str, Any]:
     """How a system's results were made, for the report."""
-    from pbe.checkpoints.reading import find_checkpoint
+    from pbe.checkpoints.formats.opening import find_checkpoint
     from pbe.evaluation.backbones import sha256_of
 
     files = {kind: find_checkpoint(plan.weights.path(kind)) for kind in plan.baseline.files}
@@ -231,8 +231,8 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def guidance_figure(args: argparse.Namespace) -> int:
-    from pbe.evaluation import guidance_figure as figures
-    from pbe.evaluation.baselines import Weights
+    from pbe.baselines import Weights
+    from pbe.baselines import guidance_figure as figures
 
     if args.out.exists() and not args.force:
         raise FileExistsError(f"{args.out} exists; --force replaces it")

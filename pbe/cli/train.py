@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import lightning
 
-    from pbe.config import PaintByExampleRun, VAERun
     from pbe.models.vae import AutoencoderKL
+    from pbe.training.config import PaintByExampleRun, VAERun
 
 EPILOG = """\
 examples:
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from pbe.config import load_config
+    from pbe.training.config import load_config
 
     try:
         train(load_config(args.settings), args.resume)
@@ -95,8 +95,8 @@ def train(config: PaintByExampleRun | VAERun, resume: bool = False) -> None:
     """
     from lightning.pytorch.utilities import rank_zero_only
 
-    from pbe.callbacks.checkpoints import prepare_folder
-    from pbe.files import locked
+    from pbe.io.atomic import locked
+    from pbe.training.callbacks.checkpoints import prepare_folder
 
     check_trainer(config.trainer)
     # Lightning starts the other processes later, from the same command.
@@ -113,10 +113,10 @@ def run(config: PaintByExampleRun | VAERun, resume: bool) -> None:
     """What `train` does once the folder is this run's alone."""
     from lightning.pytorch.utilities import rank_zero_only
 
-    from pbe.callbacks.checkpoints import check_room, clear_parts, list_checkpoints, step_of
-    from pbe.callbacks.metrics import skipped_pictures
-    from pbe.config import save_config
     from pbe.data.datamodule import ExampleDataModule
+    from pbe.training.callbacks.checkpoints import check_room, clear_parts, list_checkpoints, step_of
+    from pbe.training.callbacks.metrics import skipped_pictures
+    from pbe.training.config import save_config
 
     folder = Path(config.run)
     checkpoints = list_checkpoints(folder / "checkpoints")
@@ -156,8 +156,8 @@ def check_same_run(config: PaintByExampleRun | VAERun, last: Path) -> None:
 
     The optimiser's state would go on as it was, and the records would tell of settings that were not used.
     """
-    from pbe.checkpoints.reading import open_checkpoint
-    from pbe.config import to_dict
+    from pbe.checkpoints.formats.opening import open_checkpoint
+    from pbe.training.config import to_dict
 
     before, now = open_checkpoint(last).extras["pbe"]["config"], to_dict(config)
     changed = []
@@ -189,11 +189,11 @@ def flatten(value: Any, prefix: str) -> dict[str, Any]:
 
 
 def make_module(config: PaintByExampleRun | VAERun) -> lightning.LightningModule:
-    from pbe.config import PaintByExampleRun, to_dict
     from pbe.data.datamodule import check_sizes
-    from pbe.initialization import starting_model, starting_vae
-    from pbe.training import PaintByExampleTraining
-    from pbe.vae_training import VAETraining
+    from pbe.training.config import PaintByExampleRun, to_dict
+    from pbe.training.initialization import starting_model, starting_vae
+    from pbe.training.module import PaintByExampleTraining
+    from pbe.training.vae import VAETraining
 
     about = {"trained_on": f"{config.data.source.kind} {config.data.source.path}", "config": to_dict(config)}
     if isinstance(config, PaintByExampleRun):
@@ -208,9 +208,9 @@ def make_module(config: PaintByExampleRun | VAERun) -> lightning.LightningModule
 
 def trained_vae(config: VAERun) -> AutoencoderKL:
     """The autoencoder in the checkpoint `config.init`; its latents are measured anew where its encoder trains."""
-    from pbe.checkpoints.meta import build_on_meta
-    from pbe.initialization import VAE_PREFIX, read_vae
+    from pbe.checkpoints.meta_device import build_on_meta
     from pbe.models.vae import AutoencoderKL
+    from pbe.training.initialization import VAE_PREFIX, read_vae
 
     size, state = read_vae(config.init)
     if config.training.train == "all":
@@ -250,10 +250,10 @@ def make_trainer(config: PaintByExampleRun | VAERun, folder: Path, step: int) ->
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from pbe.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
-    from pbe.callbacks.metrics import JSONLinesLogger, TrainingMetrics
-    from pbe.callbacks.samples import SampleGrids
-    from pbe.config import PaintByExampleRun
+    from pbe.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+    from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics
+    from pbe.training.callbacks.samples import SampleGrids
+    from pbe.training.config import PaintByExampleRun
 
     callbacks = [TrainingMetrics(), Checkpoints(folder / "checkpoints", config.checkpoint)]
     if isinstance(config, PaintByExampleRun) and config.samples.every_n_steps:

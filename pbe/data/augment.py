@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
 from pbe.data.example import draw_integers, draw_uniform, happens
-from pbe.windows import Box
+from pbe.images.windows import Box
 
 
 def augment(

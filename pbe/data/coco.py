@@ -23,7 +23,7 @@ from pbe.data.records import (
     number_photos,
     upright_size,
 )
-from pbe.pictures import fill_polygon
+from pbe.images.reading import fill_polygon
 
 
 class Polygons(NamedTuple):

@@ -38,8 +38,8 @@ from pbe.data.records import (
     number_photos,
     upright_size,
 )
-from pbe.parsing import parse_float
-from pbe.rows import read_jsonl, read_lines
+from pbe.editing.parsing import parse_float
+from pbe.io.rows import read_jsonl, read_lines
 
 CORNERS = ("x0", "y0", "x1", "y1")
 ALIASES = {"file": "image", "class": "label"}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pbe.data.example import draw_integers
-from pbe.windows import Box
+from pbe.images.windows import Box
 
 BEZIER_T = np.arange(1, 19)[:, None] * 0.05  # where the curves are sampled: .05, .10, ..., .90
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from pbe.data.records import EDGE_TOLERANCE
-from pbe.files import replacing
+from pbe.io.atomic import replacing
 
 COORDINATES = ("XMin", "YMin", "XMax", "YMax")
 FLAGS = ("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")

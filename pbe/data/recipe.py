@@ -37,9 +37,9 @@ from pbe.data.masks import bezier_outline, box_outline, grow_box
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import MaskSource, Record, Source, in_area
 from pbe.data.transplant import Donor, draw_donor, paste, placed, read_donor
+from pbe.images.reading import fill_polygon, read_exemplar
+from pbe.images.windows import Box, extract_repaint
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
-from pbe.pictures import fill_polygon, read_exemplar
-from pbe.windows import Box, extract_repaint
 
 PHOTO_SIDE, EXEMPLAR_SIDE = 1024, 224  # of the photos and exemplars that numbers in pixels are given for
 

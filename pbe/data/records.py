@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import ExifTags, Image
 
-from pbe.pictures import read_mask, read_picture
-from pbe.windows import mask_bounding_box
+from pbe.images.reading import read_mask, read_picture
+from pbe.images.windows import mask_bounding_box
 
 
 class DataWarning(UserWarning):

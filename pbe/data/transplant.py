@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as T
 from pbe.data.crop import Photo, UnusablePicture, to_pixels, usable
 from pbe.data.example import draw_integers
 from pbe.data.records import MaskSource, Source, upright_size
-from pbe.windows import Box
+from pbe.images.windows import Box
 
 
 class Donor(NamedTuple):

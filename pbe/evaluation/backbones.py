@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer, get_model, list_models
 
+from pbe.checkpoints.formats.opening import CheckpointError, read_state_dict
+from pbe.checkpoints.key_map import Rule, Table, UnlistedNames, shorten
 from pbe.checkpoints.loading import load_model
-from pbe.checkpoints.meta import build_on_meta
-from pbe.checkpoints.reading import CheckpointError, read_state_dict
-from pbe.checkpoints.rules import Rule, Table, UnlistedNames, shorten
-from pbe.evaluation.stand_in import load_stand_in, stand_in_view
-from pbe.evaluation.views import centre, normalise, to_tensor
+from pbe.checkpoints.meta_device import build_on_meta
+from pbe.evaluation.cocoee import centre, normalise, to_tensor
+from pbe.evaluation.surrogate import load_stand_in, stand_in_view
 from pbe.models.clip import CLIP
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -21,11 +21,11 @@ from torch import Tensor
 from pbe import __version__
 from pbe.data.records import Record, Source, upright_size
 from pbe.evaluation.backbones import Backbone
-from pbe.evaluation.benchmark import MANIFEST, REFERENCE_MASKS
-from pbe.evaluation.stand_in import object_box
-from pbe.evaluation.views import read_rgb, squared
-from pbe.files import replacing
-from pbe.windows import Box
+from pbe.evaluation.cocoee import read_rgb, squared
+from pbe.evaluation.surrogate import object_box
+from pbe.evaluation.test_set import MANIFEST, REFERENCE_MASKS
+from pbe.images.windows import Box
+from pbe.io.atomic import replacing
 
 BATCH = 64
 

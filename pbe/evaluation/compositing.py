@@ -7,13 +7,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from pbe import windows
-from pbe.editing import feather_width
-from pbe.evaluation.benchmark import Item
-from pbe.pictures import UNREADABLE, read_picture
-from pbe.saving import read_info, save_picture
-from pbe.seams import meet_photo
-from pbe.windows import Box
+from pbe.editing.edit import feather_width
+from pbe.evaluation.test_set import Item
+from pbe.images import windows
+from pbe.images.reading import UNREADABLE, read_picture
+from pbe.images.saving import read_info, save_picture
+from pbe.images.seams import meet_photo
+from pbe.images.windows import Box
 
 
 def composite_result(item: Item, raw: Path, out: Path) -> None:

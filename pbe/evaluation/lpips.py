@@ -9,8 +9,8 @@ import torchmetrics
 from torch import Tensor, nn
 from torchvision.models import alexnet
 
-from pbe.checkpoints.meta import build_on_meta
-from pbe.checkpoints.reading import read_state_dict
+from pbe.checkpoints.formats.opening import read_state_dict
+from pbe.checkpoints.meta_device import build_on_meta
 from pbe.evaluation.backbones import load_strictly
 
 # The metric's own normalisation of [-1, 1], and the layers of `features` after whose ReLU it compares.

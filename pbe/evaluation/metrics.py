@@ -16,8 +16,8 @@ from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.utilities import dim_zero_cat
 
-from pbe.evaluation.mixture import GaussianMixture
-from pbe.evaluation.statistics import Estimate, Moments, bootstrap, frechet_distance, interval
+from pbe.evaluation.bootstrap import Estimate, Moments, bootstrap, frechet_distance, interval
+from pbe.evaluation.quality_score import GaussianMixture
 
 QS_RANGE = 300  # the log-density at which the released script's quality score is full
 SSIM_REACH = 5  # pixels from the centre to the edge of SSIM's Gaussian window, whose sigma is 1.5

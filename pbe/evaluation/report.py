@@ -19,13 +19,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import pbe
-from pbe.evaluation.benchmark import Benchmark, Item, result_files
-from pbe.evaluation.page import number, render
+from pbe.evaluation.cocoee import read_rgb
+from pbe.evaluation.html import number, render
 from pbe.evaluation.published import COLUMNS, PUBLISHED
 from pbe.evaluation.scoring import TITLES, Figure, Judges, Scores
-from pbe.evaluation.views import read_rgb
-from pbe.files import replacing
-from pbe.windows import mask_bounding_box
+from pbe.evaluation.test_set import Benchmark, Item, result_files
+from pbe.images.windows import mask_bounding_box
+from pbe.io.atomic import replacing
 
 WORST = 20
 THUMBNAIL = 128  # pixels high

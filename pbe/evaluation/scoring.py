@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pbe.evaluation.backbones import Backbone
-from pbe.evaluation.benchmark import Benchmark, Item, read_result, result_files
+from pbe.evaluation.bootstrap import Moments
+from pbe.evaluation.cocoee import (
+    read_rgb,
+    real_photo,
+    released_box,
+    released_reference,
+    released_region,
+    squared,
+    to_tensor,
+)
 from pbe.evaluation.lpips import LPIPS
 from pbe.evaluation.metrics import (
     BackgroundLPIPS,
@@ -27,19 +36,10 @@ from pbe.evaluation.metrics import (
     PictureMean,
     QualityScore,
 )
-from pbe.evaluation.mixture import GaussianMixture
-from pbe.evaluation.statistics import Moments
-from pbe.evaluation.views import (
-    read_rgb,
-    real_photo,
-    released_box,
-    released_reference,
-    released_region,
-    squared,
-    to_tensor,
-)
-from pbe.files import replacing
-from pbe.windows import mask_bounding_box
+from pbe.evaluation.quality_score import GaussianMixture
+from pbe.evaluation.test_set import Benchmark, Item, read_result, result_files
+from pbe.images.windows import mask_bounding_box
+from pbe.io.atomic import replacing
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FID_RESAMPLES = 100  # each costs as much as the figure itself

@@ -1,0 +1,140 @@
+"""How fast training examples are made, against a plain version of the same recipe.
+
+    python -m benchmarks data photos/boxes.csv
+
+One process, one thread. Both versions make the same examples, with the same draws, in turns; the median over pairs of
+the ratio of their times does not suffer from what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from PIL import Image, ImageDraw
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as T
+
+from benchmarks.arguments import check_counts, check_out
+from benchmarks.report import about, markdown, write_json
+from pbe.data.example import Example, make_generator
+from pbe.data.recipe import Plan, augment_exemplar, draw_plan, make_example
+from pbe.data.recipe_config import RecipeConfig
+from pbe.data.records import Record
+from pbe.models.clip import CLIP_MEAN, CLIP_STD
+
+
+def plain_example(record: Record, config: RecipeConfig, generator: torch.Generator) -> Example:
+    """The example that `make_example` gives, as one writes it first with PIL and torchvision (and as the original
+    does): decode, convert, normalise and mask the whole photo, then crop and resize.
+
+    For upright photos with a box each, squashed, without targets or object masks. Its `source` is already masked.
+    """
+    with Image.open(record.image) as file:
+        photo = file.convert("RGB")
+    plan = draw_plan(record, (photo.height, photo.width), config, generator)
+    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    image = T.normalize(to_tensor(photo), [0.5] * 3, [0.5] * 3)
+    mask = to_tensor(plain_mask(plan, photo))
+    masked = image * mask
+
+    def crop(picture: torch.Tensor) -> torch.Tensor:
+        window = plan.window
+        picture = T.crop(picture, window.y0, window.x0, window.height, window.width)
+        return T.resize(picture, [config.resolution] * 2, antialias=config.antialias)
+
+    reference = to_tensor(photo.crop(plan.reference))
+    exemplar = T.resize(reference, [config.exemplar_size] * 2, antialias=config.antialias)
+    if config.augment:
+        exemplar = augment_exemplar(exemplar, config, generator)
+    exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
+    return Example(crop(image), crop(masked), crop(mask), exemplar, torch.tensor(0), str(record.image))
+
+
+def plain_mask(plan: Plan, photo: Image.Image) -> Image.Image:
+    """The mask of the whole photo, white = keep."""
+    mask = Image.new("L", photo.size, 255)
+    ImageDraw.Draw(mask).polygon([tuple(point) for point in plan.outline.tolist()], fill=0)
+    return mask
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Examples a second of one core, medians over the rounds, and the median ratio of the rounds."""
+
+    photos: int
+    plain: float
+    ours: float
+    speedup: float
+
+
+def measure(records: Sequence[Record], config: RecipeConfig, pairs: int = 5) -> Timing:
+    """Times both versions in turns, over all the records in each round, in this thread alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rounds = [
+            (_seconds(plain_example, records, config, seed), _seconds(make_example, records, config, seed))
+            for seed in range(pairs + 1)
+        ][1:]  # the first warms up
+    finally:
+        torch.set_num_threads(threads)
+    plain, ours = (median(len(records) / seconds for seconds in times) for times in zip(*rounds, strict=True))
+    return Timing(len(records), plain, ours, median(a / b for a, b in rounds))
+
+
+def _seconds(make: Callable, records: Sequence[Record], config: RecipeConfig, seed: int) -> float:
+    start = time.perf_counter()
+    for i, record in enumerate(records):
+        make(record, config, make_generator(seed, i))
+    return time.perf_counter() - start
+
+
+def tables(content: dict) -> str:
+    """The Markdown of a run's JSON: examples a second and core."""
+    rows = [
+        [name, f"{timing['plain']:.1f}", f"{timing['ours']:.1f}", f"{timing['speedup']:.2f}"]
+        for name, timing in content["recipes"].items()
+    ]
+    return markdown(["plain", "here", "ratio"], rows)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints one line for each way to make examples."""
+    from pbe.data.sources import SourceConfig, open_source
+
+    p = argparse.ArgumentParser(
+        prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("boxes", type=Path, help="a manifest of photos with boxes; best of 1024 pixels and more")
+    p.add_argument("--pairs", type=int, default=5, help="rounds of both versions in turns (default 5)")
+    p.add_argument("--out", type=Path, help="write the numbers as JSON; `benchmark.py table` reads it")
+    args = p.parse_args(argv)
+    check_counts(p, args)
+    check_out(p, args.out)
+    try:
+        source = open_source(SourceConfig(kind="manifest", path=str(args.boxes)))
+        records = [source[i] for i in range(len(source))]
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+    paper = RecipeConfig()
+    variants = {
+        "512 px, the paper's recipe": paper,
+        "512 px, without draft decoding": replace(paper, draft=False),
+        "512 px, antialiased": replace(paper, antialias=True),
+        "256 px": replace(paper, resolution=256),
+        "64 px, exemplar 56 px": replace(paper, resolution=64, exemplar_size=56),
+    }
+    content = {**about("data", argv), "recipes": {}}
+    print(f"{len(records)} photos, examples a second and core")
+    for name, config in variants.items():
+        timing = measure(records, config, args.pairs)
+        content["recipes"][name] = asdict(timing)
+        print(f"{name:32} plain {timing.plain:6.1f}  here {timing.ours:6.1f}  x {timing.speedup:.2f}", flush=True)
+    write_json(args.out, content)
+    return 0

@@ -1,0 +1,312 @@
+"""One system of the editing benchmark in a process of its own: it loads, then does what lines on stdin ask for.
+
+The first line it prints tells how long each phase of the start took; each line read (`unet`, `decode` or `edit`) is
+answered by the seconds that it took, with the output saved in the worker's folder; `profile unet` and `profile decode`
+by the seconds of each kind of operation; `memory` by the peaks so far; `matmul` by the speed of matrix products.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pbe.sampling import NoiseSchedule, make_generators, randn
+
+SEED = 321
+# diffusers compiled at its best: kernels chosen by trial and CUDA graphs on a GPU, where a CPU gains from neither
+COMPILE_MODE = {"cuda": "max-autotune", "cpu": "default"}
+# a GPU's prediction is so short that a single one would measure how it is started
+PREDICTIONS = {"cuda": 10, "cpu": 1}
+# phases of a start, and all of it
+STARTING = ("import torch s", "load s", "first prediction s", "start to first prediction s")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all systems of a run do: `steps` PLMS steps at `guidance` on `batch` pictures of `resolution` pixels."""
+
+    ckpt: str
+    diffusers: str
+    device: str
+    dtype: str
+    batch: int
+    resolution: int
+    steps: int
+    guidance: float
+
+
+def pictures(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A photo and an exemplar of noise, (H, W, 3) of [0, 1], and what to repaint, bool (H, W), along latent cells."""
+    generator = np.random.default_rng(SEED)
+    side = task.resolution
+    repaint = np.zeros((side, side), bool)
+    quarter = side // 32 * 8
+    repaint[quarter : side - quarter, quarter : side - quarter] = True
+    photo, exemplar = (generator.random((n, n, 3), dtype=np.float32) for n in (side, 224))
+    return photo, repaint, exemplar
+
+
+class System:
+    """What a system computes once it is loaded, on inputs that are the same for all.
+
+    `networks` are the modules that its methods `unet` and `decode` run.
+    """
+
+    networks: dict[str, nn.Module]
+
+    def __init__(self, task: Task, context_dim: int, downsampling: int):
+        self.task = task
+        self.device, self.dtype = torch.device(task.device), getattr(torch, task.dtype)
+        side, generators = task.resolution // downsampling, make_generators(SEED, task.batch)
+        self.x_T = randn((4, side, side), generators)
+        # on the task's device, as a sampler holds them
+        self.unet_in = self.place(randn((9, side, side), generators))
+        self.context = self.place(randn((1, context_dim), make_generators(SEED, 2 * task.batch)))
+        self.timesteps = NoiseSchedule.scaled_linear().timesteps(task.steps)
+        self.t = torch.full((task.batch,), self.timesteps[0], device=self.device)
+
+    def place(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self.dtype)
+
+
+class Ours(System):
+    """This library: as the command line runs it, but for what differs.
+
+    consume: give the loaded model up for the prepared one. compile: its UNet and decoder, each as a whole. small_card:
+    each network is on the GPU only while it runs, in `unet` and `decode` for each call anew.
+    """
+
+    def __init__(self, task: Task, consume: bool = True, compile: bool = False, small_card: bool = False):
+        from pbe.acceleration import prepare_for_inference
+        from pbe.acceleration.offloading import on_device
+        from pbe.batch.job import load_editor
+        from pbe.checkpoints.loading import load_model
+
+        if consume:
+            how = "whole" if compile else None
+            self.model = load_editor(Path(task.ckpt), task.device, task.dtype, low_memory=small_card, compile=how)
+        else:
+            self.model = prepare_for_inference(load_model(task.ckpt, task.device, task.dtype))
+        self.networks = {"unet": self.model.unet, "decode": self.model.vae}
+        config = self.model.config
+        super().__init__(task, config.unet.context_dim, config.vae.downsampling)
+        self.visit = partial(on_device, device=self.device) if small_card else nullcontext
+        with self.visit(self.model.unet):
+            self.predict = self.model.unet.bind(self.context, self.timesteps)
+
+    def unet(self) -> Tensor:
+        with self.visit(self.model.unet):
+            return self.predict(self.unet_in, self.t)
+
+    def decode(self) -> Tensor:
+        with self.visit(self.model.vae):
+            return self.model.vae.decode(self.unet_in[:, :4])
+
+    def edit(self) -> Tensor:
+        from PIL import Image
+
+        from pbe.editing.edit import edit
+
+        photo, repaint, exemplar = pictures(self.task)
+        results = edit(
+            self.model,
+            photo,
+            repaint,
+            Image.fromarray((exemplar * 255).astype(np.uint8)),
+            steps=self.task.steps,
+            guidance=self.task.guidance,
+            seed=SEED,
+            num_images=self.task.batch,
+            batch_size=self.task.batch,
+            window="full",
+            resolution=self.task.resolution,
+            composite=False,
+        )
+        return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2)
+
+
+class Diffusers(System):
+    """diffusers' pipeline as it comes, or with what it offers.
+
+    best: the channels-last layout and fused projections. compile: `torch.compile` of its UNet and decoder.
+    small_card: each network is on the GPU only while it runs.
+    """
+
+    def __init__(self, task: Task, best: bool = False, compile: bool = False, small_card: bool = False):
+        import diffusers
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        if not hasattr(diffusers.pipelines, "paint_by_example"):
+            # since the pipeline moved, diffusers does not find the name that model_index.json gives its encoder
+            from diffusers.pipelines.deprecated import paint_by_example
+
+            diffusers.pipelines.paint_by_example = paint_by_example
+        # the masked picture's latent is the posterior's mean here and a sample there: compare what is the same
+        DiagonalGaussianDistribution.sample = lambda posterior, generator=None: posterior.mode()
+        dtype = getattr(torch, task.dtype)
+        pipeline = diffusers.PaintByExamplePipeline.from_pretrained(task.diffusers, torch_dtype=dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        if small_card:
+            pipeline.enable_model_cpu_offload(device=task.device)
+        else:
+            pipeline.to(task.device)
+        if best:
+            pipeline.unet.to(memory_format=torch.channels_last)
+            pipeline.vae.to(memory_format=torch.channels_last)
+            pipeline.unet.fuse_qkv_projections()
+            pipeline.vae.fuse_qkv_projections()
+        if compile:
+            mode = COMPILE_MODE[torch.device(task.device).type]
+            pipeline.unet.compile(mode=mode, fullgraph=True)
+            pipeline.vae.decoder.compile(mode=mode, fullgraph=True)
+        self.pipeline = pipeline
+        self.networks = {"unet": pipeline.unet, "decode": pipeline.vae}
+        downsampling = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        super().__init__(task, pipeline.unet.config.cross_attention_dim, downsampling)
+
+    def unet(self) -> Tensor:
+        unet_in = torch.cat([self.unet_in] * 2)
+        return self.pipeline.unet(unet_in, self.t[0], encoder_hidden_states=self.context).sample
+
+    def decode(self) -> Tensor:
+        z = self.unet_in[:, :4] / self.pipeline.vae.config.scaling_factor
+        return self.pipeline.vae.decode(z, return_dict=False)[0]
+
+    def edit(self) -> Tensor:
+        from PIL import Image
+
+        photo, repaint, exemplar = pictures(self.task)
+        images = self.pipeline(
+            image=(torch.from_numpy(photo).permute(2, 0, 1)[None] * 2 - 1).to(self.dtype),
+            mask_image=torch.from_numpy(repaint)[None, None].to(self.dtype),
+            example_image=Image.fromarray((exemplar * 255).astype(np.uint8)),
+            latents=self.place(self.x_T),
+            num_images_per_prompt=self.task.batch,
+            num_inference_steps=self.task.steps,
+            guidance_scale=self.task.guidance,
+            output_type="pt",
+        ).images
+        return images.float().cpu()
+
+
+SYSTEMS: dict[str, Callable[[Task], System]] = {
+    "pbe": Ours,
+    "pbe, model kept": lambda task: Ours(task, consume=False),
+    "pbe, compiled": lambda task: Ours(task, compile=True),
+    "pbe, small card": lambda task: Ours(task, small_card=True),
+    "diffusers": Diffusers,
+    "diffusers, best": lambda task: Diffusers(task, best=True),
+    "diffusers, compiled": lambda task: Diffusers(task, best=True, compile=True),
+    "diffusers, small card": lambda task: Diffusers(task, small_card=True),
+}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(system: System, what: str) -> tuple[float, Tensor]:
+    """Seconds of one call of `what`, and its output.
+
+    A GPU's memory goes back after each turn, so that many systems find room; a call before the timed ones gets it anew
+    and brings the clocks up.
+    """
+    call, device = getattr(system, what), system.device
+    calls = PREDICTIONS[device.type] if what == "unet" else 1
+    if device.type == "cuda":
+        call()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        output = call()
+    synchronize(device)
+    seconds = (time.perf_counter() - start) / calls
+    output = output.float().cpu()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return seconds, output
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peaks in GiB: of the process's resident size, and of what is allocated and reserved on a GPU."""
+    peaks = {}
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        peaks["peak RSS GiB"] = int(line.split()[1]) / 2**20
+    if device.type == "cuda":
+        peaks["peak GPU GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+        peaks["peak GPU GiB, reserved"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return peaks
+
+
+def matmul_peak(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
+    """TFLOP/s of the fastest round of products of large square matrices: what the arithmetic could reach here."""
+    place = torch.device(device)
+    n, products = (8192, 10) if place.type == "cuda" else (2048, 1)
+    a, b = (torch.randn(n, n, generator=torch.Generator().manual_seed(i)).to(place, dtype) for i in range(2))
+    a @ b  # chooses the kernel
+    best = 0.0
+    for _ in range(rounds):
+        synchronize(place)
+        start = time.perf_counter()
+        for _ in range(products):
+            a @ b
+        synchronize(place)
+        best = max(best, products * 2 * n**3 / (time.perf_counter() - start) / 1e12)
+    return best
+
+
+def answer(system: System, line: str, folder: Path) -> dict[str, float]:
+    """Does what a line asks for."""
+    if line == "memory":
+        return memory(system.device)
+    if line == "matmul":
+        return {"TFLOP/s": matmul_peak(system.task.device, system.dtype)}
+    if line.startswith("profile "):
+        from benchmarks.kinds import seconds_by_kind
+
+        part = line.removeprefix("profile ")
+        return seconds_by_kind(system.networks[part], getattr(system, part), system.device)
+    seconds, output = timed(system, line)
+    torch.save(output, folder / f"{line}.pt")
+    return {"seconds": seconds}
+
+
+@torch.no_grad()
+def main() -> None:
+    """`edit_worker.py SYSTEM TASK FOLDER STARTED`: a name, the task as JSON, where outputs go, the start's clock."""
+    name, task, folder, started = sys.argv[1], Task(**json.loads(sys.argv[2])), Path(sys.argv[3]), float(sys.argv[4])
+    clock = [started, time.time()]
+    system = SYSTEMS[name](task)
+    clock.append(time.time())
+    system.unet()
+    synchronize(system.device)
+    clock.append(time.time())
+    phases = [end - begin for begin, end in pairwise(clock)]
+    say(dict(zip(STARTING, [*phases, clock[-1] - started], strict=True)))
+    for line in sys.stdin:
+        say(answer(system, line.strip(), folder))
+
+
+def say(values: dict[str, float]) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def command(name: str, task: Task, folder: Path) -> list[str]:
+    """What starts the worker now."""
+    return [sys.executable, "-m", __name__, name, json.dumps(asdict(task)), str(folder), str(time.time())]
+
+
+if __name__ == "__main__":
+    main()

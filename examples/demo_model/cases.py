@@ -1,0 +1,174 @@
+"""Photos with a region to repaint, the exemplars to repaint them as, and the model's pictures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as T
+
+from pbe.data.dataset import ExampleDataset
+from pbe.data.recipe import to_unit_range
+from pbe.editing.edit import check_finite, feather_width
+from pbe.images.seams import meet_photo
+from pbe.images.windows import Box, feather_weights, mask_bounding_box
+from pbe.models.clip import CLIP_MEAN, CLIP_STD
+from pbe.models.paint_by_example import Condition, PaintByExample
+from pbe.sampling import NoiseSchedule, get_sampler, guided_eps, make_generators, randn
+
+
+@dataclass(frozen=True)
+class Cases:
+    """N photos seen through their windows.
+
+    image: (N, 3, R, R) in [-1, 1]. mask: (N, 1, R, R), 1 = keep. reference: (N, 3, S, S) in [0, 1], the photo's own
+    object. place: where the photo lies in each window; gray bars are around it. kind, label: the folder of the photo
+    and the name of its object.
+    """
+
+    image: Tensor
+    mask: Tensor
+    reference: Tensor
+    place: list[Box]
+    kind: list[str]
+    label: list[str]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, chosen: slice | Sequence[int]) -> Cases:
+        """Some of the cases."""
+        numbers = range(len(self))[chosen] if isinstance(chosen, slice) else chosen
+        tensors = (tensor[list(numbers)] for tensor in (self.image, self.mask, self.reference))
+        return Cases(*tensors, *([values[i] for i in numbers] for values in (self.place, self.kind, self.label)))
+
+
+def read_cases(dataset: ExampleDataset, count: int) -> Cases:
+    """The first `count` examples of a data set; ValueError if it has fewer, or fewer than two are asked for."""
+    if not 2 <= count <= len(dataset):
+        raise ValueError(f"{dataset.source.name} has {len(dataset)} photos that fit; {count} were asked for")
+    stages = [dataset.stages(i) for i in range(count)]
+    labels = [s.record.labels[s.plan.object] if s.record.labels else "" for s in stages]
+    return Cases(
+        image=torch.stack([s.example.image for s in stages]),
+        mask=torch.stack([s.example.mask for s in stages]),
+        reference=torch.stack([(to_unit_range(s.pixels.reference) + 1) / 2 for s in stages]),
+        place=[s.plan.place for s in stages],
+        kind=[kind_of(s.record.image.parts) for s in stages],
+        label=labels,
+    )
+
+
+def kind_of(parts: Sequence[str]) -> str:
+    """The folder that a photo's path belongs to: the last one not named `images`."""
+    return next((part for part in reversed(parts[:-1]) if part != "images"), "")
+
+
+def foreign(groups: Sequence[str], number: int, generator: torch.Generator) -> Tensor:
+    """For each case, `number` other cases of its own group to take exemplars from: long (cases, number).
+
+    Each column is a permutation, so that all exemplars are used as often. ValueError if a group has not as many others.
+    """
+    others = torch.empty(len(groups), number, dtype=torch.long)
+    for group in sorted(set(groups)):
+        cases = torch.tensor([i for i, other in enumerate(groups) if other == group])
+        if not 1 <= number < len(cases):
+            raise ValueError(f"{len(cases)} cases have at most {len(cases) - 1} foreign exemplars each, not {number}")
+        order = cases[torch.randperm(len(cases), generator=generator)]
+        others[order] = torch.stack([order.roll(-k) for k in range(1, number + 1)], dim=1)
+    return others
+
+
+# --- the model's pictures ---------------------------------------------------------------------------------
+
+
+def condition_of(model: PaintByExample, cases: Cases, references: Tensor) -> Condition:
+    """What the model is told when it is to repaint cases as the exemplars `references` (N, 3, S, S) in [0, 1]."""
+    exemplars = T.normalize(references, list(CLIP_MEAN), list(CLIP_STD))
+    return model.condition(*(x.to(model.device, model.dtype) for x in (cases.image, cases.mask, exemplars)))
+
+
+@torch.no_grad()
+def paint(
+    model: PaintByExample,
+    cases: Cases,
+    references: Tensor,
+    seeds: Sequence[int],
+    *,
+    guidance: float,
+    steps: int,
+    sampler: str,
+    batch_size: int = 32,
+) -> Tensor:
+    """The model's pictures (N, 3, R, R) in [-1, 1] of the cases repainted as `references` (N, 3, S, S) in [0, 1].
+
+    Each picture follows from its own seed: the same one gives the same noise, whatever the exemplar.
+    """
+    schedule, draw = NoiseSchedule.scaled_linear(spacing="trailing"), get_sampler(sampler)
+    pictures = []
+    for first in range(0, len(cases), batch_size):
+        batch = slice(first, first + batch_size)
+        condition = condition_of(model, cases[batch], references[batch])
+        generators = [make_generators(seed, 1)[0] for seed in seeds[batch]]
+        x_T = randn(condition.z_masked.shape[1:], generators, model.device)
+        z_0 = draw(guided_eps(model, condition, guidance), x_T, schedule, steps, generators=generators)
+        decoded = model.vae.decode(z_0.to(model.dtype))
+        check_finite(decoded)
+        pictures.append(decoded.float().clamp(-1, 1).cpu())
+    return torch.cat(pictures)
+
+
+@torch.no_grad()
+def reconstruct(model: PaintByExample, cases: Cases, batch_size: int = 32) -> Tensor:
+    """The photos (N, 3, R, R) through the autoencoder and back: the best that the model can paint."""
+    pictures = []
+    for first in range(0, len(cases), batch_size):
+        image = cases.image[first : first + batch_size].to(model.device, model.dtype)
+        pictures.append(model.vae.decode(model.vae.encode(image).mean).float().clamp(-1, 1).cpu())
+    return torch.cat(pictures)
+
+
+def paste(cases: Cases, references: Tensor) -> Tensor:
+    """The exemplars (N, 3, S, S), resized, in place of the regions: what an editor without a model does."""
+    pictures = cases.image.clone()
+    for picture, mask, reference in zip(pictures, cases.mask, references, strict=True):
+        box = region_box(mask)
+        resized = F.interpolate(
+            reference[None], (box.height, box.width), mode="bilinear", antialias=True, align_corners=False
+        )
+        picture[(..., *box.slices)] = resized[0] * 2 - 1
+    return torch.where(cases.mask > 0.5, cases.image, pictures)
+
+
+def composite(cases: Cases, pictures: Tensor, seam: Literal["poisson", "feather"] = "poisson") -> Tensor:
+    """The photos with their regions taken from `pictures` (N, 3, R, R), with the seam that `edit` gives them."""
+    side = cases.image.shape[-1]
+    width = feather_width(Box(0, 0, side, side), side)
+    weights = np.stack([feather_weights(mask[0].numpy() < 0.5, width) for mask in cases.mask])
+    w = torch.from_numpy(weights)[:, None]
+    if seam == "poisson":
+        triples = zip(pictures.split(1), cases.image.split(1), cases.mask.split(1), strict=True)
+        pictures = torch.cat([meet_photo(*triple) for triple in triples])
+    return cases.image * (1 - w) + pictures * w
+
+
+# --- regions ----------------------------------------------------------------------------------------------
+
+
+def region_box(mask: Tensor) -> Box:
+    """The bounding box of what a mask (1, R, R), 1 = keep, repaints."""
+    return mask_bounding_box(mask[0].numpy() < 0.5)
+
+
+def region_crops(pictures: Tensor, masks: Tensor, side: int) -> Tensor:
+    """The regions' bounding boxes cut out of pictures (N, 3, R, R) in [-1, 1]: (N, 3, side, side) in [0, 1]."""
+    crops = []
+    for picture, mask in zip(pictures, masks, strict=True):
+        crop = picture[(..., *region_box(mask).slices)][None]
+        crops.append(F.interpolate(crop, (side, side), mode="bilinear", antialias=True, align_corners=False))
+    return ((torch.cat(crops) + 1) / 2).clamp(0, 1)

@@ -1,0 +1,141 @@
+"""Inpainting with Stable Diffusion v1 by blended latents, guided by text or by a CLIP picture embedding."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pbe.baselines.latent_blending import background, blended_ddim
+from pbe.baselines.systems import Edit, Weights, to_picture
+from pbe.checkpoints.loading import load_model
+from pbe.images.reading import exemplar_tensor
+from pbe.models.clip import CLIP
+from pbe.models.stable_diffusion import StableDiffusion
+from pbe.models.tokenizer import CLIPTokenizer
+from pbe.sampling import Eps, NoiseSchedule, make_generators, randn
+
+
+@dataclass(frozen=True, eq=False)
+class StableDiffusionText:
+    """Paints what "a photo of a <class>" says; needs the edit's label."""
+
+    model: StableDiffusion
+    tokenizer: CLIPTokenizer
+    steps: int = 50
+    guidance: float = 7.5
+
+    @classmethod
+    def load(cls, weights: Weights) -> "StableDiffusionText":
+        """Raises as `load_model` does, and ValueError where a file is not given or is of another kind."""
+        return cls(load_stable_diffusion(weights), CLIPTokenizer.from_file(weights.path("vocabulary")))
+
+    def __call__(self, edit: Edit) -> Image.Image:
+        return self.paint(edit, edit.prompt())
+
+    @torch.no_grad()
+    def paint(self, edit: Edit, text: str) -> Image.Image:
+        """The edit guided by any text."""
+        null_context, context = encode_text(self.model, self.tokenizer, ["", text]).split(1)
+        return inpaint(self.model, edit, context, null_context, self.steps, self.guidance)
+
+
+@dataclass(frozen=True, eq=False)
+class StableDiffusionImage:
+    """Paints with CLIP's embedding of the exemplar in the text tower's place, without any fine-tuning.
+
+    CLIP's towers share a space after their projections; Stable Diffusion was trained on the text tower's tokens before
+    theirs, so the embedding only resembles what it knows.
+    """
+
+    model: StableDiffusion
+    clip: CLIP
+    tokenizer: CLIPTokenizer
+    steps: int = 50
+    guidance: float = 7.5
+
+    def __post_init__(self) -> None:
+        width, context_dim = self.clip.config.embed_dim, self.model.config.unet.context_dim
+        if width != context_dim:
+            raise ValueError(
+                f"this CLIP's embeddings have {width} numbers, Stable Diffusion's context {context_dim}: "
+                "ViT-L/14 is needed for v1"
+            )
+
+    @classmethod
+    def load(cls, weights: Weights) -> "StableDiffusionImage":
+        """Raises as `load_model` does, and ValueError where a file is not given or is of another kind."""
+        return cls(
+            load_stable_diffusion(weights),
+            load_clip(weights),
+            CLIPTokenizer.from_file(weights.path("vocabulary")),
+        )
+
+    @torch.no_grad()
+    def __call__(self, edit: Edit) -> Image.Image:
+        null_context = encode_text(self.model, self.tokenizer, [""])
+        context = image_embedding(self.clip, edit.exemplar)[:, None].to(null_context)  # (1, 1, context_dim)
+        # attention to many equal tokens is attention to one: this lets both halves of the guidance share a batch
+        context = context.expand_as(null_context)
+        return inpaint(self.model, edit, context, null_context, self.steps, self.guidance)
+
+
+def inpaint(
+    model: StableDiffusion, edit: Edit, context: Tensor, null_context: Tensor, steps: int, guidance: float
+) -> Image.Image:
+    """The whole frame, its masked part sampled by DDIM with the rest put back, noised, at each step."""
+    parameter = next(model.parameters())
+    config = model.config
+    image, keep = edit.seen_at(config.resolution, config.vae.downsampling, parameter.device)
+    z_0 = model.vae.encode(image.to(parameter.dtype)).mean.float()
+    # a latent cell is painted if any of its pixels is
+    keep = 1 - F.max_pool2d(1 - keep, config.vae.downsampling)
+    generators = make_generators(edit.seed, 1)
+    x_T = randn(z_0.shape[1:], generators, z_0.device)
+    eps = guided_by_context(model, context, null_context, guidance)
+    blend = background(z_0, keep, generators)
+    z_0 = blended_ddim(eps, x_T, NoiseSchedule.scaled_linear(), steps, blend=blend)
+    return to_picture(model.vae.decode(z_0.to(parameter.dtype)), edit.size)
+
+
+def guided_by_context(model: StableDiffusion, context: Tensor, null_context: Tensor, scale: float) -> Eps:
+    """eps_u + scale (eps_c - eps_u) (arXiv 2207.12598) for contexts (1, T, context_dim), both halves in one batch."""
+    both = torch.cat([null_context, context])
+
+    def eps(x_t: Tensor, t: Tensor) -> Tensor:
+        z_t = x_t.to(both.dtype).repeat(2, 1, 1, 1)
+        eps_u, eps_c = model.unet(z_t, t.repeat(2), both.repeat_interleave(len(x_t), dim=0)).to(x_t.dtype).chunk(2)
+        return eps_u + scale * (eps_c - eps_u)
+
+    return eps
+
+
+def encode_text(model: StableDiffusion, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """The contexts (B, 77, context_dim) of texts."""
+    token_ids = tokenizer(texts, model.config.text.context_length, truncate=True)
+    return model.encode_text(token_ids.to(next(model.parameters()).device))
+
+
+def image_embedding(clip: CLIP, exemplar: Image.Image) -> Tensor:
+    """CLIP's embedding (1, embed_dim) of an exemplar, not normalised."""
+    parameter = clip.logit_scale
+    pixels = exemplar_tensor(exemplar, clip.config.vision.image_size)
+    return clip.encode_image(pixels.to(parameter.device, parameter.dtype))
+
+
+def load_stable_diffusion(weights: Weights) -> StableDiffusion:
+    model = load_model(weights.path("stable_diffusion"), weights.device, weights.dtype)
+    if not isinstance(model, StableDiffusion) or model.config.unet.in_channels != 4:
+        raise ValueError(
+            f"{weights.stable_diffusion} is not the Stable Diffusion v1 that this system needs: text to image, with 4 "
+            "input channels, not its inpainting model"
+        )
+    return model
+
+
+def load_clip(weights: Weights) -> CLIP:
+    model = load_model(weights.path("clip"), weights.device, weights.dtype)
+    if not isinstance(model, CLIP):
+        raise ValueError(f"{weights.clip} holds a {type(model).__name__}, not the CLIP that this system needs")
+    return model

@@ -1,0 +1,132 @@
+"""Results with what they follow from: settings, checksums of the inputs and of the weights.
+
+As in `pbe.batch.job`, what is heavy is imported where it is used: the command line reads its arguments before.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pbe.batch.job import Job
+from pbe.editing.parsing import COLUMNS
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+# What of a checkpoint tells it from another.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")  # in a folder
+NUM_SAMPLES, SAMPLE_BYTES = 256, 16384
+ABOUT_RESULT = ("pbe", "size")  # stored beside what a result follows from, no part of it
+
+
+class Weights(NamedTuple):
+    """Which weights made a result."""
+
+    checkpoint: str  # the file's name
+    crc32: str
+    dtype: str
+
+
+def identify(checkpoint: Path, dtype: torch.dtype) -> Weights:
+    """The weights in a checkpoint, a file or a folder, as a model of `dtype` uses them; FileNotFoundError without it.
+
+    The checksum is over each file's size and evenly spaced samples of it, which takes no longer for large files.
+    """
+    from pbe.checkpoints.formats.opening import find_checkpoint
+
+    checkpoint = find_checkpoint(checkpoint)
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint}: there is no such checkpoint")
+    files = [checkpoint]
+    if checkpoint.is_dir():
+        inside = [*checkpoint.glob("*"), *checkpoint.glob("*/*")]
+        files = sorted(file for file in inside if file.suffix in WEIGHT_SUFFIXES)
+    crc = 0
+    for path in files:
+        size = path.stat().st_size
+        crc = zlib.crc32(f"{path.relative_to(checkpoint)} {size}".encode(), crc)
+        with path.open("rb", buffering=0) as file:
+            for start in sorted({i * max(size - SAMPLE_BYTES, 0) // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)}):
+                file.seek(start)
+                crc = zlib.crc32(file.read(SAMPLE_BYTES), crc)
+    return Weights(checkpoint.name, f"{crc:08x}", str(dtype).removeprefix("torch."))
+
+
+def settings_of(job: Job, weights: Weights) -> dict[str, Any]:
+    """What a result follows from, as JSON values by column name, with checksums of the files that were read."""
+    fields = {name: value for name, value in asdict(job).items() if name in COLUMNS and value is not None}
+    del fields["out"]
+    return json.loads(json.dumps(fields)) | {
+        "inputs_crc32": {name: f"{zlib.crc32(job.path(name).read_bytes()):08x}" for name in job.inputs},
+        "checkpoint": weights.checkpoint,
+        "checkpoint_crc32": weights.crc32,
+        "dtype": weights.dtype,
+    }
+
+
+def save_result(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Save a result with its settings: as JSON under the key `pbe` and as a line to read; see `save_picture`."""
+    shown = ("sampler", "steps", "scale", "seed", "window", "checkpoint", "dtype")
+    save_described(
+        image, path, settings, "Paint by Example: " + ", ".join(f"{name} {settings[name]}" for name in shown)
+    )
+
+
+def save_described(image: Image.Image, path: Path, settings: Mapping[str, Any], description: str) -> None:
+    """Save a picture with what it follows from and a line to read."""
+    from pbe import __version__
+    from pbe.images.saving import save_picture
+
+    stored = {**settings, "pbe": __version__, "size": list(image.size)}
+    save_picture(image, path, {"pbe": json.dumps(stored), "Description": description, "Software": f"pbe {__version__}"})
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings that `save_result` stored in a picture, or None where there are none."""
+    from PIL import Image
+
+    from pbe.images.reading import UNREADABLE
+    from pbe.images.saving import read_info
+
+    try:
+        with Image.open(path) as image:
+            settings = json.loads(read_info(image)["pbe"])
+    except (*UNREADABLE, KeyError, Image.DecompressionBombError):
+        return None  # not a picture, or not one of ours
+    return settings if isinstance(settings, dict) else None
+
+
+def followed_from(path: Path) -> dict[str, Any]:
+    """What the picture at `path` follows from, as it was saved with it; empty where nothing was."""
+    return {name: value for name, value in (read_settings(path) or {}).items() if name not in ABOUT_RESULT}
+
+
+def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
+    """Find out that a result of the kind and size of `image` cannot be saved at `path`, before it is computed.
+
+    The folder is made. ValueError for a suffix that cannot hold it, OSError where nothing can be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file name")
+    trial = path.with_name(f".trial-{path.stem}{path.suffix}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the result's own saving warns
+            for size in ((image.width, 1), (1, image.height)):  # some formats bound the sides
+                save_result(image.crop((0, 0, *size)), trial, settings)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(trial), str(path))) from None
+    except OSError as error:
+        file = next((parent for parent in path.parents if parent.is_file()), None)
+        reason = f"{file} is no folder" if file else error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}") from error
+    finally:
+        if trial.exists():  # what is no folder cannot even be asked to delete a file
+            trial.unlink()

@@ -1,0 +1,119 @@
+"""Batches of edits: rows of a CSV or JSONL file, each run once and written where it says."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pbe.batch.job import Job, check_job, make_job, read_inputs, run_job
+from pbe.batch.provenance import Weights, check_writable, followed_from, save_result, settings_of
+from pbe.editing.parsing import COLUMNS
+from pbe.io.rows import read_jsonl, read_lines
+
+if TYPE_CHECKING:
+    from pbe.models.paint_by_example import PaintByExample
+    from pbe.sampling import Callback
+
+
+class Outcome(NamedTuple):
+    """What became of one row of a batch file."""
+
+    line: int
+    status: Literal["done", "skipped", "failed"]
+    reason: str = ""
+
+
+def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[Outcome]]:
+    """The jobs of a `.csv` file (with a header) or a `.jsonl` file (an object a line), and the rows that are none.
+
+    Paths in the file are relative to its folder; where a row is silent, `defaults` holds. ValueError for another kind
+    of file or text, an unknown column of a header, two rows with one `out`, and an `out` that is another row's input.
+    """
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: a batch file ends in .csv or .jsonl")
+    jobs, failed = [], []
+    for line, row in readers[path.suffix.lower()](path):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            given = {name: value for name, value in row.items() if value not in (None, "")}
+            job = make_job({**defaults, **given}, path.parent, line)
+            check_job(job)
+            jobs.append(job)
+        except ValueError as error:
+            failed.append(Outcome(line, "failed", str(error)))
+    if not jobs and not failed:
+        raise ValueError(f"{path} has no rows")
+    _check_outputs_differ(path, jobs)
+    return jobs, failed
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | ValueError]]:
+    reader = csv.DictReader(read_lines(path), strict=True)
+    try:
+        names = list(reader.fieldnames or ())
+        unknown = _unknown_column(names)
+        if unknown:
+            raise ValueError(f"{path}, line 1: {unknown}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path} names a column twice: {', '.join(names)}")
+        for row in reader:
+            surplus = None in row
+            yield reader.line_num, ValueError("more cells than the header has columns") if surplus else row
+    except csv.Error as error:  # where its row ends, and the next begins, is then unknown
+        raise ValueError(f"{path}, after line {reader.line_num}: {error}; .jsonl holds what .csv cannot") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    for line, row in read_jsonl(path):
+        unknown = isinstance(row, dict) and _unknown_column(row)
+        yield line, ValueError(unknown) if unknown else row
+
+
+def _unknown_column(names: Iterable[str]) -> str | None:
+    unknown = [name for name in names if name not in COLUMNS]
+    return f"unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}" if unknown else None
+
+
+def _check_outputs_differ(path: Path, jobs: Sequence[Job]) -> None:
+    inputs = {os.path.realpath(job.path(name)): job.line for job in jobs for name in job.inputs}
+    outputs: dict[str, int] = {}
+    for job in jobs:
+        out = os.path.realpath(job.path(job.out))
+        if out in outputs:
+            raise ValueError(f"{path}: lines {outputs[out]} and {job.line} both write {job.out}")
+        if out in inputs:  # whether the row reads it before or after would depend on the order
+            raise ValueError(f"{path}: line {job.line} writes {job.out}, which line {inputs[out]} reads")
+        outputs[out] = job.line
+
+
+def is_finished(job: Job, weights: Weights) -> bool:
+    """Whether the job's picture exists and was made with the job's settings from the same inputs and weights."""
+    try:
+        return followed_from(job.path(job.out)) == settings_of(job, weights)
+    except OSError:
+        return False  # an input cannot be read: running the job says so
+
+
+def run_row(
+    model: PaintByExample, job: Job, weights: Weights, redo: bool = False, callback: Callback | None = None
+) -> Outcome:
+    """Run one row and save its picture, unless that is done already; a row that cannot be run becomes an outcome."""
+    try:
+        if not redo and is_finished(job, weights):
+            return Outcome(job.line, "skipped")
+        inputs = read_inputs(job)
+        settings = settings_of(job, weights)
+        check_writable(job.path(job.out), inputs.picture.source, settings)
+        (image,) = run_job(model, job, inputs, callback=callback)
+        save_result(image, job.path(job.out), settings)
+    except (ValueError, OSError, MemoryError) as error:
+        return Outcome(job.line, "failed", str(error))
+    except Exception as error:  # whatever befalls one row, hours into a batch, the rows after it may still be fine
+        message = str(error).partition("\n")[0]
+        return Outcome(job.line, "failed", f"{type(error).__name__}: {message}")
+    return Outcome(job.line, "done")

@@ -1,0 +1,248 @@
+"""Opening a checkpoint of any kind that people have: named tensors that are read one by one, and everything else.
+
+Nothing in a file is ever executed; see `pickles.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import KeysView
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pbe.checkpoints.formats.containers import Archive, parse_json, read_legacy, read_safetensors, read_zip
+from pbe.checkpoints.formats.lazy_tensors import CheckpointError, StoredNumber, StoredTensor
+
+__all__ = ["Checkpoint", "CheckpointError", "find_checkpoint", "open_checkpoint", "read_state_dict"]
+
+DEMO_MODEL = Path(__file__).resolve().parents[2] / "weights" / "demo.ckpt"
+
+EXPECTED = (
+    "expected a PyTorch checkpoint (.ckpt, .pt, .pth, .bin), a TorchScript archive, a .safetensors file "
+    "or a diffusers folder"
+)
+
+# The parts of a diffusers folder that hold weights this library knows.
+COMPONENTS = ("unet", "vae", "image_encoder", "text_encoder")
+# In the order of preference: both may lie side by side.
+WEIGHT_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+
+# What people hand over instead of a checkpoint, by how it begins (lower case).
+IMPOSTORS = {
+    b"version https://git-lfs": "is a Git LFS pointer: the weights themselves were not fetched (git lfs pull)",
+    b"<!doctype html": "is an HTML page: a download of the web page instead of the file",
+    b"<html": "is an HTML page: a download of the web page instead of the file",
+    b"<?xml": "is an XML text, often a server's error message instead of the file",
+    b"{": "is a JSON text",
+    b"\x89png\r\n": "is a PNG picture",
+    b"\xff\xd8\xff": "is a JPEG picture",
+    b"gif8": "is a GIF picture",
+    b"riff": "is a RIFF file such as a WebP picture",
+    b"%pdf": "is a PDF document",
+    b"\x1f\x8b": "is compressed with gzip: unpack it first",
+    b"bzh": "is compressed with bzip2: unpack it first",
+    b"\xfd7zxz": "is compressed with xz: unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed with Zstandard: unpack it first",
+    b"7z\xbc\xaf": "is a 7-Zip archive: unpack it first",
+    b"rar!": "is a RAR archive: unpack it first",
+    b"\x89hdf": "is an HDF5 file (Keras or TensorFlow weights)",
+    b"\x93numpy": "is a NumPy array",
+    b"gguf": "is a GGUF file",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint.
+
+    path: the file or folder.
+    kind: what it is, in words ("PyTorch zip checkpoint", "diffusers folder").
+    tensors: the weights by name; entries know their `shape` and `dtype` and read nothing before `load()`.
+    extras: whatever else it holds, as plain containers in which unread tensors are `TensorRef` and objects of other
+        classes `Placeholder`: a Lightning checkpoint's `epoch` or `optimizer_states`, a safetensors file's metadata,
+        a folder's parsed `configs` by component ("" for the folder itself), and this library's entry `pbe`.
+    """
+
+    path: Path
+    kind: str
+    tensors: dict[str, StoredTensor | StoredNumber]
+    extras: dict[Any, Any]
+
+    def names(self) -> KeysView[str]:
+        return self.tensors.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def has(self, extra: str) -> bool:
+        """Whether the file holds this entry beside the weights, such as "optimizer_states"."""
+        return extra in self.extras
+
+    def shape(self, name: str) -> torch.Size:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor on the CPU, mapped from the file where its layout there allows it.
+
+        Changing a mapped tensor in place changes memory only, for everyone who has this tensor or one that shares its
+        storage; the file stays as it is.
+        """
+        return self._entry(name).load()
+
+    def release(self, name: str) -> None:
+        """Give the tensor's memory back to the system, after it has been copied or converted.
+
+        A mapped tensor stays valid: it is read from the file again when it is used, and changes made to it in place
+        are gone.
+        """
+        self._entry(name).release()
+
+    def _entry(self, name: str) -> StoredTensor | StoredNumber:
+        if name not in self.tensors:
+            raise KeyError(f"{self.path} holds no tensor named {name!r}")
+        return self.tensors[name]
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Where a checkpoint is: `path`, or for "demo" the small model that is part of this package (docs/demo-model.md).
+
+    A file of one's own that is called demo is "./demo".
+    """
+    return DEMO_MODEL if os.fspath(path) == "demo" else Path(path)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint, or "demo", without reading its tensors or executing anything in it.
+
+    Reads zip and pre-zip files of `torch.save` (Lightning checkpoints, whose weights are their `state_dict`, and plain
+    state dicts), TorchScript archives, safetensors files, diffusers folders (names are prefixed with the component, as
+    in "unet.conv_in.weight") and Hugging Face model folders. The kind is told from the content, not from the suffix.
+
+    Raises `FileNotFoundError`; `CheckpointError` where it is none of these or is damaged; `ImportError` where
+    safetensors is needed and not installed.
+    """
+    path = find_checkpoint(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}; {EXPECTED}")
+    archive = _read_file(path)
+    return Checkpoint(path, archive.kind, archive.tensors, archive.extras)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All weights of a checkpoint of any kind as CPU tensors, memory-mapped. Raises as `open_checkpoint` does."""
+    checkpoint = open_checkpoint(path)
+    return {name: checkpoint.tensor(name) for name in checkpoint.names()}
+
+
+def _read_file(path: Path) -> Archive:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        raise CheckpointError(f"{path} is empty; {EXPECTED}")
+    # First, since the length that a safetensors file begins with may look like any other beginning.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        return read_safetensors(path)
+    if head.startswith(b"PK\3\4"):
+        return read_zip(path)
+    if head.startswith(b"\x80"):
+        return read_legacy(path)
+    raise CheckpointError(f"{path} {_describe(head, size)}; {EXPECTED}")
+
+
+def _describe(head: bytes, size: int) -> str:
+    text = head.lstrip().lower()
+    for magic, description in IMPOSTORS.items():
+        if text.startswith(magic) or head.lower().startswith(magic):
+            return description
+    if head[257:262] == b"ustar":
+        return "is a tar archive: unpack it first"
+    if not any(head):
+        return f"begins with zeros: {size:,} bytes of a download that did not finish"
+    return f"is of an unknown kind: {size:,} bytes that begin with {head[:8]!r}"
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    if (path / "model_index.json").is_file():
+        index = _read_json(path / "model_index.json")
+        components = [name for name in COMPONENTS if _is_listed(index, name)]
+        if not components:
+            raise CheckpointError(f"{path / 'model_index.json'} lists none of {', '.join(COMPONENTS)}")
+        archives = {f"{name}.": _read_component(path / name) for name in components}
+        kind, extras = "diffusers folder", {"model_index": index}
+    elif (path / "config.json").is_file():
+        archives = {"": _read_component(path)}
+        kind, extras = "Hugging Face model folder", {}
+    else:
+        raise CheckpointError(
+            f"{path} is a folder with neither model_index.json (diffusers) nor config.json (a Hugging Face model); "
+            f"{EXPECTED}"
+        )
+    tensors = {}
+    extras["configs"] = {}
+    for prefix, archive in archives.items():
+        component = prefix.removesuffix(".")
+        extras["configs"][component] = _read_json(path / component / "config.json")
+        tensors |= {prefix + name: tensor for name, tensor in archive.tensors.items()}
+        extras |= {"pbe": archive.extras["pbe"]} if "pbe" in archive.extras else {}
+    return Checkpoint(path, kind, tensors, extras)
+
+
+def _is_listed(index: dict[str, Any], component: str) -> bool:
+    """model_index.json says [library, class] for a part, [null, null] for one that is left out."""
+    entry = index.get(component)
+    return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
+
+
+def _read_component(folder: Path) -> Archive:
+    """The weights in one folder: one file, or the shards that an index lists."""
+    for variant in ("", ".fp16"):  # hubs offer both; the full precision where both were fetched
+        for name in WEIGHT_FILES:
+            stem, suffix = name.rsplit(".", 1)
+            if (folder / f"{stem}{variant}.{suffix}").is_file():
+                return _read_file(folder / f"{stem}{variant}.{suffix}")
+            for index in (f"{stem}{variant}.{suffix}.index.json", f"{stem}.{suffix}.index{variant}.json"):
+                if (folder / index).is_file():
+                    return _read_shards(folder / index)
+    raise CheckpointError(f"{folder} holds no weights; expected one of {', '.join(WEIGHT_FILES)}, or its .index.json")
+
+
+def _read_shards(index: Path) -> Archive:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in weight_map.values()
+    ):
+        raise CheckpointError(f"{index} has no `weight_map` from tensors to files beside it")
+    shards = {}
+    for file in sorted(set(weight_map.values())):
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index.parent} lacks the shard {file} that {index.name} lists")
+        shards[file] = _read_file(index.parent / file)
+    missing = [name for name, file in weight_map.items() if name not in shards[file].tensors]
+    if missing:
+        raise CheckpointError(f"{index} lists {missing[0]!r} in {weight_map[missing[0]]}, which does not hold it")
+    tensors = {name: shards[file].tensors[name] for name, file in weight_map.items()}
+    return Archive("sharded weights", tensors, {key: value for s in shards.values() for key, value in s.extras.items()})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; expected it beside the weights")
+    value = parse_json(path.read_bytes(), str(path))
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value

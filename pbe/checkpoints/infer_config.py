@@ -1,0 +1,232 @@
+"""Network sizes from the shapes of their parameters, so that a checkpoint needs no config beside it.
+
+What shapes cannot tell (the number of attention heads, the latents' scale, the resolution) is the original's constant,
+or stands in an entry `pbe` that files written by this library carry, or in the configs of a diffusers folder.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pbe.checkpoints.formats.opening import CheckpointError
+from pbe.checkpoints.layouts import count
+from pbe.models.adm import ADMConfig
+from pbe.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from pbe.models.exemplar import ExemplarConfig
+from pbe.models.paint_by_example import PaintByExampleConfig
+from pbe.models.stable_diffusion import StableDiffusionConfig
+from pbe.models.unet import UNetConfig
+from pbe.models.vae import VAEConfig
+
+CLIP_HEAD_WIDTH = 64  # in every CLIP that OpenAI released
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the shapes cannot tell; None stands for the original's constant. `CheckpointError` for impossible values."""
+
+    unet_heads: int | None = None
+    vision_heads: int | None = None
+    text_heads: int | None = None
+    mapper_heads: int | None = None
+    adm_head_channels: int | None = None
+    exemplar_tokens: str | None = None
+    latent_scale: float | None = None
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "exemplar_tokens":
+                fits, wanted = value in ("class", "all"), "'class' or 'all'"
+            elif name == "latent_scale":
+                fits, wanted = isinstance(value, int | float) and 0 < value < math.inf, "a positive number"
+            else:
+                fits, wanted = isinstance(value, int) and value > 0, "a positive whole number"
+            if value is not None and not fits:
+                raise CheckpointError(f"{name}={value!r} is not {wanted}")
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> "Hints":
+        """The hints in a file's `pbe` entry, whose other fields are ignored."""
+        return cls(**{field.name: entry.get(field.name) for field in fields(cls)})
+
+    @classmethod
+    def from_diffusers(cls, configs: Mapping[str, Mapping[str, Any]]) -> "Hints":
+        """The hints in the `config.json` files of a diffusers folder, by component, or of a CLIP's folder."""
+        unet, vae = configs.get("unet", {}), configs.get("vae", {})
+        clip = configs.get("", {})  # a Hugging Face CLIP's own folder
+        vision = configs.get("image_encoder") or clip.get("vision_config") or {}
+        text = configs.get("text_encoder") or clip.get("text_config") or {}
+        sample_size, levels = unet.get("sample_size"), len(vae.get("block_out_channels", ()))
+        # named attention_head_dim by a historical slip; it counts heads in every v1 model
+        unet_heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
+        if not isinstance(unet_heads, int | None):
+            raise CheckpointError(f"{unet_heads} heads by level; Stable Diffusion v1 has one number for all")
+        return cls(
+            unet_heads=unet_heads,
+            vision_heads=vision.get("num_attention_heads"),
+            text_heads=text.get("num_attention_heads"),
+            latent_scale=vae.get("scaling_factor"),
+            resolution=sample_size * 2 ** (levels - 1) if isinstance(sample_size, int) and levels else None,
+        )
+
+
+class Shapes(dict[str, tuple[int, ...]]):
+    """Shapes by our names; asking for one that is not there says so in the file's name."""
+
+    def __init__(self, path: object, shapes: Mapping[str, tuple[int, ...]]):
+        super().__init__(shapes)
+        self.path = path
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise CheckpointError(f"{self.path} has no tensor for {name!r}, which its layout needs: is it cut or merged?")
+
+
+def unet_config(shapes: Shapes, hints: Hints, prefix: str = "model.diffusion_model.") -> UNetConfig:
+    """Sizes of the UNet whose parameters' names begin with `prefix`."""
+    model_channels, in_channels = shapes[f"{prefix}input_blocks.0.0.weight"][:2]
+    widths, blocks, attention_levels = [0], [0], set()
+    for i in range(1, count(shapes, f"{prefix}input_blocks.*.")):
+        block = f"{prefix}input_blocks.{i}"
+        if f"{block}.0.op.weight" in shapes:  # a downsampling ends the level
+            widths.append(0)
+            blocks.append(0)
+            continue
+        widths[-1] = shapes[f"{block}.0.out_layers.3.weight"][0]
+        blocks[-1] += 1
+        if any(name.startswith(f"{block}.1.") for name in shapes):
+            attention_levels.add(len(widths) - 1)
+    if len(set(blocks)) > 1 or any(width % model_channels for width in widths):
+        raise CheckpointError(
+            f"{shapes.path}: no UNet of this family has {blocks} blocks and {widths} channels per level"
+        )
+    return UNetConfig(
+        in_channels=in_channels,
+        out_channels=shapes[f"{prefix}out.2.weight"][0],
+        model_channels=model_channels,
+        channel_mult=tuple(width // model_channels for width in widths),
+        num_res_blocks=blocks[0],
+        attention_levels=tuple(sorted(attention_levels)),
+        num_heads=hints.unet_heads or UNetConfig.num_heads,
+        context_dim=shapes[f"{prefix}middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+    )
+
+
+def vae_config(shapes: Shapes, hints: Hints, prefix: str = "first_stage_model.") -> VAEConfig:
+    """Sizes of the autoencoder whose parameters' names begin with `prefix`."""
+    channels = shapes[f"{prefix}encoder.conv_in.weight"][0]
+    levels = count(shapes, f"{prefix}encoder.down.*.")
+    widths = [shapes[f"{prefix}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
+    return VAEConfig(
+        channels=channels,
+        channel_mult=tuple(width // channels for width in widths),
+        num_res_blocks=count(shapes, f"{prefix}encoder.down.0.block.*."),
+        latent_channels=shapes[f"{prefix}post_quant_conv.weight"][0],
+        latent_scale=hints.latent_scale or VAEConfig.latent_scale,
+    )
+
+
+def vision_config(shapes: Shapes, hints: Hints, prefix: str) -> CLIPVisionConfig:
+    """Sizes of the CLIP vision tower whose parameters' names begin with `prefix`."""
+    width, _, patch_size, _ = shapes[f"{prefix}embeddings.patch_embedding.weight"]
+    positions = shapes[f"{prefix}embeddings.position_embedding.weight"][0]
+    return CLIPVisionConfig(
+        width=width,
+        num_layers=count(shapes, f"{prefix}encoder.layers.*."),
+        num_heads=hints.vision_heads or max(1, width // CLIP_HEAD_WIDTH),
+        patch_size=patch_size,
+        image_size=round((positions - 1) ** 0.5) * patch_size,
+        mlp_width=shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
+    )
+
+
+def text_config(shapes: Shapes, hints: Hints, prefix: str) -> CLIPTextConfig:
+    """Sizes of the CLIP text tower whose parameters' names begin with `prefix`."""
+    vocab_size, width = shapes[f"{prefix}embeddings.token_embedding.weight"]
+    return CLIPTextConfig(
+        width=width,
+        num_layers=count(shapes, f"{prefix}encoder.layers.*."),
+        num_heads=hints.text_heads or max(1, width // CLIP_HEAD_WIDTH),
+        vocab_size=vocab_size,
+        context_length=shapes[f"{prefix}embeddings.position_embedding.weight"][0],
+        mlp_width=shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
+    )
+
+
+def paint_by_example_config(shapes: Shapes, hints: Hints) -> PaintByExampleConfig:
+    return PaintByExampleConfig(
+        unet=unet_config(shapes, hints),
+        vae=vae_config(shapes, hints),
+        exemplar=ExemplarConfig(
+            vision=vision_config(shapes, hints, "cond_stage_model.transformer.vision_model."),
+            mapper_layers=count(shapes, "cond_stage_model.mapper.resblocks.*."),
+            mapper_heads=hints.mapper_heads or ExemplarConfig.mapper_heads,
+            tokens=hints.exemplar_tokens or ExemplarConfig.tokens,
+        ),
+        resolution=hints.resolution or PaintByExampleConfig.resolution,
+    )
+
+
+def stable_diffusion_config(shapes: Shapes, hints: Hints) -> StableDiffusionConfig:
+    return StableDiffusionConfig(
+        unet=unet_config(shapes, hints),
+        vae=vae_config(shapes, hints),
+        text=text_config(shapes, hints, "cond_stage_model.transformer.text_model."),
+        resolution=hints.resolution or StableDiffusionConfig.resolution,
+    )
+
+
+def clip_config(shapes: Shapes, hints: Hints) -> CLIPConfig:
+    return CLIPConfig(
+        vision=vision_config(shapes, hints, "vision_model."),
+        text=text_config(shapes, hints, "text_model."),
+        embed_dim=shapes["visual_projection.weight"][0],
+    )
+
+
+def adm_config(shapes: Shapes, hints: Hints) -> ADMConfig:
+    """Sizes of guided diffusion's UNet."""
+    model_channels = shapes["time_embed.0.weight"][1]
+    # all but the highest level end, on the way up, with a second residual block, which doubles the size
+    up = [
+        i
+        for i in range(count(shapes, "output_blocks.*."))
+        if any(f"output_blocks.{i}.{j}.in_layers.2.weight" in shapes for j in (1, 2))
+    ]
+    num_res_blocks = up[0] if up else count(shapes, "output_blocks.*.") - 1
+    firsts = [1 + level * (num_res_blocks + 1) for level in range(len(up) + 1)]  # each level's first input block
+    widths = [shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0] for i in firsts]
+    return ADMConfig(
+        in_channels=shapes["input_blocks.0.0.weight"][1],
+        out_channels=shapes["out.2.weight"][0],
+        model_channels=model_channels,
+        channel_mult=tuple(width / model_channels for width in widths),
+        num_res_blocks=num_res_blocks,
+        attention_levels=tuple(n for n, i in enumerate(firsts) if f"input_blocks.{i}.1.qkv.weight" in shapes),
+        head_channels=hints.adm_head_channels or ADMConfig.head_channels,
+        num_classes=shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
+        resolution=hints.resolution or 8 * 2 ** len(up),  # the released models end at 8x8
+    )
+
+
+def pbe_entry(
+    config: PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConfig,
+) -> dict[str, int | float | str]:
+    """The entry that files written by this library carry, from which `Hints.from_entry` reads the sizes back."""
+    if isinstance(config, ADMConfig):
+        return {"adm_head_channels": config.head_channels, "resolution": config.resolution}
+    if isinstance(config, CLIPConfig):
+        return {"vision_heads": config.vision.num_heads, "text_heads": config.text.num_heads}
+    entry: dict[str, int | float | str] = {
+        "unet_heads": config.unet.num_heads,
+        "latent_scale": config.vae.latent_scale,
+        "resolution": config.resolution,
+    }
+    if isinstance(config, PaintByExampleConfig):
+        entry["vision_heads"] = config.exemplar.vision.num_heads
+        entry["mapper_heads"] = config.exemplar.mapper_heads
+        entry["exemplar_tokens"] = config.exemplar.tokens
+    else:
+        entry["text_heads"] = config.text.num_heads
+    return entry

@@ -1,0 +1,141 @@
+"""Saving pictures with the settings that made them, in PNG, JPEG, TIFF and WebP files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from PIL import ExifTags, Image, PngImagePlugin
+
+from pbe.images.reading import PictureWarning
+from pbe.io.atomic import replacing
+
+_SAVE_OPTIONS = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "TIFF": {},  # uncompressed: Pillow's compressed writer fails on EXIF sub-directories
+    "WEBP": {"lossless": True, "exact": True},  # exact: keeps the colours under transparent pixels
+}
+_SAVE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
+_SAVE_MODES = {
+    "PNG": ("L", "LA", "RGB", "RGBA", "I;16"),
+    "JPEG": ("L", "RGB"),
+    "TIFF": ("L", "LA", "RGB", "RGBA", "I;16", "F"),
+    "WEBP": ("L", "LA", "RGB", "RGBA"),
+}
+_MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}
+_JPEG_EXIF_BYTES = 65533  # what one marker holds
+
+
+def save_picture(image: Image.Image, path: str | Path, info: dict[str, str] | None = None) -> None:
+    """Save an image with its EXIF, ICC profile and resolution (`image.info`); missing folders are made.
+
+    PNG, TIFF and WebP are lossless; JPEG (quality 95, full colour resolution) is not, and holds no alpha. `info`
+    goes into PNG text chunks, and as JSON into the EXIF block of the other formats: into the user comment, or the
+    image description where the photo has a comment of its own. The file appears whole or not at all, and replaces
+    one of the same name.
+
+    Warns (PictureWarning) where the EXIF block has no room for `info`, which is then left out. ValueError for a
+    folder, for a suffix, a mode or a size of image that cannot be saved, and for EXIF too long for JPEG.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file name")
+    file_format = _SAVE_FORMATS.get(path.suffix.lower())
+    if file_format is None:
+        wanted = repr(path.suffix) if path.suffix else "a file without a suffix (a folder's name ends in /)"
+        raise ValueError(f"{path}: cannot save as {wanted}; choose one of {', '.join(_SAVE_FORMATS)}")
+    if image.mode not in _SAVE_MODES[file_format]:
+        able = [name for name, modes in _SAVE_MODES.items() if image.mode in modes]
+        advice = f"save as {' or '.join(able)}" if able else "convert it to RGB"
+        raise ValueError(f"{path}: {file_format} cannot hold an image of mode {image.mode!r}; {advice}")
+
+    side, limit = max(image.size), _MAX_SIDE.get(file_format, math.inf)
+    if side > limit:
+        raise ValueError(
+            f"{path}: {file_format} cannot hold a side of {side} pixels, only {limit}; save as PNG or TIFF"
+        )
+
+    options = dict(_SAVE_OPTIONS[file_format])
+    options |= {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    if info:
+        _remove_info(exif, info)
+    block = _exif_bytes(exif)
+    limit = _JPEG_EXIF_BYTES if file_format == "JPEG" else math.inf
+    if len(block) > limit:
+        raise ValueError(
+            f"{path}: the photo's EXIF block has {len(block)} bytes, JPEG holds {limit}; save as PNG, TIFF or WEBP"
+        )
+    if info and file_format == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        for key, value in info.items():
+            options["pnginfo"].add_text(key, value)
+    elif info:
+        if _add_info(exif, info) and len(_exif_bytes(exif)) <= limit:
+            block = _exif_bytes(exif)
+        else:
+            warnings.warn(
+                f"{path} is saved without its settings: the photo's own EXIF block leaves no room for them",
+                PictureWarning,
+                stacklevel=2,
+            )
+    if block:
+        options["exif"] = block
+
+    with replacing(path, overwrite=True) as part:
+        image.save(part, format=file_format, **options)
+
+
+def read_info(image: Image.Image) -> dict[str, str]:
+    """The `info` that `save_picture` stored in the file of an open image, among other texts; empty without any."""
+    if image.format == "PNG":
+        return {key: value for key, value in image.info.items() if isinstance(value, str)}
+    found = {}
+    for directory, tag in _info_places(image.getexif()):
+        found |= _parse_info(directory.get(tag, ""))
+    return found
+
+
+def _exif_bytes(exif: Image.Exif) -> bytes:
+    return exif.tobytes() if len(exif) or exif.get_ifd(ExifTags.IFD.Exif) else b""
+
+
+def _info_places(exif: Image.Exif) -> tuple[tuple[MutableMapping, int], ...]:
+    return (exif.get_ifd(ExifTags.IFD.Exif), ExifTags.Base.UserComment), (exif, ExifTags.Base.ImageDescription)
+
+
+def _add_info(exif: Image.Exif, info: dict[str, str]) -> bool:
+    """Puts `info` into the first place that is free; False if none is."""
+    text = json.dumps(info)
+    for directory, tag in _info_places(exif):
+        if not _text_of(directory.get(tag, "")):
+            directory[tag] = b"ASCII\0\0\0" + text.encode() if tag == ExifTags.Base.UserComment else text
+            return True
+    return False
+
+
+def _remove_info(exif: Image.Exif, info: dict[str, str]) -> None:
+    """Takes out the info of an earlier edit, which no longer holds: what has the same keys."""
+    for directory, tag in _info_places(exif):
+        if _parse_info(directory.get(tag, "")).keys() == info.keys():
+            del directory[tag]
+
+
+def _parse_info(value: bytes | str) -> dict[str, str]:
+    try:
+        info = json.loads(_text_of(value))
+    except ValueError:
+        return {}  # a comment that the photo came with
+    return info if isinstance(info, dict) else {}
+
+
+def _text_of(value: bytes | str) -> str:
+    """An EXIF text without the name of its character set and the blanks that cameras fill it with."""
+    text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    return re.sub(r"^(ASCII|UNICODE|JIS)?\0+", "", text).strip("\0 ")

@@ -1,0 +1,143 @@
+"""Low-rank adapters on the UNet's attention projections (Hu et al. 2021, LoRA, arXiv 2106.09685).
+
+An adapted layer computes W x + (alpha / rank) B A x. It keeps its own weight under the original key and adds
+`lora_down` (A) and `lora_up` (B), so that a model with adapters still holds the original checkpoint's keys. A file of
+adapters holds those tensors alone, a few megabytes, and can be laid over any checkpoint of the same sizes.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
+from pbe.checkpoints.key_map import shorten
+from pbe.checkpoints.writing import save_checkpoint
+
+# With a context of one token, the cross-attention's (attn2) query and key get no gradient: only value and output learn.
+TARGETS = [r".*\.attn1\.to_(q|k|v)", r".*\.attn1\.to_out\.0", r".*\.attn2\.to_v", r".*\.attn2\.to_out\.0"]
+
+
+@dataclass
+class LoRAConfig:
+    """How a model is adapted: by matrices of `rank`, scaled by alpha / rank, in the linear layers whose names match one
+    of `targets` (regular expressions)."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: list(TARGETS))
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, got {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha must be positive, got {self.alpha}")
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(f"lora.targets: {target!r} is no regular expression: {error}") from None
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer and its low-rank adapter, which starts as nothing: `lora_up` is zero."""
+
+    def __init__(self, layer: nn.Linear, config: LoRAConfig, generator: torch.Generator):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.scale = config.alpha / config.rank
+        down = torch.randn(config.rank, layer.in_features, generator=generator) / layer.in_features**0.5
+        self.lora_down = nn.Parameter(down.to(layer.weight))
+        self.lora_up = nn.Parameter(layer.weight.new_zeros(layer.out_features, config.rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_down), self.lora_up)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain layer that computes the same: W + (alpha / rank) B A, summed in float32."""
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        update = self.scale * (self.lora_up.float() @ self.lora_down.float())
+        layer.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype))
+        layer.bias = self.bias
+        return layer
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -> list[nn.Parameter]:
+    """Gives the layers that `config` targets an adapter each; returns the adapters' parameters, the ones to train.
+
+    Raises `ValueError` if no linear layer's name matches, or the model has adapters already.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has adapters already: merge them, or load the model anew")
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(re.fullmatch(target, name) for target in config.targets)
+    ]
+    if not names:
+        raise ValueError(f"no linear layer's name matches lora.targets {config.targets}")
+    for name in names:
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), config, generator))
+    return [parameter for name, parameter in model.named_parameters() if is_adapter(name)]
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Makes the adapters part of the weights they adapt; the model is then as plain as before `add_lora`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, module.merged())
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is an adapter's."""
+    return name.endswith((".lora_down", ".lora_up"))
+
+
+def save_lora(
+    tensors: Mapping[str, Tensor],
+    config: LoRAConfig,
+    path: str | Path,
+    about: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Writes the adapters among `tensors` (a model's state dict), with what `load_lora` needs; raises as
+    `save_checkpoint`."""
+    adapters = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+    if not adapters:
+        raise ValueError(f"{path}: there are no adapters to save")
+    save_checkpoint(adapters, path, {**about, "lora": asdict(config)}, overwrite=overwrite)
+
+
+def load_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:
+    """Lays the adapters of a file over a model; `weight` scales how much of them shows.
+
+    Raises `FileNotFoundError`; `CheckpointError` where the file holds no adapters or they do not fit the model.
+    """
+    checkpoint = open_checkpoint(path)
+    entry = checkpoint.extras.get("pbe")
+    if not (isinstance(entry, dict) and isinstance(entry.get("lora"), dict)):
+        raise CheckpointError(f"{path} holds no adapters of this library (its entry 'pbe' names no 'lora')")
+    try:
+        config = LoRAConfig(**entry["lora"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its entry 'lora' is not this library's: {error}") from None
+    add_lora(model, config, torch.Generator())
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
+    found = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names()}
+    if expected != found:
+        merge_lora(model)  # adapters that are still nothing: the model is as it was
+        odd = sorted({name for name, _ in expected.items() ^ found.items()})
+        raise CheckpointError(f"{path} does not fit the model: {len(odd)} adapters differ: {shorten(odd)}")
+    with torch.no_grad():
+        for name in expected:
+            model.get_parameter(name).copy_(checkpoint.tensor(name))
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.scale *= weight

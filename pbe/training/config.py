@@ -1,0 +1,148 @@
+"""A run's settings: dataclasses filled from YAML files and dotted overrides. The only file that imports omegaconf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from pbe.data.datamodule import DataConfig
+from pbe.models.vae import VAEConfig
+from pbe.training.callbacks.checkpoints import CheckpointConfig
+from pbe.training.callbacks.samples import SamplesConfig
+from pbe.training.initialization import ModelConfig
+from pbe.training.module import TrainingConfig
+from pbe.training.optimizer import OptimizerConfig
+from pbe.training.vae import VAETrainingConfig
+
+
+@dataclass
+class RunConfig:
+    """What every training run has.
+
+    run: its folder, for checkpoints, metrics and this config.
+    seed: of the initial weights; `data.seed` is that of everything else.
+    trainer: arguments of `lightning.Trainer`.
+    """
+
+    run: str = "runs/run"
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PaintByExampleRun(RunConfig):
+    """Training Paint by Example."""
+
+    task: Literal["paint_by_example"] = "paint_by_example"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+
+    def __post_init__(self) -> None:
+        if self.samples.every_n_steps and not has_validation(self.data):
+            raise ValueError(
+                "samples are made of validation pictures: set data.val_size or data.val_source, "
+                "or samples.every_n_steps=null"
+            )
+
+
+@dataclass
+class VAERun(RunConfig):
+    """Training an autoencoder.
+
+    init: a checkpoint whose autoencoder is where training starts, or "scratch", where `size` says how large it is.
+    """
+
+    task: Literal["vae"] = "vae"
+    init: str = "scratch"
+    size: VAEConfig = field(default_factory=VAEConfig)
+    training: VAETrainingConfig = field(default_factory=VAETrainingConfig)
+
+    def __post_init__(self) -> None:
+        if not has_validation(self.data):
+            raise ValueError("the latents' scale is measured on validation pictures: set data.val_size or .val_source")
+
+
+def has_validation(data: DataConfig) -> bool:
+    return bool(data.val_size) or data.val_source is not None
+
+
+TASKS: dict[str, type[PaintByExampleRun] | type[VAERun]] = {"paint_by_example": PaintByExampleRun, "vae": VAERun}
+
+
+def load_config(settings: Sequence[str]) -> PaintByExampleRun | VAERun:
+    """The settings of YAML files and overrides such as `data.batch_size=8`, of which later ones win.
+
+    A YAML file may name another in `base`, relative to itself, whose values it changes. `task` chooses the dataclass.
+    Raises `FileNotFoundError`, or `ValueError` that names the key which is unknown or has a value of another type.
+    """
+    merged = OmegaConf.create()
+    for setting in settings:
+        merged = merge(merged, read_override(setting) if "=" in setting else read_yaml(Path(setting)), setting)
+    task = merged.get("task", "paint_by_example")
+    if task not in TASKS:
+        raise ValueError(f"task={task} is not one of {', '.join(TASKS)}")
+    origin = " ".join(settings)
+    try:
+        return OmegaConf.to_object(merge(OmegaConf.structured(TASKS[task]), merged, origin))
+    except OmegaConfBaseException as error:  # such as an interpolation that leads nowhere
+        raise ValueError(f"{origin}: {explain(error)}") from None
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file over what it names in `base`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config {path}; a setting is written key=value")
+    try:
+        config = OmegaConf.load(path)
+    except OSError:
+        raise
+    except Exception as error:  # the YAML reader's own, of a package that only omegaconf needs
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{path} holds a list; expected settings, key: value")
+    base = config.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"{path}: base must be the name of another config, got {base!r}")
+    return config if base is None else merge(read_yaml(path.parent / base), config, str(path))
+
+
+def read_override(setting: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([setting])
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{setting}: {explain(error)}") from None
+
+
+def merge(config: DictConfig, changes: DictConfig, origin: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(config, changes)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:  # TypeError: settings where a list is wanted
+        raise ValueError(f"{origin}: {explain(error)}") from None
+
+
+def explain(error: Exception) -> str:
+    """omegaconf's message on one line, with the whole key; its own words, where a list is wanted, name types."""
+    first, *_ = str(error).splitlines()
+    key = getattr(error, "full_key", None)
+    if isinstance(getattr(error, "child_node", None), (ListConfig, TupleConfig)):
+        return f"{key} is a list, written [a, b]; got {error.value}"
+    return f"{key}: {first}" if key else first
+
+
+def to_dict(config: PaintByExampleRun | VAERun) -> dict[str, Any]:
+    """The settings as plain containers."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def save_config(config: PaintByExampleRun | VAERun, path: Path) -> None:
+    """Writes all settings, defaults too, as a YAML file that `load_config` reads."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")

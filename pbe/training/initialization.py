@@ -1,0 +1,162 @@
+"""Where training starts: a checkpoint's weights, or seeded ones, part by part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
+from pbe.checkpoints.infer_config import Shapes, vae_config
+from pbe.checkpoints.loading import hints_of, load_model
+from pbe.checkpoints.meta_device import build_on_meta
+from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
+from pbe.models.unet import ResBlock, SpatialTransformer, UNet
+from pbe.models.vae import AutoencoderKL, VAEConfig
+
+Part = Literal["unet", "mapper", "final_ln", "proj_out", "null_context", "clip"]
+
+# The parts of the model that can be trained or drawn anew, by how their parameters' names begin. The autoencoder is
+# none of them: the loss is measured in its latents, which it would learn to make constant.
+PARTS: dict[Part, str] = {
+    "unet": "model.diffusion_model.",
+    "mapper": "cond_stage_model.mapper.",
+    "final_ln": "cond_stage_model.final_ln.",
+    "proj_out": "proj_out.",
+    "null_context": "learnable_vector",
+    "clip": "cond_stage_model.transformer.",
+}
+VAE_PREFIX = "first_stage_model."
+
+
+def check_parts(key: str, parts: Sequence[str]) -> None:
+    """ValueError, which begins with the config's `key`, naming the first that is no part."""
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"{key}: {part!r} is no part of the model; choose from {', '.join(PARTS)}")
+
+
+@dataclass
+class ModelConfig:
+    """What training starts from.
+
+    init: a checkpoint of Paint by Example in any layout that `pbe.load_model` reads, or "scratch".
+    reset: parts whose weights are drawn anew, whatever `init` holds.
+    size: from scratch only: the networks' sizes, but for the autoencoder's, which its file decides.
+    vae: from scratch only: a checkpoint with a trained autoencoder, such as the task `vae` makes.
+    tokens: what passes of the exemplar, see `ExemplarConfig`; None: as `init` or `size` has it.
+    """
+
+    init: str = "scratch"
+    reset: list[Part] = field(default_factory=list)
+    size: PaintByExampleConfig | None = None
+    vae: str | None = None
+    tokens: Literal["class", "all"] | None = None
+
+    def __post_init__(self) -> None:
+        check_parts("model.reset", self.reset)
+
+
+def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
+    """The model that training starts from, float32 on the CPU, with memory of its own.
+
+    Raises `ValueError` where settings are missing or contradict each other, `FileNotFoundError` and `CheckpointError`
+    as `pbe.load_model`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if config.init == "scratch":
+        if config.size is None or config.vae is None:
+            missing = "model.size" if config.size is None else "model.vae (train one: configs/vae.yaml)"
+            raise ValueError(f"model.init=scratch needs {missing}")
+        vae, state = read_vae(config.vae)
+        size, drawn = replace(config.size, vae=vae), tuple(PARTS.values())
+    else:
+        for name in ("size", "vae"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"model.{name} is for model.init=scratch; {config.init} brings its own")
+        loaded = load_model(config.init, "cpu", torch.float32)
+        if not isinstance(loaded, PaintByExample):
+            raise ValueError(
+                f"model.init={config.init} holds {type(loaded).__name__}, training needs Paint by Example: "
+                "`tools/checkpoint.py expand --clip` makes it from Stable Diffusion"
+            )
+        # A float32 file is mapped into memory, and must not be what is trained.
+        state = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+        size, drawn = loaded.config, tuple(PARTS[part] for part in config.reset)
+    if config.tokens is not None:
+        size = replace(size, exemplar=replace(size.exemplar, tokens=config.tokens))
+    model = build_on_meta(PaintByExample, size)
+    state |= initial_weights(model, generator, drawn)
+    model.load_state_dict(state, assign=True)
+    return model.train()
+
+
+def starting_vae(size: VAEConfig, seed: int) -> AutoencoderKL:
+    """An autoencoder with seeded weights."""
+    vae = build_on_meta(AutoencoderKL, size)
+    vae.load_state_dict(dict(initial_weights(vae, torch.Generator().manual_seed(seed))), assign=True)
+    return vae
+
+
+def read_vae(path: str | Path) -> tuple[VAEConfig, dict[str, Tensor]]:
+    """The sizes and float32 tensors, under their keys in Paint by Example, of the autoencoder in a checkpoint of the
+    original layout; `CheckpointError` if there is none or it is not whole."""
+    checkpoint = open_checkpoint(path)
+    names = [n for n in checkpoint.names() if n.startswith(VAE_PREFIX) and not n.startswith(f"{VAE_PREFIX}loss.")]
+    if not names:
+        raise CheckpointError(f"{path} holds no autoencoder (names that begin with {VAE_PREFIX!r})")
+    shapes = Shapes(path, {name: tuple(checkpoint.shape(name)) for name in names})
+    config = vae_config(shapes, hints_of(checkpoint))
+    vae = build_on_meta(AutoencoderKL, config)
+    expected = {VAE_PREFIX + name: tuple(p.shape) for name, p in vae.state_dict().items()}
+    if expected != shapes:
+        odd = sorted({name for name, _ in expected.items() ^ shapes.items()})
+        raise CheckpointError(f"{path} holds an autoencoder of another kind: {len(odd)} tensors differ, as {odd[0]}")
+    return config, {name: checkpoint.tensor(name).to(torch.float32, copy=True) for name in names}
+
+
+def initial_weights(
+    model: nn.Module, generator: torch.Generator, prefixes: tuple[str, ...] = ("",)
+) -> Iterator[tuple[str, Tensor]]:
+    """Fresh float32 values for the parameters whose names begin with one of `prefixes`.
+
+    Layers are drawn as torch draws them, uniform within 1 / sqrt(fan-in). As in the original UNet, what ends a
+    residual branch and the network itself is zero, so that it starts as the identity of its skips.
+    """
+    zeroed = {id(layer) for module in model.modules() for layer in last_layers(module)}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if name.startswith(prefixes):
+                shape = parameter.shape
+                yield name, torch.zeros(shape) if id(module) in zeroed else draw(module, name, shape, generator)
+
+
+def last_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of a module that begin as zero."""
+    if isinstance(module, ResBlock):
+        return [module.out_layers[-1]]
+    if isinstance(module, SpatialTransformer):
+        return [module.proj_out]
+    if isinstance(module, UNet):
+        return [module.out[-1]]
+    return []
+
+
+def draw(module: nn.Module, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """The initial value of one of a module's own parameters."""
+    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        bound = 1 / math.sqrt(module.weight[0].numel())  # of one output: the fan-in
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    if isinstance(module, nn.Embedding):
+        return torch.randn(shape, generator=generator) * 0.02
+    if name.endswith("class_embedding"):
+        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+    assert name.endswith("learnable_vector"), name
+    return torch.randn(shape, generator=generator)

@@ -1,0 +1,435 @@
+"""The page without a browser: its endpoint for programs, what it refuses, and what becomes of photos and regions."""
+
+import base64
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pbe
+from pbe.batch.job import DEMO_SAMPLING, QUICK_SAMPLING, quick_sampling
+from pbe.batch.provenance import Weights, read_settings
+from pbe.images.reading import PictureWarning
+from pbe.images.windows import Box
+
+gr = pytest.importorskip("gradio", reason="the page needs the extra app")
+from gradio_client import Client, handle_file  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+
+from pbe.app import page as app  # noqa: E402
+from pbe.app import uploads  # noqa: E402
+from pbe.app.canvas import region_of, to_value  # noqa: E402
+from pbe.cli.app import main  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = Weights("tiny.ckpt", "00000000", "float32")
+BOX = (20, 16, 60, 48)
+SETTINGS = {"guidance": 3, "steps": 4, "seed": 7, "num_images": 1, "sampler": "ddim"}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return pbe.load_model(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_telemetry():
+    """Gradio's client, unlike the page, reports its use if this does not forbid it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        yield
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    page = app.build_page(model, WEIGHTS)
+    with app.warnings_on_page():
+        yield Client(app.serve(page, port=free_port()), verbose=False)
+    page.close(verbose=False)
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, Path]:
+    """A photo of 100x80, its mask, an exemplar."""
+    paths = {name: tmp_path / f"{name}.png" for name in ("photo", "mask", "exemplar")}
+    noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(paths["photo"])
+    mask = Image.new("L", (100, 80))
+    mask.paste(255, BOX)
+    mask.save(paths["mask"])
+    Image.new("RGB", (20, 30), "red").save(paths["exemplar"])
+    return paths
+
+
+def call(client: Client, files: dict[str, Path], **changes) -> list[Path]:
+    handed = {name: handle_file(path) for name, path in files.items()}
+    return [Path(path) for path in client.predict(**handed, **{**SETTINGS, **changes}, api_name="/edit")]
+
+
+def pixels(path: Path | Image.Image) -> np.ndarray:
+    return np.asarray(path if isinstance(path, Image.Image) else Image.open(path))
+
+
+# --- the endpoint -----------------------------------------------------------------------------------------
+
+
+def test_the_endpoint_gives_what_edit_gives(client, model, files):
+    results = call(client, files, num_images=2)
+    expected = pbe.edit(
+        model,
+        *files.values(),
+        guidance=3,
+        steps=4,
+        seed=7,
+        num_images=2,
+        sampler="ddim",
+        spacing="trailing",
+        batch_size=uploads.BATCH_SIZE,
+    )
+    assert [path.name for path in results] == ["photo-7.png", "photo-8.png"]
+    for path, image in zip(results, expected, strict=True):
+        assert (pixels(path) == pixels(image)).all()
+    outside = pixels(files["mask"]) == 0
+    assert (pixels(results[0])[outside] == pixels(files["photo"])[outside]).all()
+    assert (pixels(results[0]) != pixels(results[1])).any()
+
+
+def test_results_hold_their_settings(client, files):
+    second = call(client, files, num_images=2)[1]
+    settings = read_settings(second)
+    assert settings["seed"] == 8
+    assert settings["scale"] == 3
+    assert settings["checkpoint"] == "tiny.ckpt"
+    assert settings["image"] == "photo.png"  # no path of the server
+    assert "/" not in str(settings)
+
+
+def test_a_whole_number_may_come_as_a_float(client, files):
+    (result,) = call(client, files, steps=4.0, num_images=1)
+    assert read_settings(result)["steps"] == 4
+
+
+def test_the_sliders_values_are_the_defaults(client, files):
+    handed = {name: handle_file(path) for name, path in files.items()}
+    results = client.predict(**handed, steps=4, api_name="/edit")
+    assert len(results) == 2
+    settings = read_settings(Path(results[0]))
+    assert [settings[name] for name in ("sampler", "spacing", "scale")] == ["dpm_solver", "trailing", 5]
+
+
+def test_the_sliders_begin_with_the_models_own_settings(model):
+    page = app.build_page(model, WEIGHTS, quick_sampling("demo"))
+    values = {block.label: block.value for block in page.blocks.values() if isinstance(block, gr.Slider)}
+    assert (values["Guidance"], values["Steps"]) == (3, 20)
+    page.close(verbose=False)
+
+
+def test_a_turned_16_bit_or_large_photo_keeps_what_it_has(client, files):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise makes it upright
+    photo = Image.open(files["photo"]).transpose(Image.Transpose.ROTATE_90)
+    photo.save(files["photo"], exif=exif)
+    (result,) = call(client, files)
+    outside = pixels(files["mask"]) == 0
+    upright = photo.transpose(Image.Transpose.ROTATE_270)
+    assert (pixels(result)[outside] == pixels(upright)[outside]).all()
+
+    deep = (np.arange(8000, dtype=np.uint16) * 8).reshape(80, 100)
+    Image.fromarray(deep).save(files["photo"])
+    (result,) = call(client, files)
+    assert pixels(result).dtype == np.uint16
+    assert (pixels(result)[outside] == deep[outside]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda files: Image.new("L", (100, 80)).save(files["mask"]), "mask mask.png is empty"),
+        (lambda files: Image.new("L", (90, 80), 255).save(files["mask"]), "mask.png is 90x80, but .* 100x80"),
+        (lambda files: files["photo"].write_bytes(b"no picture"), "image photo.png is not a picture"),
+        (lambda files: Image.new("1", (9000, 8000)).save(files["photo"]), "photo is 9000x8000: .* 64 megapixels"),
+        (lambda files: Image.new("F", (100, 80)).save(files["photo"].with_suffix(".tif")), "cannot hold .* 'F'"),
+    ],
+)
+def test_bad_pictures_are_refused_in_words(client, files, change, message):
+    change(files)
+    if files["photo"].with_suffix(".tif").exists():
+        files["photo"] = files["photo"].with_suffix(".tif")
+    with pytest.raises(AppError) as caught:
+        call(client, files)
+    assert re.search(message, caught.value.message)
+    assert "/tmp" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "minimum value 4"),
+        ({"num_images": 9}, "maximum value 8"),
+        ({"num_images": 1.5}, "num_images must be a whole number from 1 to 8 on this page, got 1.5"),
+        ({"sampler": "euler"}, "euler"),
+        ({"guidance": -1}, "minimum value 0"),
+        ({"seed": -1}, "-1"),
+        ({"seed": None}, "seed: None is not a number"),
+        ({"seed": 2**63 - 1, "num_images": 2}, "the last result's seed would be 9223372036854775808"),
+        ({"steps": 4.5}, "steps: 4.5 is not a whole number"),
+    ],
+)
+def test_bad_settings_are_refused_in_words(client, files, settings, message):
+    with pytest.raises(AppError, match=message):
+        call(client, files, **settings)
+
+
+def test_a_missing_file_is_named(client, files):
+    with pytest.raises(AppError, match="exemplar missing"):
+        client.predict(
+            photo=handle_file(files["photo"]), mask=handle_file(files["mask"]), exemplar=None, api_name="/edit"
+        )
+
+
+def test_only_the_edit_is_offered_to_programs(client):
+    endpoints = client.view_api(return_format="dict", print_info=False)
+    assert list(endpoints["named_endpoints"]) == ["/edit"]
+    assert not endpoints["unnamed_endpoints"]
+
+
+def test_progress_counts_the_steps_of_all_batches(model, files, tmp_path):
+    told = []
+    settings = uploads.Settings(guidance=3, steps=4, seed=7, num_images=uploads.BATCH_SIZE + 1, sampler="ddim")
+    (tmp_path / "work").mkdir()
+    uploads.save_edits(
+        model, WEIGHTS, uploads.Edit(*files.values()), settings, tmp_path / "work", lambda at, desc: told.append(at)
+    )
+    assert told == [(done, 8) for done in range(9)]
+
+
+def test_a_cropped_exemplar_is_as_good_as_one_cut_before(model, files, tmp_path):
+    noise = np.random.default_rng(1).integers(0, 256, (60, 50, 4), dtype=np.uint8)
+    noise[..., 3] = 255 * (np.arange(50) > 20)  # see-through on the left
+    Image.fromarray(noise).save(files["exemplar"])
+    settings = uploads.Settings(guidance=3, steps=4, seed=7, num_images=1, sampler="ddim")
+    crop = Box(10, 5, 40, 50)
+    results = {}
+    for name, edit in (("whole", {}), ("crop", {"crop": crop})):
+        (tmp_path / name).mkdir()
+        paths = uploads.save_edits(
+            model, WEIGHTS, uploads.Edit(*files.values(), **edit), settings, tmp_path / name, lambda at, desc: None
+        )
+        results[name] = pixels(paths[0])
+    cut = Image.open(files["exemplar"]).crop(crop)
+    (expected,) = pbe.edit(
+        model,
+        files["photo"],
+        files["mask"],
+        cut,
+        guidance=3,
+        steps=4,
+        seed=7,
+        sampler="ddim",
+        spacing="trailing",
+        batch_size=4,
+    )
+    assert (results["crop"] == pixels(expected)).all()
+    assert (results["crop"] != results["whole"]).any()
+
+
+def test_one_edit_runs_at_a_time(client, files, monkeypatch):
+    running, most = threading.Semaphore(1), []
+
+    def run_job(model, job, inputs, num_images, batch_size, callback):
+        most.append(running.acquire(blocking=False))
+        time.sleep(0.2)  # long enough for another to begin, if it could
+        running.release()
+        return [inputs.picture.source]
+
+    monkeypatch.setattr(uploads, "run_job", run_job)
+    handed = {name: handle_file(path) for name, path in files.items()}
+    jobs = [client.submit(**handed, **SETTINGS, api_name="/edit") for _ in range(3)]
+    assert all(len(job.result(timeout=30)) == 1 for job in jobs)
+    assert most == [True, True, True]
+
+
+def test_large_uploads_are_refused(model, files, monkeypatch):
+    monkeypatch.setattr(app, "MAX_UPLOAD", "10kb")
+    page = app.build_page(model, WEIGHTS)
+    limited = Client(app.serve(page, port=free_port()), verbose=False)
+    with pytest.raises(Exception, match=r"413|[Ss]ize"):  # whichever HTTP error the client's version raises
+        call(limited, files)
+    page.close(verbose=False)
+
+
+# --- warnings, canvases -----------------------------------------------------------------------------------
+
+
+def test_warnings_of_the_library_go_to_the_page(monkeypatch):
+    shown = []
+    monkeypatch.setattr(gr, "Warning", shown.append)
+    with app.warnings_on_page():
+        for _ in range(2):
+            pbe.images.reading.warnings.warn("5 % of mask is gray", PictureWarning, stacklevel=1)
+    assert shown == ["5 % of mask is gray"] * 2
+
+
+def test_a_region_comes_back_in_the_photos_size():
+    yy, xx = np.mgrid[:2000, :3000]
+    region = (xx - 1400) ** 2 + (yy - 900) ** 2 < 500**2
+    value = to_value(Image.new("RGB", (3000, 2000)), region)
+    back = region_of(value, (2000, 3000))
+    assert back.shape == (2000, 3000)
+    # The canvas is half as large: the outline moves by less than a canvas pixel, of a circumference of 3142 pixels.
+    assert np.count_nonzero(back != region) < 3142
+
+
+@pytest.mark.parametrize("value", [None, {"picture": "", "mask": ""}, to_value(Image.new("RGB", (30, 20)))])
+def test_no_region_is_none(value):
+    assert region_of(value, (20, 30)) is None
+
+
+@pytest.mark.parametrize("mask", ["data:image/png;base64,AAAA", "data:text/html,hello", 7])
+def test_a_value_the_canvas_does_not_make_is_refused(mask):
+    with pytest.raises(ValueError, match="not one of this page"):
+        region_of({"picture": "", "mask": mask}, (20, 30))
+
+
+def test_the_canvas_shows_an_upright_copy_of_bounded_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (2000, 100), "gray").save(tmp_path / "photo.jpg", exif=exif)
+    upload, shown = app.open_upload(str(tmp_path / "photo.jpg"), "photo")
+    assert upload.size == (2000, 100)
+    assert (pixels(shown) == 128).all()
+    picture = to_value(shown)["picture"].removeprefix("data:image/jpeg;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as copy:
+        assert copy.size == (77, 1536)
+
+
+def test_a_damaged_photo_is_a_message(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"no picture")
+    with pytest.raises(gr.Error) as caught:
+        app.open_upload(str(tmp_path / "photo.png"), "photo")
+    assert caught.value.message.startswith("photo photo.png is not a picture")
+
+
+def test_a_photo_that_was_deleted_is_a_message(tmp_path):
+    with pytest.raises(gr.Error, match="load it again"):
+        app.open_upload(str(tmp_path / "photo.png"), "photo")
+
+
+# --- starting ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_serves_asks_no_other_machine_and_leaves_no_files(tiny_checkpoint, files, tmp_path):
+    program = (
+        "import signal, socket, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        "look_up = socket.getaddrinfo\n"
+        "def said(host, *args, **kwargs):\n"
+        "    print('asks', host, flush=True)\n"
+        "    return look_up(host, *args, **kwargs)\n"
+        "socket.getaddrinfo = said\n"
+        "from pbe.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", program, "app", "--ckpt", str(tiny_checkpoint), "--device", "cpu"]
+    (tmp_path / "temporary").mkdir()
+    env = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    del env["GRADIO_ANALYTICS_ENABLED"]
+    server = subprocess.Popen(
+        [*command, "--port", str(free_port())], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
+    )
+    lines = []
+    try:
+        for line in server.stdout:
+            lines.append(line)
+            if line.startswith("serving at "):
+                break
+        call(Client(lines[-1].split()[2], verbose=False), files)
+        assert any(path.name == "photo-7.png" for path in (tmp_path / "temporary").rglob("*"))
+        server.send_signal(signal.SIGINT)
+        lines += server.communicate(timeout=60)[0].splitlines()
+    finally:
+        server.kill()
+    assert server.returncode == 0
+    asked = {line.split()[1] for line in lines if line.startswith("asks ")}
+    assert "127.0.0.1" in asked  # the listening itself
+    assert asked <= {"127.0.0.1", "localhost"}
+    assert not [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
+
+
+def test_examples_are_shown_only_where_they_are(model, monkeypatch, tmp_path):
+    assert any(isinstance(block, gr.Dataset) for block in app.build_page(model, WEIGHTS).blocks.values())
+    monkeypatch.setattr(app, "EXAMPLES", tmp_path / "none")
+    assert not any(isinstance(block, gr.Dataset) for block in app.build_page(model, WEIGHTS).blocks.values())
+
+
+def test_a_taken_port_is_one_line(tiny_checkpoint, capsys):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert main(["--ckpt", str(tiny_checkpoint), "--device", "cpu", "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: cannot serve at 127.0.0.1:{port}: the port is taken or the host not this machine's\n"
+
+
+def test_a_number_that_is_no_port_is_one_line(tiny_checkpoint, capsys):
+    assert main(["--ckpt", str(tiny_checkpoint), "--device", "cpu", "--port", "99999"]) == 2
+    assert capsys.readouterr().err == "error: port must be between 1 and 65535, got 99999\n"
+
+
+def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monkeypatch):
+    calls = []
+
+    def page(model, weights, sampling):
+        calls.append(sampling)
+        raise OSError("far enough")
+
+    def load(*arguments):
+        calls.append(arguments)
+        return SimpleNamespace(dtype=torch.float32)
+
+    monkeypatch.setattr("pbe.batch.job.load_editor", load)
+    monkeypatch.setattr("pbe.batch.job.spare_threads", lambda model: None)
+    monkeypatch.setattr(app, "build_page", page)
+    flags = ["--device", "cpu", "--dtype", "float32", "--low-memory", "--compile", "regions"]
+    assert main(flags) == main(["--ckpt", str(tiny_checkpoint)]) == 2
+    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions"), DEMO_SAMPLING]
+    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None), QUICK_SAMPLING]
+
+
+def test_cuda_graphs_are_not_for_the_page_s_threads(monkeypatch, capsys):
+    """torch keeps them for each thread, and stops with an assertion in one that did not record them."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert main(["--compile", "whole"]) == 2
+    assert "one thread alone can replay: use --compile regions" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
+    assert main(["--ckpt", str(tmp_path / "none.ckpt")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_without_gradio_the_extra_is_named():
+    program = "import sys; sys.modules['gradio'] = None; from pbe.cli import main; sys.exit(main(['app']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == "error: the page needs the extra app: pip install -e .[app]\n"

@@ -1,0 +1,248 @@
+"""The page in a real browser; and its screenshot: `python tests/app/test_page_browser.py demo docs/images/app.png`."""
+
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+gr = pytest.importorskip("gradio", reason="the page needs the extra app")
+playwright = pytest.importorskip("playwright.sync_api", reason="the browser needs playwright: pip install playwright")
+
+from pbe.app import page as app  # noqa: E402
+from pbe.batch.job import load_editor, quick_sampling  # noqa: E402
+from pbe.batch.provenance import Weights, identify, read_settings  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium in PATH: apt-get install chromium"),
+]
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SECONDS = 1000  # Playwright counts milliseconds
+
+
+@contextmanager
+def served(page: gr.Blocks) -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    with app.warnings_on_page():
+        yield app.serve(page, port=port)
+    page.close(verbose=False)
+
+
+@contextmanager
+def browser(address: str, **kwargs):
+    """A tab that shows the page; it has `requests`, all that it asked for, and `faults`, what went wrong in it."""
+    with playwright.sync_playwright() as driver:
+        # The sandbox does not start for root, as in containers; only this page is opened.
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = chromium.new_page(**{"viewport": {"width": 1440, "height": 940}, **kwargs})
+        tab.set_default_timeout(60 * SECONDS)
+        tab.requests, tab.faults = [], []
+        tab.on("request", lambda request: tab.requests.append(request.url))
+        tab.on("pageerror", lambda error: tab.faults.append(str(error)))
+        tab.on("console", lambda line: tab.faults.append(line.text) if line.type == "error" else None)
+        tab.goto(address)
+        tab.locator("#paint").wait_for()
+        yield tab
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def address(tiny_checkpoint):
+    model = load_editor(tiny_checkpoint, "cpu")
+    with served(app.build_page(model, Weights("tiny.ckpt", "00000000", "float32"))) as address:
+        yield address
+
+
+@pytest.fixture
+def tab(address):
+    with browser(address) as tab:
+        yield tab
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    """A photo of 3000x2000: noise, of which every pixel that changes or moves would show."""
+    noise = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(noise).save(path, compress_level=1)
+    return path
+
+
+# --- what a user does -------------------------------------------------------------------------------------
+
+
+def load(tab, name: str, path: Path) -> None:
+    tab.locator(f"#{name}-file input[type=file]").set_input_files(path)
+    tab.wait_for_function(f"document.querySelector('#{name} canvas')?.width > 300")  # a canvas begins with 300
+
+
+def drag(tab, name: str, *points: tuple[float, float]) -> None:
+    """Drags over a canvas; the points are shares of its width and height."""
+    box = tab.locator(f"#{name} canvas").bounding_box()
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    tab.mouse.move(*places[0])
+    tab.mouse.down()
+    for place in places[1:]:
+        tab.mouse.move(*place, steps=8)
+    tab.mouse.up()
+
+
+def press(tab, name: str, label: str) -> None:
+    tab.locator(f"#{name}").get_by_role("button", name=label, exact=True).click()
+
+
+def paint(tab, out: Path, steps: int = 4) -> np.ndarray:
+    """Sets the steps, paints, and downloads the result that is shown; its pixels."""
+    accordion = tab.get_by_role("button", name="Steps, seed, sampler")
+    if not tab.get_by_label("number input for Steps").is_visible():
+        accordion.click()
+    tab.get_by_label("number input for Steps").fill(str(steps))
+    tab.get_by_label("number input for Steps").press("Tab")
+    before = tab.locator("#results img").first.get_attribute("src") if tab.locator("#results img").count() else ""
+    tab.locator("#paint").click()
+    tab.wait_for_function(
+        "before => { const img = document.querySelector('#results img'); return img && img.src !== before; }",
+        arg=before,
+    )
+    with tab.expect_download() as download:
+        tab.locator("#download").click()
+    download.value.save_as(out)
+    return np.asarray(Image.open(out))
+
+
+def message(tab) -> str:
+    toast = tab.get_by_test_id("toast-text").last
+    toast.wait_for()
+    return toast.inner_text()
+
+
+def bounds(changed: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+# --- what is tested ---------------------------------------------------------------------------------------
+
+
+def test_a_box_is_repainted_and_nothing_else(tab, photo, tmp_path):
+    load(tab, "photo", photo)
+    load(tab, "exemplar", EXAMPLES / "china.jpg")
+    press(tab, "photo", "Box")
+    drag(tab, "photo", (0.25, 0.25), (0.5, 0.75))
+    result = paint(tab, tmp_path / "result.png")
+
+    before = np.asarray(Image.open(photo))
+    assert result.shape == before.shape
+    changed = (result != before).any(axis=-1)
+    # A pixel of the screen is 6 of the photo.
+    assert bounds(changed) == pytest.approx((750, 500, 1500, 1500), abs=12)
+    x0, y0, x1, y1 = bounds(changed)
+    assert changed[y0:y1, x0:x1].mean() > 0.95  # some noise stays as it was by chance
+    assert read_settings(tmp_path / "result.png")["seed"] == 321
+    assert tab.faults == []
+    local = tab.url.rstrip("/")
+    assert [url for url in tab.requests if not url.startswith((local, "data:", "blob:"))] == []
+
+
+def test_brush_eraser_undo_and_clear(tab, photo, tmp_path):
+    load(tab, "photo", photo)
+    load(tab, "exemplar", EXAMPLES / "china.jpg")
+    drag(tab, "photo", (0.2, 0.5), (0.8, 0.5))
+    press(tab, "photo", "Eraser")
+    drag(tab, "photo", (0.5, 0.3), (0.5, 0.7))
+    press(tab, "photo", "Brush")
+    drag(tab, "photo", (0.1, 0.1), (0.9, 0.1))
+    press(tab, "photo", "Undo")
+    changed = (paint(tab, tmp_path / "result.png") != np.asarray(Image.open(photo))).any(axis=-1)
+    assert changed[1000, 700:1200].mean() > 0.95
+    assert changed[1000, 1800:2300].mean() > 0.95
+    assert not changed[:, 1480:1520].any()  # erased
+    assert not changed[:600].any()  # taken back
+
+    press(tab, "photo", "Clear")
+    tab.locator("#paint").click()
+    assert "No region is drawn yet" in message(tab)
+
+
+def test_the_exemplar_is_cropped(tab, tmp_path):
+    load(tab, "photo", EXAMPLES / "coffee.png")
+    load(tab, "exemplar", EXAMPLES / "china.jpg")
+    drag(tab, "photo", (0.4, 0.4), (0.6, 0.6))
+    whole = paint(tab, tmp_path / "whole.png")
+    drag(tab, "exemplar", (0.1, 0.1), (0.5, 0.9))
+    cropped = paint(tab, tmp_path / "cropped.png")
+    assert (whole != cropped).any()
+    assert read_settings(tmp_path / "whole.png")["reference"] == ["exemplar.jpg"]
+    assert read_settings(tmp_path / "cropped.png")["reference"] == ["exemplar-crop.tif"]
+
+    press(tab, "exemplar", "Load another picture")
+    tab.locator("#exemplar-file").wait_for()
+    tab.locator("#paint").click()
+    assert "There is no object yet" in message(tab)
+
+
+def test_a_result_becomes_the_photo(tab, tmp_path):
+    load(tab, "photo", EXAMPLES / "coffee.png")
+    load(tab, "exemplar", EXAMPLES / "china.jpg")
+    press(tab, "photo", "Box")
+    drag(tab, "photo", (0.1, 0.1), (0.3, 0.3))
+    first = paint(tab, tmp_path / "first.png")
+    shown = tab.locator("#photo canvas").evaluate("canvas => canvas.toDataURL()")
+    tab.locator("#again").click()
+    tab.wait_for_function("old => document.querySelector('#photo canvas').toDataURL() !== old", arg=shown)
+    drag(tab, "photo", (0.6, 0.6), (0.9, 0.9))
+    second = paint(tab, tmp_path / "second.png")
+    changed = (second != first).any(axis=-1)
+    assert bounds(changed) == pytest.approx((360, 240, 540, 360), abs=4)
+    with Image.open(EXAMPLES / "coffee.png") as photo:
+        assert (second[40:120, 60:180] != np.asarray(photo)[40:120, 60:180]).any(axis=-1).mean() > 0.95
+
+
+def test_wrong_input_is_answered_in_words(tab, tmp_path):
+    tab.locator("#paint").click()
+    assert "There is no photo yet" in message(tab)
+    (tmp_path / "photo.png").write_bytes(b"no picture")
+    tab.locator("#photo-file input[type=file]").set_input_files(tmp_path / "photo.png")
+    tab.get_by_test_id("toast-text").filter(has_text="photo.png is not a picture that Pillow reads").wait_for()
+    assert tab.locator("#photo-file").is_visible()
+    load(tab, "photo", EXAMPLES / "coffee.png")
+    drag(tab, "photo", (0.4, 0.4), (0.6, 0.6))
+    tab.locator("#paint").click()
+    tab.get_by_test_id("toast-text").filter(has_text="There is no object yet").wait_for()
+
+
+def test_the_screenshot(tiny_checkpoint, tmp_path):
+    screenshot(tiny_checkpoint, tmp_path / "app.png")
+    with Image.open(tmp_path / "app.png") as picture:
+        assert picture.width == 1440
+        assert np.asarray(picture.convert("L")).std() > 20  # not blank: three pictures on white
+
+
+# --- the screenshot ---------------------------------------------------------------------------------------
+
+
+def screenshot(checkpoint: Path, out: Path) -> None:
+    """Has the first example painted by a model, and saves what the page then looks like."""
+    model = load_editor(checkpoint)
+    page = app.build_page(model, identify(checkpoint, model.dtype), quick_sampling(checkpoint))
+    with served(page) as address, browser(address) as tab:
+        tab.locator("#examples tbody tr").first.click()
+        tab.wait_for_function("document.querySelector('#photo canvas')?.width > 300")
+        tab.locator("#paint").click()
+        tab.locator("#results img").first.wait_for(timeout=600 * SECONDS)
+        tab.mouse.move(0, 0)
+        tab.wait_for_timeout(SECONDS)  # colours fade in and out
+        tab.screenshot(path=out)
+
+
+if __name__ == "__main__":
+    screenshot(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,502 @@
+"""Jobs from text, and batch files: what is read, refused, run, run again and left alone."""
+
+import csv
+import io
+import json
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+import pbe
+from pbe.batch.job import MAX_SEED, Job, make_job, read_inputs
+from pbe.batch.provenance import NUM_SAMPLES, SAMPLE_BYTES, Weights, identify, read_settings, save_result, settings_of
+from pbe.batch.run import Outcome, is_finished, read_jobs, run_row
+from pbe.editing.parsing import COLUMNS
+from pbe.images.reading import PictureWarning
+
+CHECKPOINT = Path("model.ckpt")
+WEIGHTS = Weights("model.ckpt", "0123abcd", "bfloat16")
+GIVEN = {"image": "photo.png", "mask": "mask.png", "reference": "dog.png", "out": "out.png"}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    Image.new("RGB", (48, 40), "olive").save(tmp_path / "photo.png")
+    mask = Image.new("L", (48, 40))
+    mask.paste(255, (10, 10, 30, 30))
+    mask.save(tmp_path / "mask.png")
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "dog.png")
+    (tmp_path / CHECKPOINT).write_bytes(b"weights")
+    return tmp_path
+
+
+class Model:
+    """What run_row asks of a model, given that `edit` is replaced."""
+
+    dtype = torch.float32
+
+
+@pytest.fixture
+def edits(monkeypatch) -> list[dict]:
+    """Replaces `edit`: notes its arguments, and returns the photo with the mask in a colour made of the seed."""
+    calls = []
+
+    def edit(model, image, mask, exemplar, **settings):
+        calls.append({"exemplar": exemplar, "mask": mask, **settings})
+        if settings["guidance"] == 13:
+            raise ValueError("guidance 13 is unlucky")
+        if settings["guidance"] == 14:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if settings["guidance"] == 15:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        if settings["guidance"] == 16:
+            raise RuntimeError("convolution is tired\nand a long story of C++")
+        if settings["guidance"] == 17:
+            raise KeyboardInterrupt
+        results = []
+        for i in range(settings["num_images"]):
+            result = image.copy()
+            result.paste((settings["seed"] + i) % 256, mask=Image.fromarray(mask))
+            results.append(result)
+        return results
+
+    monkeypatch.setattr("pbe.editing.edit.edit", edit)
+    return calls
+
+
+def write_csv(folder: Path, *rows: dict) -> Path:
+    path = folder / "rows.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_jsonl(folder: Path, *rows: dict | str) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+# --- values -----------------------------------------------------------------------------------------------
+
+
+def test_columns_are_the_fields_of_a_job():
+    assert set(COLUMNS) == set(Job.__dataclass_fields__) - {"folder", "line"}
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("box", "1,2,30,40", (1, 2, 30, 40)),
+        ("box", [1, 2, 30.5, 40], (1, 2, 30.5, 40)),
+        ("polygon", "1,2 3,4 5,6", ((1, 2), (3, 4), (5, 6))),
+        ("polygon", [[1, 2], [3, 4], [5, 6]], ((1, 2), (3, 4), (5, 6))),
+        ("reference", "a.png; b.png", ("a.png", "b.png")),
+        ("reference", ["a;b.png"], ("a;b.png",)),
+        ("steps", " 20 ", 20),
+        ("steps", 20, 20),
+        ("scale", "7.5", 7.5),
+        ("window", "full", "full"),
+        ("window", "0,0,64,64", (0, 0, 64, 64)),
+        ("raw", "yes", True),
+        ("raw", False, False),
+        ("steps", "20.0", 20),
+        ("steps", 2e1, 20),
+        ("seed", MAX_SEED, MAX_SEED),
+        ("seed", str(MAX_SEED), MAX_SEED),
+        ("seed", 2**53 + 1, 2**53 + 1),  # the first whole number that no float holds
+        ("seed", f"+{2**53 + 1}", 2**53 + 1),
+    ],
+)
+def test_values_are_read_from_text_and_json(name, value, expected):
+    given = {**GIVEN, name: value}
+    if name in ("box", "polygon"):
+        del given["mask"]
+    assert getattr(make_job(given), name) == expected
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": "ten"}, "steps: 'ten' is not a number"),
+        ({"steps": 2.5}, "steps: 2.5 is not a whole number"),
+        ({"steps": True}, "steps: True is not a number"),
+        ({"scale": "nan"}, "scale: 'nan' is not a number"),
+        ({"seed": 1e400}, "seed: inf is not a number"),
+        ({"scale": 10**400}, "scale: 10+ is not a number"),
+        ({"seed": "9007199254740993.0"}, "seed: '9007199254740993.0' is not a whole number"),
+        ({"seed": -1}, f"seed must be between 0 and {MAX_SEED}, got -1"),
+        ({"seed": str(MAX_SEED + 1)}, f"got {MAX_SEED + 1}"),
+        ({"mask": None, "box": "1,2,3"}, "box: '1,2,3' is not a box"),
+        ({"mask": None, "polygon": "1,2 3,4"}, "polygon: '1,2 3,4' is not a polygon"),
+        ({"mask": None}, "one of mask, box and polygon, got none"),
+        ({"box": "1,2,3,4"}, "got mask and box"),
+        ({"window": "some"}, "window: 'some' is not auto, full"),
+        ({"regions": "all"}, "regions: 'all' is not one of together, each"),
+        ({"raw": "maybe"}, "raw: 'maybe' is neither true nor false"),
+        ({"image": 3}, "image: 3 is not text"),
+        ({"reference": "a.png;;b.png"}, "reference: .* is not a list of file names"),
+        ({"reference": " "}, "reference missing"),
+        ({"image": "", "out": None}, "image and out missing"),
+        ({"reference_weights": "1,2"}, "reference_weights has 2 values for 1 reference"),
+        ({"reference_mask": "a.png;b.png"}, "reference_mask has 2 values for 1 reference"),
+        ({"out": "./photo.png"}, "also an input"),
+    ],
+)
+def test_bad_values_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_job({**GIVEN, **changes})
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def test_csv_and_jsonl_give_the_same_jobs(folder):
+    rows = [
+        {**GIVEN, "reference": "a.png;b.png", "seed": "7", "scale": ""},
+        {"image": "x.png", "mask": "", "box": "1,2,3,4", "reference": "c.png", "out": "2.png"},
+    ]
+    objects = [
+        {**GIVEN, "reference": ["a.png", "b.png"], "seed": 7},
+        {"image": "x.png", "box": [1, 2, 3, 4], "reference": ["c.png"], "out": "2.png"},
+    ]
+    from_csv, bad_csv = read_jobs(write_csv(folder, *rows), {"scale": "3"})
+    from_jsonl, bad_jsonl = read_jobs(write_jsonl(folder, *objects), {"scale": "3"})
+    for name in ("a.png", "b.png", "c.png", "x.png"):
+        (folder / name).touch()
+    assert bad_csv == bad_jsonl == []
+    for a, b in zip(from_csv, from_jsonl, strict=True):
+        assert settings_of(a, WEIGHTS) == settings_of(b, WEIGHTS)
+        assert a.out == b.out
+    assert [job.seed for job in from_csv] == [7, Job.seed]
+    assert [job.scale for job in from_csv] == [3, 3]
+    assert [job.line for job in from_csv] == [2, 3]
+    assert from_csv[0].path("photo.png") == folder / "photo.png"
+
+
+def test_bad_rows_do_not_hide_the_good_ones(folder):
+    bad = ("{not json", "", "[1]", {**GIVEN, "out": "b.png", "steps": "x"}, {"image": "a"}, {**GIVEN, "colour": "red"})
+    path = write_jsonl(folder, GIVEN, *bad)
+    jobs, failed = read_jobs(path, {})
+    assert [job.line for job in jobs] == [1]
+    assert [(outcome.line, outcome.status) for outcome in failed] == [(n, "failed") for n in (2, 4, 5, 6, 7)]
+    reasons = ("not JSON", "not a JSON object", "steps", "missing", "unknown column 'colour'; known are image, mask")
+    for outcome, words in zip(failed, reasons, strict=True):
+        assert words in outcome.reason
+
+
+def test_csv_row_with_too_many_cells_fails_alone(folder):
+    path = folder / "rows.csv"
+    path.write_text("image,mask,reference,out\na.png,b.png,c.png,1.png\na.png,b.png,c.png,2.png,surplus\n")
+    jobs, failed = read_jobs(path, {})
+    assert [job.out for job in jobs] == ["1.png"]
+    assert failed == [Outcome(3, "failed", "more cells than the header has columns")]
+
+
+def test_csv_quote_that_is_not_closed_hides_no_rows(folder):
+    path = folder / "rows.csv"
+    path.write_text('image,mask,reference,out\na.png,b.png,c.png,"1.png\na.png,b.png,c.png,2.png\n')
+    with pytest.raises(ValueError, match=r"rows.csv, after line 1: unexpected end of data"):
+        read_jobs(path, {})
+    path.write_text('image,mask,"reference,out\na.png,b.png,c.png,1.png\n')
+    with pytest.raises(ValueError, match=r"rows.csv, after line 0: unexpected end of data"):
+        read_jobs(path, {})
+
+
+def test_byte_order_mark_of_spreadsheets_is_read_over(folder):
+    path = folder / "rows.csv"
+    path.write_text("image,mask,reference,out\na.png,b.png,c.png,1.png\n", encoding="utf-8-sig")
+    assert read_jobs(path, {})[0][0].image == "a.png"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"scale": -1}, "guidance must be 0 or more, got -1"),
+        ({"eta": 0.5}, "eta=0.5 is for the sampler 'ddim'"),
+        ({"margin": 0.5}, "margin must be"),
+        ({"feather": -1}, "feather must be"),
+        ({"resolution": 100}, "resolution must be"),
+        ({"resolution": 0}, "resolution must be"),
+    ],
+)
+def test_settings_out_of_range_fail_before_a_model_is_loaded(folder, changes, message):
+    jobs, (outcome,) = read_jobs(write_jsonl(folder, {**GIVEN, **changes}), {})
+    assert jobs == []
+    assert message in outcome.reason
+
+
+def test_csv_cell_that_is_too_long_is_named(folder):
+    polygon = "1,1 " * 40_000  # csv takes 131,072 characters
+    path = folder / "rows.csv"
+    path.write_text(f'image,polygon,reference,out\na.png,"{polygon}",c.png,1.png\n')
+    with pytest.raises(ValueError, match=r"rows.csv, after line 1: field larger than field limit .*\.jsonl"):
+        read_jobs(path, {})
+    jobs, failed = read_jobs(write_jsonl(folder, {**GIVEN, "mask": "", "polygon": polygon}), {})
+    assert (len(jobs), failed) == (1, [])
+
+
+@pytest.mark.parametrize("write", [write_csv, write_jsonl])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([GIVEN, {**GIVEN, "out": "./out.png"}], r"lines \d and \d both write ./out.png"),
+        ([GIVEN, {**GIVEN, "image": "out.png", "out": "b.png"}], r"line \d writes out.png, which line \d reads"),
+    ],
+)
+def test_wrong_files_are_refused_before_anything_is_done(folder, write, rows, message):
+    with pytest.raises(ValueError, match=message):
+        read_jobs(write(folder, *rows), {})
+
+
+def test_a_link_that_leads_back_to_itself_fails_alone(folder):
+    (folder / "loop.png").symlink_to("loop.png")
+    jobs, failed = read_jobs(write_jsonl(folder, {**GIVEN, "image": "loop.png"}, {**GIVEN, "out": "2.png"}), {})
+    assert (len(jobs), failed) == (2, [])
+    with pytest.raises(FileNotFoundError, match=r"image .*loop\.png: there is no such file"):
+        read_inputs(jobs[0])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("rows.txt", b"", "ends in .csv or .jsonl"),
+        ("rows.csv", b"", "has no rows"),
+        ("rows.csv", b"image,image\n", "names a column twice"),
+        ("rows.csv", b"image,colour\n", "line 1: unknown column 'colour'; known are image, mask"),
+        ("rows.jsonl", b"{}\n\xff\xfe\x00", r"rows\.jsonl, line 2 is not UTF-8 \(byte 0xff\)"),
+        ("rows.csv", b"image,out\nf\xe9.png,a.png\n", r"rows\.csv, line 2 is not UTF-8 \(byte 0xe9\)"),
+        ("rows.csv", b"image\0,out\n", r"rows\.csv, line 1 holds a NUL byte"),
+    ],
+)
+def test_files_that_are_no_batch(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_jobs(tmp_path / name, {})
+
+
+# --- running ----------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, **changes) -> Outcome:
+    redo = changes.pop("redo", False)
+    weights = identify(folder / CHECKPOINT, Model.dtype)
+    return run_row(Model(), make_job({**GIVEN, **changes}, folder, line=5), weights, redo)
+
+
+def test_row_is_run_as_it_says(folder, edits):
+    changes = {"seed": 7, "scale": 3, "steps": 9, "raw": True, "reference": ["dog.png", "photo.png"]}
+    assert run(folder, **changes, reference_weights=[1, 3], window=[0, 0, 40, 40]) == Outcome(5, "done")
+    (call,) = edits
+    assert (call["seed"], call["guidance"], call["steps"], call["composite"]) == (7, 3, 9, False)
+    assert (call["exemplar_weights"], call["window"], call["num_images"]) == ((1, 3), (0, 0, 40, 40), 1)
+    assert [image.size for image in call["exemplar"]] == [(20, 30), (48, 40)]
+    assert call["mask"].sum() == 400
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+def test_finished_row_is_skipped_in_every_format(folder, edits, suffix):
+    out = f"new/out{suffix}"
+    assert run(folder, out=out).status == "done"
+    before = (folder / out).read_bytes()
+    assert run(folder, out=out) == Outcome(5, "skipped")
+    assert len(edits) == 1
+    assert (folder / out).read_bytes() == before
+
+
+def test_row_is_done_again_when_asked(folder, edits):
+    assert [run(folder).status, run(folder, redo=True).status] == ["done", "done"]
+    assert len(edits) == 2
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"scale": 2}, {"feather": 3}, {"mask": None, "box": "1,1,9,9"}])
+def test_row_with_other_settings_is_done_again(folder, edits, changes):
+    run(folder)
+    assert run(folder, **changes).status == "done"
+    assert run(folder).status == "done"  # and back
+
+
+@pytest.mark.parametrize("name", ["photo.png", "mask.png", "dog.png", "model.ckpt"])
+def test_row_whose_input_has_changed_is_done_again(folder, edits, name):
+    run(folder)
+    before = (folder / name).stat()
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content + b"!" if name == "model.ckpt" else other_png(folder / name))
+    os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times has it
+    assert run(folder).status == "done"
+
+
+def other_png(path: Path) -> bytes:
+    """The picture with one other pixel."""
+    with Image.open(path) as image:
+        image.putpixel((0, 0), 7)
+        file = io.BytesIO()
+        image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["photo.png", "mask.png", "dog.png", "model.ckpt"])
+def test_row_whose_input_was_only_touched_is_skipped(folder, edits, name):
+    run(folder)
+    later = (folder / "out.png").stat().st_mtime + 10
+    os.utime(folder / name, (later, later))
+    assert run(folder).status == "skipped"
+
+
+def test_checkpoints_of_one_name_and_size_are_told_apart(tmp_path):
+    size = 3 * NUM_SAMPLES * SAMPLE_BYTES  # a third of it is looked at
+    path = tmp_path / "model.ckpt"
+    found = []
+    for changed in (None, 0, size // 2, size - 1):
+        content = bytearray(size)
+        if changed is not None:  # a tensor's worth
+            start = max(changed - 2 * SAMPLE_BYTES, 0)
+            content[start : changed + 2 * SAMPLE_BYTES] = b"x" * len(content[start : changed + 2 * SAMPLE_BYTES])
+        path.write_bytes(content)
+        found.append(identify(path, torch.float16))
+    assert len(set(found)) == 4
+    assert {(weights.checkpoint, weights.dtype) for weights in found} == {("model.ckpt", "float16")}
+
+
+def test_checkpoint_folder_is_known_by_its_weights(tmp_path):
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "model.safetensors").write_bytes(part.encode())
+    first = identify(tmp_path, torch.float32)
+    (tmp_path / "README.md").write_text("no weights")
+    assert identify(tmp_path, torch.float32) == first
+    (tmp_path / "vae" / "model.safetensors").write_bytes(b"VAE")
+    assert identify(tmp_path, torch.float32) != first
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt: there is no such checkpoint"):
+        identify(tmp_path / "none.ckpt", torch.float32)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n cut off"])
+def test_damaged_result_is_done_again(folder, edits, content):
+    (folder / "out.png").write_bytes(content)
+    assert run(folder).status == "done"
+
+
+def test_result_with_the_same_name_by_another_tool_is_done_again(folder, edits):
+    Image.new("RGB", (4, 4)).save(folder / "out.png")
+    Image.new("RGB", (4, 4)).save(folder / "out.jpg")
+    assert run(folder).status == "done"
+    assert run(folder, out="out.jpg").status == "done"
+
+
+def test_another_dtype_or_checkpoint_is_not_finished(folder, edits):
+    run(folder)
+    job = make_job(GIVEN, folder)
+    assert is_finished(job, identify(folder / CHECKPOINT, torch.float32))
+    assert not is_finished(job, identify(folder / CHECKPOINT, torch.float16))
+    assert not is_finished(job, identify(folder / "photo.png", torch.float32))
+    (folder / "dog.png").unlink()
+    assert not is_finished(job, identify(folder / CHECKPOINT, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"image": "none.png"}, "none.png"),
+        ({"mask": "dog.png"}, "20x30"),
+        ({"mask": None, "box": "0,0,99,9"}, "outside"),
+        ({"out": "out.gif"}, "out.gif: cannot save as '.gif'"),
+        ({"out": "out"}, "out: cannot save as a file without a suffix"),
+        ({"out": "sub"}, "is a folder"),
+        ({"sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"steps": 0}, "steps must be"),
+        ({"scale": 13}, "unlucky"),
+        ({"scale": 14}, "the device's memory is full"),
+        ({"scale": 15}, "the device's memory is full"),
+    ],
+)
+def test_row_that_cannot_be_run_becomes_an_outcome(folder, edits, changes, reason):
+    (folder / "sub").mkdir()
+    files = sorted(folder.rglob("*"))
+    outcome = run(folder, **changes)
+    assert (outcome.line, outcome.status) == (5, "failed")
+    assert reason in outcome.reason
+    assert sorted(folder.rglob("*")) == files  # nothing half done
+
+
+def test_alpha_into_jpeg_fails_before_sampling(folder, edits):
+    Image.new("RGBA", (48, 40)).save(folder / "alpha.png")
+    outcome = run(folder, image="alpha.png", out="out.jpg")
+    assert "JPEG cannot hold an image of mode 'RGBA'" in outcome.reason
+    assert edits == []
+
+
+def test_unforeseen_error_fails_its_row_alone(folder, edits):
+    assert run(folder, scale=16) == Outcome(5, "failed", "RuntimeError: convolution is tired")
+    assert run(folder).status == "done"
+
+
+def test_interruption_ends_the_batch(folder, edits):
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, scale=17)
+
+
+@pytest.mark.parametrize("size, suffix", [((16400, 2), ".webp"), ((2, 16400), ".webp"), ((65501, 2), ".jpg")])
+def test_photo_too_large_for_a_format_fails_before_sampling(folder, edits, size, suffix):
+    Image.new("RGB", size).save(folder / "long.png")
+    outcome = run(folder, image="long.png", mask=None, box="0,0,2,1", out=f"out{suffix}")
+    assert outcome.status == "failed"
+    assert f"out{suffix}: " in outcome.reason
+    assert f"cannot hold a side of {max(size)} pixels" in outcome.reason
+    assert edits == []
+    assert not any("trial" in path.name for path in folder.iterdir())
+
+
+def test_photo_with_much_exif_is_saved_as_jpeg_without_settings(folder, edits):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "x" * 65400
+    Image.new("RGB", (48, 40)).save(folder / "full.jpg", exif=exif)
+    with pytest.warns(PictureWarning, match=r"out\.jpg is saved without its settings") as warned:
+        assert run(folder, image="full.jpg", out="out.jpg").status == "done"
+    assert len(warned) == 1  # the trial before sampling is silent
+    with Image.open(folder / "out.jpg") as image:
+        assert len(image.getexif()[ExifTags.Base.Make]) == 65400
+    assert read_settings(folder / "out.jpg") is None
+
+
+def test_edit_of_an_edit_has_its_own_settings(folder, edits):
+    run(folder, out="first.jpg", seed=1)
+    assert run(folder, image="first.jpg", out="second.jpg", seed=2).status == "done"
+    assert run(folder, image="first.jpg", out="second.jpg", seed=2).status == "skipped"
+    assert [read_settings(folder / name)["seed"] for name in ("first.jpg", "second.jpg")] == [1, 2]
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+def test_settings_are_read_back_from_a_picture(tmp_path, suffix):
+    for name in ("photo.png", "mask.png", "ä.png", "b.png"):
+        (tmp_path / name).write_text(name)
+    job = make_job({**GIVEN, "window": "0,0,8,8", "reference": ["ä.png", "b.png"]}, tmp_path)
+    settings = settings_of(job, WEIGHTS)
+    assert [settings[name] for name in ("checkpoint", "checkpoint_crc32", "dtype")] == list(WEIGHTS)
+    assert list(settings["inputs_crc32"]) == ["photo.png", "mask.png", "ä.png", "b.png"]
+    assert settings["inputs_crc32"]["b.png"] == f"{zlib.crc32(b'b.png'):08x}"
+    path = tmp_path / f"a{suffix}"
+    save_result(Image.new("RGB", (9, 8)), path, settings)
+    stored = read_settings(path)
+    assert stored.pop("size") == [9, 8]
+    assert stored.pop("pbe") == pbe.__version__
+    assert stored == settings
+
+
+def test_stored_settings_are_a_row(folder):
+    """What a picture tells can be put into a JSONL file as it is, less what is not a column."""
+    job = make_job({**GIVEN, "mask": None, "polygon": "1,1 9,1 5,9", "scale": 3}, folder)
+    row = {name: v for name, v in settings_of(job, WEIGHTS).items() if name in COLUMNS}
+    assert make_job({**row, "out": "out.png"}, folder) == job

@@ -1,0 +1,548 @@
+"""`pbe edit` as its users call it: what it writes, what it says, and how it refuses."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pbe
+import pbe.cli
+from pbe.batch.job import spare_threads
+from pbe.batch.provenance import read_settings
+from pbe.cli.comparison import parse_seeds, runs
+from pbe.cli.edit import main
+from pbe.sampling import StepInfo
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parents[2]
+BOX = (20, 16, 60, 48)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A photo of 100x80, its mask, two exemplars, in the working directory."""
+    noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    mask = Image.new("L", (100, 80))
+    mask.paste(255, BOX)
+    mask.save(tmp_path / "mask.png")
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "dog.png")
+    Image.new("RGB", (30, 20), "blue").save(tmp_path / "cat.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(folder, tiny_checkpoint):
+    """Calls the command with the usual flags; a flag given as None is left out, True stands without a value."""
+
+    def call(**changes) -> int:
+        usual = {"image": "photo.png", "mask": "mask.png", "reference": "dog.png", "out": "out.png"}
+        usual = {} if "batch" in changes else usual
+        flags = {**usual, "ckpt": str(tiny_checkpoint), "device": "cpu", "steps": "4", "quiet": True, **changes}
+        argv = []
+        for name, value in flags.items():
+            if value is not None:
+                argv.append("--" + name.replace("_", "-"))
+                argv += [] if value is True else value if isinstance(value, list) else [str(value)]
+        return main(argv)
+
+    return call
+
+
+@pytest.fixture
+def edits(monkeypatch) -> list[dict]:
+    """Replaces `edit`: notes its settings, takes the steps, and fills the mask with a gray made of the seed."""
+    calls = []
+
+    def edit(model, image, mask, exemplar, **settings):
+        calls.append(settings)
+        for _ in range(math.ceil(settings["num_images"] / settings["batch_size"])):
+            for i in range(settings["steps"]):
+                settings["callback"](StepInfo(i, settings["steps"], 0, torch.zeros(1), torch.zeros(1)))
+        results = []
+        for i in range(settings["num_images"]):
+            result = image.copy()
+            result.paste((20 * (settings["seed"] + i),) * 3, mask=Image.fromarray(mask))
+            results.append(result)
+        return results
+
+    monkeypatch.setattr("pbe.editing.edit.edit", edit)
+    return calls
+
+
+def gray_inside(path: Path) -> int:
+    with Image.open(path) as image:
+        return image.getpixel((30, 30))[0]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"photo.png", "mask.png", "dog.png", "cat.png"}
+
+
+# --- the whole way, with a small model --------------------------------------------------------------------
+
+
+def test_edit_keeps_the_photo_outside_the_mask(cli, folder):
+    assert cli() == 0
+    before, after = (np.asarray(Image.open(folder / name)) for name in ("photo.png", "out.png"))
+    inside = np.zeros((80, 100), dtype=bool)
+    inside[BOX[1] : BOX[3], BOX[0] : BOX[2]] = True
+    assert (before[~inside] == after[~inside]).all()
+    assert (before[inside] != after[inside]).any(axis=-1).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("resolution", "device", "chosen", "threads"),
+    [(64, "cpu", None, 1), (128, "cpu", None, 1), (256, "cpu", None, 2), (64, "cuda", None, 2), (64, "cpu", "2", 2)],
+)
+def test_small_models_take_one_thread_of_a_cpu(resolution, device, chosen, threads, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    torch.set_num_threads(2)
+    spare_threads(SimpleNamespace(config=SimpleNamespace(resolution=resolution), device=torch.device(device)))
+    assert torch.get_num_threads() == threads
+
+
+def test_several_results_are_those_of_their_seeds(cli, folder):
+    assert cli(num_images=3, seed=5, batch_size=2) == 0
+    assert names(folder) == {"out-5.png", "out-6.png", "out-7.png"}
+    assert cli(seed=6, out="alone.png") == 0
+    a, b = (np.asarray(Image.open(folder / name)).astype(int) for name in ("out-6.png", "alone.png"))
+    assert abs(a - b).max() <= 1  # sums may be ordered differently in a batch
+    other = np.asarray(Image.open(folder / "out-5.png")).astype(int)
+    assert abs(a - other).max() > 1
+
+
+def test_batch_from_a_file(cli, folder, capsys):
+    (folder / "rows.csv").write_text(
+        "image,mask,box,reference,seed,out\n"
+        "photo.png,mask.png,,dog.png,1,a.png\n"
+        "none.png,mask.png,,dog.png,2,b.png\n"
+        "photo.png,,\"20,16,60,48\",dog.png;cat.png,3,c.png\n"
+    )  # fmt: skip
+    assert cli(batch="rows.csv") == 1
+    output = capsys.readouterr()
+    assert output.out == "3 rows: 2 done, 0 done before, 1 failed\n"
+    assert output.err.count("\n") == 1
+    assert output.err.startswith("line 3 failed: ")
+    assert names(folder) == {"rows.csv", "a.png", "c.png"}
+    first = (folder / "a.png").read_bytes()
+
+    (folder / "rows.csv").write_text(
+        "seed,out,image,mask,reference\n3,d.png,photo.png,mask.png,dog.png\n1,a.png,photo.png,mask.png,dog.png\n"
+    )
+    assert cli(batch="rows.csv") == 0
+    assert capsys.readouterr().out == "2 rows: 1 done, 1 done before, 0 failed\n"
+    assert cli(batch="rows.csv", redo=True) == 0
+    assert (folder / "a.png").read_bytes() == first  # whatever its place and its neighbours
+
+
+def test_batch_of_bad_rows_needs_no_model(cli, folder, capsys):
+    (folder / "rows.jsonl").write_text("{}")
+    assert cli(batch="rows.jsonl") == 1
+    output = capsys.readouterr()
+    assert output.out == "1 row: 0 done, 0 done before, 1 failed\n"
+    assert output.err == "line 1 failed: image and reference and out missing\n"
+
+
+def test_finished_batch_loads_no_model(cli, folder, capsys, monkeypatch):
+    (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    assert cli(batch="rows.csv") == 0
+    monkeypatch.delattr("pbe.checkpoints.loading.load_model")
+    assert cli(batch="rows.csv") == 0
+    assert capsys.readouterr().out.splitlines()[1] == "1 row: 0 done, 1 done before, 0 failed"
+
+
+# --- what the flags do ------------------------------------------------------------------------------------
+
+
+def test_flags_reach_edit(cli, edits):
+    flags = {
+        "sampler": "ddim",
+        "eta": 0.5,
+        "spacing": "trailing",
+        "scale": 3,
+        "guidance_interval": "100,800",
+        "seed": 9,
+        "window": "0,0,64,64",
+        "regions": "each",
+    }
+    more = {
+        "raw": True,
+        "seam": "feather",
+        "feather": 4,
+        "margin": 0.2,
+        "resolution": 128,
+        "batch_size": 3,
+        "num_images": 2,
+    }
+    assert cli(**flags, **more, reference=["dog.png", "cat.png"], reference_weights="1,3") == 0
+    (settings,) = edits
+    del settings["callback"]
+    assert settings == {
+        "exemplar_weights": (1, 3),
+        "steps": 4,
+        "guidance": 3,
+        "guidance_interval": (100, 800),
+        "sampler": "ddim",
+        "eta": 0.5,
+        "spacing": "trailing",
+        "seed": 9,
+        "num_images": 2,
+        "batch_size": 3,
+        "window": (0, 0, 64, 64),
+        "regions": "each",
+        "composite": False,
+        "seam": "feather",
+        "feather": 4,
+        "margin": 0.2,
+        "resolution": 128,
+    }
+
+
+def test_settings_are_in_the_picture(cli, edits, folder, tiny_checkpoint):
+    assert cli(seed=9, scale=2.5) == 0
+    settings = read_settings(folder / "out.png")
+    expected = {"seed": 9, "scale": 2.5, "steps": 4, "sampler": "plms", "window": "auto", "size": [100, 80]}
+    expected |= {"image": "photo.png", "reference": ["dog.png"], "checkpoint": tiny_checkpoint.name}
+    expected |= {"pbe": pbe.__version__, "dtype": "float32"}
+    assert settings.items() >= expected.items()
+    assert "scale 2.5" in Image.open(folder / "out.png").text["Description"]
+
+
+@pytest.mark.parametrize("out", ["new/", "there"])
+def test_results_in_a_folder_are_called_after_the_photo(cli, edits, folder, out):
+    (folder / "there").mkdir()
+    assert cli(out=out, seed=3, num_images=2) == 0
+    assert {path.name for path in (folder / out).iterdir()} == {"photo-3.png", "photo-4.png"}
+    assert [gray_inside(folder / out / f"photo-{seed}.png") for seed in (3, 4)] == [60, 80]
+
+
+def test_grid(cli, edits, folder):
+    assert cli(grid=True, seed=3, reference=["dog.png", "cat.png"]) == 0
+    assert names(folder) == {"out.png", "out-3.png"}
+    with Image.open(folder / "out.png") as grid:
+        assert grid.width > 5 * 200  # source, masked, two exemplars, a result: each at least 2/3 of 320 wide
+        pixels = np.asarray(grid)
+    for colour in ((255, 0, 0), (0, 0, 255), (128, 128, 128), (60, 60, 60)):  # exemplars, mask, result
+        assert (pixels == colour).all(axis=-1).sum() > 1000
+
+
+def test_photos_may_be_larger_than_pillow_s_bound(cli, edits, folder, capsys, monkeypatch):
+    """The bound's error and its warning at half as many pixels; a batch knows its large results again."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of 8000
+    (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    assert cli(batch="rows.csv") == 0
+    assert cli(batch="rows.csv") == 0
+    output = capsys.readouterr()
+    assert "1 done before" in output.out
+    assert output.err == ""
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_a_grid_does_not_replace_an_input(cli, edits, folder, capsys):
+    (folder / "mask.png").rename(folder / "photo-grid.png")
+    before = (folder / "photo-grid.png").read_bytes()
+    assert cli(mask="photo-grid.png", out="./", grid=True) == 2
+    assert "photo-grid.png is also an input" in capsys.readouterr().err
+    assert (folder / "photo-grid.png").read_bytes() == before
+    assert edits == []
+
+
+def test_seeds_and_scales_make_a_table(cli, edits, folder):
+    assert cli(seeds="1..2,7", sweep_scale="1,2.5") == 0
+    expected = {f"out-scale{scale}-{seed}.png" for scale in ("1", "2.5") for seed in (1, 2, 7)}
+    assert names(folder) == {"out.png", *expected}
+    assert [(call["guidance"], call["seed"], call["num_images"]) for call in edits] == [
+        (1, 1, 2), (1, 7, 1), (2.5, 1, 2), (2.5, 7, 1)
+    ]  # fmt: skip
+    assert gray_inside(folder / "out-scale2.5-7.png") == 140
+    assert read_settings(folder / "out-scale2.5-7.png")["scale"] == 2.5
+    with Image.open(folder / "out.png") as grid:
+        assert grid.height > 3 * 320
+
+
+def test_table_lists_scales_down_and_seeds_across(cli, edits, folder):
+    assert cli(seeds="4,6", sweep_scale="1,3", out="grids/") == 0
+    pixels = np.asarray(Image.open(folder / "grids" / "photo-grid.png")).astype(int)
+    found = []
+    for seed in (4, 6):
+        rows, columns = np.nonzero((abs(pixels - 20 * seed) <= 1).all(axis=-1))
+        blocks = [columns[rows < rows.mean()].mean(), columns[rows > rows.mean()].mean()]
+        assert abs(blocks[0] - blocks[1]) < 10  # the same column for both scales
+        found.append(np.mean(blocks))
+    assert found[1] - found[0] > 300
+
+
+@pytest.mark.parametrize(
+    "text, seeds", [("1..4", [1, 2, 3, 4]), ("1,5,9", [1, 5, 9]), ("7", [7]), ("1..3,3,2,9", [1, 2, 3, 9])]
+)
+def test_seeds(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+def test_runs_are_consecutive_seeds():
+    assert runs([1, 2, 3, 7, 6, 5, 8]) == [(1, 3), (7, 1), (6, 1), (5, 1), (8, 1)]
+
+
+def test_progress_is_on_stderr_and_ends_full(cli, edits, capsys):
+    assert cli(quiet=None, num_images=5, batch_size=2, steps=5) == 0
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "15/15" in output.err  # three batches of five steps
+    assert cli() == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_jpeg_says_that_it_changes_pixels(cli, edits, folder, capsys):
+    assert cli(out="out.jpg") == 0
+    assert capsys.readouterr().err.startswith("note: JPEG changes all pixels")
+    assert read_settings(folder / "out.jpg")["seed"] == 321
+
+
+def test_warnings_are_one_line(cli, edits, folder, capsys):
+    Image.linear_gradient("L").resize((100, 80)).save(folder / "gray.png")
+    assert cli(mask="gray.png") == 0
+    error = capsys.readouterr().err
+    assert error.startswith("warning: ")
+    assert error.count("\n") == 1
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image": "none.png"}, "none.png"),
+        ({"mask": "none.png"}, "error: mask none.png: there is no such file"),
+        ({"mask": "dog.png"}, "error: mask dog.png is "),
+        ({"out": "photo.png/out.png"}, "cannot write photo.png/out.png: photo.png is no folder"),
+        ({"image": "loop.png"}, "image loop.png: there is no such file"),
+        ({"reference": "none.png"}, "none.png"),
+        ({"ckpt": "none.ckpt"}, "none.ckpt"),
+        ({"ckpt": "photo.png"}, "photo.png"),
+        ({"ckpt": None}, "--ckpt"),
+        ({"mask": None, "box": "10,10,200,20"}, "outside"),
+        ({"mask": None, "box": "10,10"}, "is not a box"),
+        ({"mask": "dog.png"}, "20x30"),
+        ({"mask": None}, "one of mask, box and polygon"),
+        ({"box": "1,2,3,4"}, "got mask and box"),
+        ({"image": None, "mask": None, "reference": None, "out": None}, "image and reference and out missing"),
+        ({"sampler": "euler"}, "choose one of ddim, plms"),
+        ({"steps": "0"}, "steps must be an integer from 1 to 1000"),
+        ({"steps": "many"}, "steps: 'many' is not a number"),
+        ({"num_images": "0"}, "at least 1"),
+        ({"batch_size": "0"}, "at least 1"),
+        ({"scale": "-1"}, "guidance must be 0 or more"),
+        ({"eta": "0.5"}, "eta=0.5 is for the sampler 'ddim'"),
+        ({"margin": "0.7"}, "margin must be"),
+        ({"feather": "-1"}, "feather must be"),
+        ({"resolution": "100"}, "resolution must be"),
+        ({"resolution": "0"}, "resolution must be"),
+        ({"sweep_scale": "1,-3"}, "guidance must be 0 or more"),
+        ({"seed": "-1"}, "seed must be between 0 and 9223372036854775807"),
+        ({"seed": "9223372036854775807", "num_images": "2"}, "seed must be between"),
+        ({"device": "abacus"}, "abacus"),
+        ({"dtype": "float8"}, "float8"),
+        ({"out": "out.gif"}, "choose one of .png"),
+        ({"out": "out"}, "choose one of .png"),
+        ({"out": "photo.png"}, "also an input"),
+        ({"out": "dog.png/out.png"}, "dog.png"),
+        ({"seeds": "5..1"}, "'5..1' is neither"),
+        ({"seeds": "1..8", "seed": "3"}, "--seeds and --seed contradict"),
+        ({"seeds": "1..8", "num_images": "3"}, "--seeds and --num-images contradict"),
+        ({"sweep_scale": "1,3", "scale": "3"}, "--sweep-scale and --scale contradict"),
+        ({"devices": "2"}, "need --batch"),
+        ({"redo": True}, "need --batch"),
+        ({"colour": "red"}, "--colour"),
+        ({"batch": "none.csv"}, "none.csv"),
+        ({"batch": "photo.png"}, "ends in .csv or .jsonl"),
+        ({"batch": "rows.csv", "image": "photo.png", "grid": True}, "--image and --grid cannot be given with --batch"),
+        ({"batch": "rows.csv", "batch_size": "2"}, "--batch-size cannot be given with --batch"),
+        ({"batch": "rows.csv", "num_images": "0"}, "--num-images cannot be given with --batch"),
+        ({"batch": "rows.csv", "devices": "0"}, "at least 1"),
+        ({"batch": "rows.csv", "steps": "many"}, "steps: 'many' is not a number"),
+        ({"batch": "rows.csv", "ckpt": "none.ckpt"}, "none.ckpt"),
+    ],
+)
+def test_wrong_input_is_one_line_and_code_2(cli, edits, folder, capsys, changes, message):
+    (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    (folder / "loop.png").symlink_to("loop.png")
+    before = names(folder)
+    try:
+        code = cli(**changes)
+    except SystemExit as end:  # argparse leaves so
+        code = end.code
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
+    assert names(folder) == before
+    assert edits == []
+
+
+def test_ctrl_c_ends_in_one_line_and_leaves_nothing(cli, folder, capsys, monkeypatch):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pbe.editing.edit.edit", interrupted)
+    before = names(folder)
+    assert cli() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert names(folder) == before
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission(cli, edits, folder, capsys):
+    (folder / "locked").mkdir(mode=0o500)
+    assert cli(out="locked/out.png") == 2
+    assert "cannot write locked/out.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scale": "-1"},
+        {"eta": "0.5"},
+        {"resolution": "100"},
+        {"out": "out.gif"},
+        {"low_memory": True, "compile": "whole"},
+    ],
+)
+def test_what_needs_no_model_is_refused_without_one(cli, capsys, monkeypatch, changes):
+    monkeypatch.delattr("pbe.checkpoints.loading.load_model")
+    assert cli(**changes) == 2
+    assert "load_model" not in capsys.readouterr().err
+
+
+def test_batch_of_settings_out_of_range_needs_no_model(cli, folder, capsys, monkeypatch):
+    monkeypatch.delattr("pbe.checkpoints.loading.load_model")
+    (folder / "rows.csv").write_text("image,mask,reference,out,margin\nphoto.png,mask.png,dog.png,a.png,0.7\n")
+    assert cli(batch="rows.csv") == 1
+    output = capsys.readouterr()
+    assert output.out == "1 row: 0 done, 0 done before, 1 failed\n"
+    assert "margin must be" in output.err
+
+
+def test_batch_goes_on_after_memory_was_full(cli, folder, capsys, monkeypatch):
+    def edit(model, image, *args, seed, **settings):
+        if seed == 1:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+        return [image]
+
+    monkeypatch.setattr("pbe.editing.edit.edit", edit)
+    row = "photo.png,mask.png,dog.png"
+    (folder / "rows.csv").write_text(f"image,mask,reference,out,seed\n{row},a.png,1\n{row},b.png,2\n")
+    assert cli(batch="rows.csv") == 1
+    output = capsys.readouterr()
+    assert output.out == "2 rows: 1 done, 0 done before, 1 failed\n"
+    assert output.err.startswith("line 2 failed: the device's memory is full")
+    assert names(folder) == {"rows.csv", "b.png"}
+    assert cli(seed=1) == 2  # alone, it is one line as well
+    assert capsys.readouterr().err.startswith("error: the device's memory is full")
+
+
+def test_large_seed_is_kept(cli, edits, folder, monkeypatch):
+    (folder / "rows.jsonl").write_text(
+        '{"image": "photo.png", "mask": "mask.png", "reference": "dog.png", "out": "b.png", "seed": 9007199254740993}'
+    )
+    monkeypatch.setattr("pbe.editing.edit.edit", lambda model, image, *_, **settings: edits.append(settings) or [image])
+    assert cli(seed=2**53 + 1, out="a.png") == 0
+    assert cli(batch="rows.jsonl") == 0
+    assert [call["seed"] for call in edits] == [2**53 + 1] * 2
+    assert [read_settings(folder / name)["seed"] for name in ("a.png", "b.png")] == [2**53 + 1] * 2
+
+
+def test_batch_with_another_checkpoint_of_the_same_name_is_done_again(cli, edits, folder, tiny_checkpoint, capsys):
+    (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    state = torch.load(tiny_checkpoint)
+    for place in ("one", "two"):
+        (folder / place).mkdir()
+        torch.save(state, folder / place / "model.ckpt")
+        state["state_dict"]["model.diffusion_model.out.2.bias"] += 1
+    times = (folder / "one" / "model.ckpt").stat()
+    os.utime(folder / "two" / "model.ckpt", ns=(times.st_atime_ns, times.st_mtime_ns))
+    sizes = {(folder / place / "model.ckpt").stat().st_size for place in ("one", "two")}
+    assert len(sizes) == 1
+    for place, line in (("one", "1 done, 0"), ("one", "0 done, 1"), ("two", "1 done, 0"), ("two", "0 done, 1")):
+        assert cli(batch="rows.csv", ckpt=f"{place}/model.ckpt") == 0
+        assert capsys.readouterr().out == f"1 row: {line} done before, 0 failed\n"
+
+
+def test_other_model_is_refused(cli, edits, capsys, monkeypatch):
+    monkeypatch.setattr("pbe.checkpoints.loading.load_model", lambda *_: torch.nn.Linear(1, 1))
+    assert cli() == 2
+    assert "holds Linear, editing needs Paint by Example" in capsys.readouterr().err
+
+
+def test_programming_errors_keep_their_traceback(cli, monkeypatch):
+    def edit(*args, **settings):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("pbe.editing.edit.edit", edit)
+    with pytest.raises(TypeError, match="a bug"):
+        cli()
+
+
+# --- the command pbe --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", pbe.cli.COMMANDS)
+def test_subcommands_have_help(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        pbe.cli.main([name, "--help"])
+    assert end.value.code == 0
+    assert f"usage: pbe {name}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        pbe.cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"pbe {pbe.__version__}\n"
+
+
+@pytest.mark.parametrize("argv, message", [([], "COMMAND"), (["paint"], "'paint'")])
+def test_unknown_subcommand(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        pbe.cli.main(argv)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_subcommand_gets_its_flags(folder, edits, tiny_checkpoint):
+    argv = ["edit", "--image", "photo.png", "--mask", "mask.png", "--reference", "dog.png", "--out", "out.png"]
+    assert pbe.cli.main([*argv, "--ckpt", str(tiny_checkpoint), "--device", "cpu", "--quiet"]) == 0
+    assert (folder / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["tools/inference.py", "--help"], ["-c", "import pbe.cli; pbe.cli.main(['edit', '--help'])"]]
+)
+def test_help_loads_nothing_heavy(command):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"}
+    run = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert run.stdout.startswith("usage: ")
+    assert "argparse" in imported
+    assert imported.isdisjoint({"torch", "numpy", "PIL", "lightning", "tqdm", "omegaconf"})
+
+
+def test_lazy_names_of_the_package():
+    assert {"edit", "load_model", "PaintByExample", "__version__"} <= set(dir(pbe))
+    assert pbe.PaintByExample.__name__ == "PaintByExample"
+    with pytest.raises(AttributeError, match="no attribute 'paint'"):
+        pbe.paint  # noqa: B018

@@ -1,0 +1,123 @@
+"""Adapters: nothing at first, exactly their update when merged, and files that fit or are refused."""
+
+import pytest
+import torch
+from conftest import TINY
+from golden_file import noise
+
+import pbe
+from pbe.checkpoints.formats.opening import CheckpointError
+from pbe.checkpoints.infer_config import pbe_entry
+from pbe.checkpoints.seeding import seeded_state
+from pbe.checkpoints.writing import save_checkpoint
+from pbe.cli.checkpoint import main
+from pbe.models.lora import LoRAConfig, LoRALinear, add_lora, is_adapter, load_lora, merge_lora, save_lora
+from pbe.models.paint_by_example import PaintByExample
+
+CONFIG = LoRAConfig(rank=2, alpha=4.0)
+
+
+def make_model():
+    model = PaintByExample(TINY)
+    model.load_state_dict(seeded_state(TINY, 0))
+    return model.eval()
+
+
+def adapted(seed=1):
+    """A model whose adapters have learnt something."""
+    model = make_model()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in add_lora(model, CONFIG, generator):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.no_grad()
+def predict(model):
+    return model.unet(noise("x", 1, 9, 8, 8), torch.tensor([300]), noise("c", 1, 1, 64))
+
+
+def test_a_fresh_adapter_changes_nothing_and_keeps_the_keys():
+    plain, model = make_model(), make_model()
+    parameters = add_lora(model, CONFIG, torch.Generator().manual_seed(0))
+    assert torch.equal(predict(model), predict(plain))
+    names = model.state_dict().keys()
+    assert plain.state_dict().keys() == {name for name in names if not is_adapter(name)}
+    assert len(parameters) == sum(map(is_adapter, names))
+    # attn1's four projections and attn2's value and output, in each of the network's transformers
+    assert len(parameters) == 2 * 6 * sum(name.endswith("attn1.to_q.weight") for name in names)
+
+
+def test_all_adapters_get_a_gradient():
+    model = make_model().requires_grad_(False)
+    parameters = add_lora(model, CONFIG, torch.Generator().manual_seed(0))
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    model.unet(noise("x", 1, 9, 8, 8), torch.tensor([300]), noise("c", 1, 1, 64)).square().mean().backward()
+    assert {p for p in model.parameters() if p.grad is not None} == set(parameters)
+    assert all(p.grad.abs().sum() > 0 for p in parameters)
+
+
+def test_merged_weights_compute_the_same():
+    model = adapted()
+    before = predict(model)
+    assert not torch.allclose(before, predict(make_model()), atol=1e-2)
+    merge_lora(model)
+    assert torch.allclose(predict(model), before, atol=1e-4)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    assert model.state_dict().keys() == make_model().state_dict().keys()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_saved_adapters_can_be_laid_over_the_model(tmp_path, suffix):
+    model = adapted()
+    path = tmp_path / f"adapter{suffix}"
+    save_lora(model.state_dict(), CONFIG, path, {"trained_on": "noise"})
+    other = make_model()
+    load_lora(other, path)
+    assert torch.equal(predict(other), predict(model))
+    # weight 0 shows nothing; weights act linearly on the merged matrices
+    for weight in (0.0, 0.5):
+        part = make_model()
+        load_lora(part, path, weight)
+        merge_lora(part)
+        full, plain = adapted(), make_model()
+        merge_lora(full)
+        for name, tensor in part.state_dict().items():
+            between = plain.state_dict()[name] + weight * (full.state_dict()[name] - plain.state_dict()[name])
+            assert torch.allclose(tensor, between, atol=1e-5), name
+
+
+def test_the_tool_merges_adapters_into_a_checkpoint(tmp_path):
+    torch.save({"state_dict": seeded_state(TINY, 0), "pbe": pbe_entry(TINY)}, tmp_path / "model.ckpt")
+    save_lora(adapted().state_dict(), CONFIG, tmp_path / "adapter.safetensors", {})
+    paths = [str(tmp_path / name) for name in ("model.ckpt", "adapter.safetensors", "merged.ckpt")]
+    assert main(["merge-lora", paths[0], paths[1], "--out", paths[2]]) == 0
+    merged = pbe.load_model(paths[2], device="cpu")
+    assert torch.allclose(predict(merged), predict(adapted()), atol=1e-4)
+    assert main(["merge-lora", paths[0], paths[0], "--out", str(tmp_path / "no.ckpt")]) == 2
+    assert not (tmp_path / "no.ckpt").exists()
+
+
+def test_adapters_that_do_not_fit(tmp_path):
+    model = adapted()
+    save_lora(model.state_dict(), CONFIG, tmp_path / "adapter.ckpt", {})
+    wrong = {n: t for n, t in model.state_dict().items() if "input_blocks.1.1" not in n}
+    save_lora(wrong, CONFIG, tmp_path / "wrong.ckpt", {})
+    plain = make_model()
+    with pytest.raises(CheckpointError, match=r"input_blocks\.1\.1"):
+        load_lora(plain, tmp_path / "wrong.ckpt")
+    assert plain.state_dict().keys() == make_model().state_dict().keys()
+    load_lora(plain, tmp_path / "adapter.ckpt")
+    with pytest.raises(ValueError, match="adapters already"):
+        load_lora(plain, tmp_path / "adapter.ckpt")
+    save_checkpoint({"x.lora_up": torch.zeros(1)}, tmp_path / "later.ckpt", {"lora": {"rank": 2, "dropout": 0.1}})
+    with pytest.raises(CheckpointError, match=r"later\.ckpt: its entry 'lora' is not this library's: .*'dropout'"):
+        load_lora(make_model(), tmp_path / "later.ckpt")
+    with pytest.raises(ValueError, match="no linear layer"):
+        add_lora(make_model(), LoRAConfig(targets=["nothing"]), torch.Generator())
+    with pytest.raises(ValueError, match="rank"):
+        LoRAConfig(rank=0)
+    with pytest.raises(ValueError, match="no adapters"):
+        save_lora(make_model().state_dict(), CONFIG, tmp_path / "none.ckpt", {})
