@@ -88,8 +88,8 @@ class Ours(System):
     def __init__(self, task: Task, consume: bool = True, compile: bool = False, small_card: bool = False):
         from pbe.acceleration import prepare_for_inference
         from pbe.acceleration.offloading import on_device
-        from pbe.batch.job import load_editor
         from pbe.checkpoints.loading import load_model
+        from pbe.editing.loading import load_editor
 
         if consume:
             how = "whole" if compile else None

@@ -34,7 +34,7 @@ EDITOR = """
 import sys
 from pathlib import Path
 import pbe
-from pbe.batch.job import load_editor
+from pbe.editing.loading import load_editor
 load_editor(Path("demo"), "cpu", "float32")
 pbe.edit
 print("imported:", *sys.modules)

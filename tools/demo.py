@@ -11,7 +11,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import pbe
-from pbe.batch.job import quick_sampling, spare_threads
+from pbe.editing.loading import limit_threads
+from pbe.editing.settings import quick_settings
 from pbe.images.grids import grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,13 +25,13 @@ def main() -> int:
     start = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
     model = pbe.load_model("demo", "cpu", "float32")  # the same picture on every machine
-    spare_threads(model)
-    sampling = quick_sampling("demo")._asdict()
+    limit_threads(model)
+    settings = {**vars(quick_settings("demo")), "seed": SEEDS[0]}
     photo, mask = Image.open(EXAMPLES / "flower.jpg"), Image.open(EXAMPLES / "flower_mask.png")
     exemplars = {colour: Image.open(EXAMPLES / f"flower_{colour}.jpg") for colour in COLOURS}
     results = {}
     for colour, exemplar in tqdm(exemplars.items(), desc="exemplars"):
-        results[colour] = pbe.edit(model, photo, mask, exemplar, num_images=len(SEEDS), seed=SEEDS[0], **sampling)
+        results[colour] = pbe.edit(model, photo, mask, exemplar, num_images=len(SEEDS), **settings)
         for seed, result in zip(SEEDS, results[colour], strict=True):
             result.save(OUT / f"{colour}_{seed}.png")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from examples.demo_model.figures import Figure, Row
-from pbe.batch.job import DEMO_SAMPLING
 from pbe.editing.edit import edit
+from pbe.editing.settings import DEMO
 from pbe.images.grids import grid
 from pbe.images.reading import read_exemplar, read_mask, read_picture
 from pbe.images.saving import save_picture
@@ -81,7 +81,7 @@ def seed_grid(
             guidance=guidance,
             steps=steps,
             sampler=sampler,
-            spacing=DEMO_SAMPLING.spacing,
+            spacing=DEMO.spacing,
             seed=seed,
             num_images=seeds,
             batch_size=16,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pbe.batch.job import DEMO_SAMPLING
+from pbe.editing.settings import DEMO
 
 Exemplars = Literal["any", "kind"]
 
@@ -22,10 +22,10 @@ class Settings:
     cases: int = 128
     exemplars: Exemplars = "any"
     gallery: int = 16
-    guidance: float = DEMO_SAMPLING.guidance
+    guidance: float = DEMO.guidance
     scales: Sequence[float] = (1.0, 2.0, 3.0, 5.0)
-    steps: int = DEMO_SAMPLING.steps
-    sampler: str = DEMO_SAMPLING.sampler
+    steps: int = DEMO.steps
+    sampler: str = DEMO.sampler
     seed_cases: int = 24
     seeds: int = 4
     sampler_cases: int = 8

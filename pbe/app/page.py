@@ -20,8 +20,8 @@ from PIL import Image
 
 from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, painter, region_of, to_value
 from pbe.app.uploads import MAX_RESULTS, Edit, Settings, save_edits, take
-from pbe.batch.job import QUICK_SAMPLING, Job, Sampling
 from pbe.batch.provenance import Weights
+from pbe.editing.settings import QUICK, EditSettings
 from pbe.images.reading import PictureWarning, read_mask, read_picture
 from pbe.images.windows import mask_bounding_box
 from pbe.models.paint_by_example import PaintByExample
@@ -165,7 +165,7 @@ def example_files() -> list[list[str]]:
 # The page
 
 
-def build_page(model: PaintByExample, weights: Weights, sampling: Sampling = QUICK_SAMPLING) -> gr.Blocks:
+def build_page(model: PaintByExample, weights: Weights, sampling: EditSettings = QUICK) -> gr.Blocks:
     """The page for one model; `weights` says in the results which it was, the sliders begin with `sampling`.
 
     `serve` shows it.
@@ -275,7 +275,7 @@ def build_page(model: PaintByExample, weights: Weights, sampling: Sampling = QUI
                 with gr.Accordion("Steps, seed, sampler", open=False):
                     steps = gr.Slider(4, 200, sampling.steps, step=1, label="Steps")
                     with gr.Row():
-                        seed = gr.Number(Job.seed, precision=0, minimum=0, label="Seed", min_width=80)
+                        seed = gr.Number(EditSettings.seed, precision=0, minimum=0, label="Seed", min_width=80)
                         sampler = gr.Dropdown(list(SAMPLERS), value=sampling.sampler, label="Sampler", min_width=80)
             with gr.Column(scale=5, min_width=400):
                 gallery = gr.Gallery(

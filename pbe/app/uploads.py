@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pbe.batch.job import MAX_SEED, QUICK_SAMPLING, Job, read_inputs, run_job
-from pbe.batch.provenance import Weights, check_writable, save_result, settings_of
-from pbe.editing.parsing import parse
+from pbe.batch.job import Job, read_inputs, run_job
+from pbe.batch.provenance import Weights, check_writable, provenance_of, save_result
+from pbe.editing.settings import MAX_SEED, QUICK, SETTINGS, EditSettings
 from pbe.images.reading import UNREADABLE, read_picture
 from pbe.images.saving import save_picture
 from pbe.images.windows import Box
+from pbe.io.fields import read
 from pbe.models.paint_by_example import PaintByExample
 from pbe.sampling import StepInfo
 
@@ -35,7 +36,7 @@ class Settings(NamedTuple):
     seed: int
     num_images: int
     sampler: str
-    spacing: str = QUICK_SAMPLING.spacing
+    spacing: str = QUICK.spacing
 
 
 class Edit(NamedTuple):
@@ -65,25 +66,23 @@ def save_edits(
             f"num_images must be a whole number from 1 to {MAX_RESULTS} on this page, got {settings.num_images}"
         )
     num_images = int(settings.num_images)
-    # An emptied field is None, and a program may send 20.0 steps.
-    scale, steps, seed = parse("scale", settings.guidance), parse("steps", settings.steps), parse("seed", settings.seed)
+    given = {name: value for name, value in settings._asdict().items() if name in SETTINGS}
+    # an emptied field is None, which is refused by name, and a program may send 20.0 steps
+    chosen = EditSettings(**{name: read(name, value, SETTINGS[name]) for name, value in given.items()})
+    steps, seed = chosen.steps, chosen.seed
     last = seed + num_images - 1
     if last > MAX_SEED:
         raise ValueError(f"the last result's seed would be {last}, and the largest is {MAX_SEED}")
     job = Job(
         image=take(edit.photo, folder, "photo"),
         mask=take(edit.mask, folder, "mask"),
-        reference=(take(edit.exemplar, folder, "exemplar", edit.crop),),
+        exemplar=(take(edit.exemplar, folder, "exemplar", edit.crop),),
         out=f"{edit.photo.stem}-{seed}.png",
-        sampler=settings.sampler,
-        spacing=settings.spacing,
-        steps=steps,
-        scale=scale,
-        seed=seed,
+        settings=chosen,
         folder=folder,
     )
     inputs = read_inputs(job)
-    about = settings_of(job, weights)
+    about = provenance_of(job, weights)
     check_writable(job.path(job.out), inputs.picture.source, about)
 
     done, total = 0, steps * -(-num_images // BATCH_SIZE)

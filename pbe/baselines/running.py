@@ -10,10 +10,10 @@ from typing import Any
 
 from pbe.baselines import Baseline, Edit, System, Weights, get_baseline
 from pbe.baselines.systems import Setting
-from pbe.batch.job import MAX_SEED
-from pbe.batch.provenance import followed_from, identify, save_described
+from pbe.batch.provenance import identify, made_from, save_described
 from pbe.batch.run import Outcome
 from pbe.checkpoints.loading import choose_device, choose_dtype
+from pbe.editing.settings import MAX_SEED
 from pbe.evaluation.test_set import Benchmark, Item, result_files
 
 OF_ITEM = ("seed", "label", "inputs_crc32")  # what differs from result to result of a system
@@ -129,7 +129,7 @@ def run_item(plan: Plan, system: System, item: Item, i: int, path: Path) -> Outc
 def is_finished(plan: Plan, item: Item, i: int, path: Path) -> bool:
     """Whether an item's result is there and follows from the plan, its seed and the item's files as they are now."""
     try:
-        return followed_from(path) == settings_of(plan, item, i)
+        return made_from(path) == settings_of(plan, item, i)
     except OSError:
         return False  # an input cannot be read: running the item says so
 
@@ -156,7 +156,7 @@ def settings_in(benchmark: Benchmark, folder: Path) -> dict[str, Any]:
     """
     found = []
     for i, path in enumerate(result_files(benchmark, folder)):
-        stored = followed_from(path)
+        stored = made_from(path)
         made = {key: value for key, value in stored.items() if key not in OF_ITEM}
         found.append({**made, "seed": stored["seed"] - i} if "seed" in stored else made)
     return found[0] if all(one == found[0] for one in found) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pbe.editing.edit import is_interval
+from pbe.editing.settings import SETTINGS, EditSettings
 from pbe.images import windows
 from pbe.images.reading import MaskLike, Picture, PictureLike, read_exemplar, read_mask, read_picture
 from pbe.images.windows import Box
-from pbe.sampling import NoiseSchedule, get_sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,20 +180,7 @@ class Baseline:
         """
         published = {name: getattr(self.kind, name) for name in self.settings}
         chosen = published | {name: given[name] for name in published if given.get(name) is not None}
-        if "steps" in chosen and not 1 <= chosen["steps"] <= 1000:
-            raise ValueError(f"steps must be from 1 to 1000, got {chosen['steps']}")
-        if "guidance" in chosen and not (math.isfinite(chosen["guidance"]) and chosen["guidance"] >= 0):
-            raise ValueError(f"guidance must be 0 or more, got {chosen['guidance']}")
-        interval = chosen.get("guidance_interval")
-        if interval is not None and not is_interval(interval):
-            raise ValueError(f"guidance_interval must be [low, high], -1 <= low <= high <= 1000, got {interval}")
-        if "sampler" in chosen:
-            get_sampler(chosen["sampler"])
-        if "spacing" in chosen:
-            NoiseSchedule.scaled_linear(spacing=chosen["spacing"]).timesteps(chosen["steps"])
-        resolution = chosen.get("resolution")
-        if resolution is not None and (resolution < 8 or resolution % 8):
-            raise ValueError(f"resolution must be a positive multiple of 8, got {resolution}")
+        EditSettings(**{name: value for name, value in chosen.items() if name in SETTINGS})  # checks them
         if "skipped" in chosen:
             chosen["skipped"] = published["skipped"] * chosen["steps"] // published["steps"]
         return chosen

@@ -13,10 +13,11 @@ import torch.distributed
 from torch.utils.data import DataLoader
 
 from pbe.acceleration import Compile
-from pbe.batch.job import Job, check_memory, load_editor, spare_threads
+from pbe.batch.job import Job
 from pbe.batch.provenance import identify
 from pbe.batch.run import Outcome, run_row
 from pbe.checkpoints.loading import choose_device
+from pbe.editing.loading import check_memory, limit_threads, load_editor
 
 
 def share_of(num_jobs: int, rank: int, world_size: int) -> range:
@@ -51,10 +52,10 @@ class BatchEditing(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device
         model = load_editor(self.checkpoint, device, self.model_dtype, self.low_memory, self.compile_networks)
-        spare_threads(model)
+        limit_threads(model)
         weights = identify(self.checkpoint, model.dtype)
-        # The model is no submodule: Lightning would move it to the device whole, and copy the first process's to all.
-        self.run: Callable[[Job], Outcome] = partial(run_row, model, weights=weights, redo=self.redo)
+        # Not a submodule: Lightning would move it to the device whole, and copy the first process's to all.
+        self.run: Callable[[Job], Outcome] = partial(run_row, lambda: model, weights=weights, redo=self.redo)
 
     def predict_dataloader(self) -> DataLoader:
         return DataLoader(share_of(len(self.jobs), self.trainer.global_rank, self.trainer.world_size), batch_size=None)

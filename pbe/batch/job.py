@@ -1,7 +1,7 @@
-"""One edit as plain values, and running it. `pbe.editing.parsing` reads them, `pbe.batch.provenance` saves what comes.
+"""One edit as a row says it: its files, its settings, and where the result goes.
 
-The fields of `Job` are at once the flags of `pbe edit`, the columns of a batch file and the settings kept in a result.
-Only the standard library is imported on top: the command line reads its arguments before it loads anything heavy.
+The columns are the fields of `Job` and of `EditSettings`; the flags of `pbe edit` and a result's provenance have the
+same names. What is heavy is imported where it is used: the command line reads its arguments before.
 """
 
 from __future__ import annotations
@@ -9,55 +9,43 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pbe.editing.parsing import Corners, parse
+from pbe.editing.settings import SETTINGS, EditSettings, is_given
+from pbe.io.fields import Range, field_types, read
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from PIL import Image
 
-    from pbe.acceleration import Compile
     from pbe.images.reading import Picture
     from pbe.models.paint_by_example import PaintByExample
     from pbe.sampling import Callback
 
-MAX_SEED = 2**63 - 1
+Box = Annotated[tuple[float, float, float, float], "a box x0,y0,x1,y1"]
+Polygon = Annotated[tuple[tuple[float, float], ...], Range(3), "a polygon of three or more points x,y x,y x,y"]
+FileNames = Annotated[tuple[str, ...], "a list of file names (in one text: separated by ';')"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One edit of a photo and where its result goes; see `pbe.edit` for the settings.
+    """One edit of a photo and where its result goes; see `pbe.edit`.
 
     Paths are as the user wrote them, relative to `folder`. Exactly one of mask, box and polygon says what to repaint.
     ValueError where the fields contradict each other.
     """
 
     image: str
-    reference: tuple[str, ...]
+    exemplar: FileNames
     out: str
     mask: str | None = None
-    box: Corners | None = None
-    polygon: tuple[tuple[float, float], ...] | None = None
-    reference_mask: tuple[str, ...] | None = None
-    reference_weights: tuple[float, ...] | None = None
-    sampler: str = "plms"
-    eta: float = 0.0
-    spacing: str = "leading"
-    steps: int = 50
-    scale: float = 5.0
-    guidance_interval: tuple[int, int] | None = None
-    seed: int = 321
-    window: Literal["auto", "full"] | Corners = "auto"
-    regions: Literal["together", "each"] = "together"
-    raw: bool = False
-    seam: str = "poisson"
-    feather: int | None = None
-    margin: float = 0.1
-    resolution: int | None = None
+    box: Box | None = None
+    polygon: Polygon | None = None
+    exemplar_mask: FileNames | None = None
+    exemplar_weights: tuple[float, ...] | None = None
+    settings: EditSettings = field(default_factory=EditSettings)
     folder: Path = Path()
     line: int = 0  # of the batch file
 
@@ -65,93 +53,53 @@ class Job:
         given = [name for name in ("mask", "box", "polygon") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of mask, box and polygon, got {' and '.join(given) or 'none'}")
-        for name in ("reference_mask", "reference_weights"):
+        for name in ("exemplar_mask", "exemplar_weights"):
             values = getattr(self, name)
-            if values is not None and len(values) != len(self.reference):
-                raise ValueError(f"{name} has {len(values)} values for {len(self.reference)} reference pictures")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed must be between 0 and {MAX_SEED}, got {self.seed}")
+            if values is not None and len(values) != len(self.exemplar):
+                raise ValueError(f"{name} has {len(values)} values for {len(self.exemplar)} exemplars; give one each")
         for name in self.inputs:
-            # not Path.resolve, to which links that lead back to themselves are no ValueError
+            # not Path.resolve, which raises something else than ValueError for a link that leads back to itself
             if os.path.realpath(self.path(name)) == os.path.realpath(self.path(self.out)):
                 raise ValueError(f"out {self.out} is also an input: it would be overwritten")
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], folder: Path = Path(), line: int = 0) -> Job:
+        """A job from texts or JSON values by column; None and blank texts are not given.
+
+        ValueError for a value that cannot be read, for a required one that is missing, and as `Job`.
+        """
+        fields = {name: read(name, row[name], FILES[name]) for name in FILES if is_given(row.get(name))}
+        missing = [name for name in ("image", "exemplar", "out") if name not in fields]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} missing")
+        settings = EditSettings.from_texts({name: row[name] for name in SETTINGS if name in row})
+        return cls(**fields, settings=settings, folder=folder, line=line)
+
+    def to_row(self) -> dict[str, Any]:
+        """The job as JSON values by column, without what is None; `from_row` reads them back."""
+        files = {name: getattr(self, name) for name in FILES if getattr(self, name) is not None}
+        return {**files, **self.settings.to_json()}
 
     @property
     def inputs(self) -> list[str]:
         """The files it reads."""
         masks = [self.mask] if self.mask else []
-        return [self.image, *masks, *self.reference, *(self.reference_mask or ())]
+        return [self.image, *masks, *self.exemplar, *(self.exemplar_mask or ())]
 
     def path(self, name: str) -> Path:
+        """The path of one of its files."""
         return self.folder / name
 
 
-def make_job(values: Mapping[str, Any], folder: Path = Path(), line: int = 0) -> Job:
-    """A job from texts or JSON values by column; None and blank texts count as not given.
-
-    ValueError for a value that cannot be read, for a required one that is missing, and as `Job`.
-    """
-    fields = {}
-    for name, value in values.items():
-        if value is None or (isinstance(value, str) and not value.strip()):
-            continue
-        fields[name] = parse(name, value)
-    missing = [name for name in ("image", "reference", "out") if name not in fields]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} missing")
-    return Job(**fields, folder=folder, line=line)
-
-
-# --- settings to begin with -------------------------------------------------------------------------------
-
-
-class Sampling(NamedTuple):
-    """Settings of `pbe.edit` that go together."""
-
-    sampler: str
-    spacing: Literal["leading", "trailing"]
-    steps: int
-    guidance: float
-
-
-# For results soon: as good as many steps give, where PLMS, with as few, loses its hold under strong guidance.
-# docs/editing.md, "How many steps"
-QUICK_SAMPLING = Sampling("dpm_solver", "trailing", steps=20, guidance=Job.scale)
-# More guidance takes its colours away from the exemplars' again: docs/demo-model.md
-DEMO_SAMPLING = QUICK_SAMPLING._replace(guidance=3.0)
-
-
-def quick_sampling(checkpoint: str | Path) -> Sampling:
-    """QUICK_SAMPLING for the model in a checkpoint, or what suits it better where that is known."""
-    from pbe.checkpoints.formats.opening import DEMO_MODEL, find_checkpoint
-
-    return DEMO_SAMPLING if find_checkpoint(checkpoint) == DEMO_MODEL else QUICK_SAMPLING
-
-
-# --- running a job ----------------------------------------------------------------------------------------
-
-
-def check_job(job: Job) -> None:
-    """ValueError for settings that no model and no photo can make right."""
-    from pbe.editing.edit import check_settings
-
-    check_settings(
-        steps=job.steps,
-        guidance=job.scale,
-        guidance_interval=job.guidance_interval,
-        sampler=job.sampler,
-        eta=job.eta,
-        spacing=job.spacing,
-        seed=job.seed,
-        num_images=1,
-        batch_size=1,
-        window=job.window,
-        regions=job.regions,
-        seam=job.seam,
-        feather=job.feather,
-        margin=job.margin,
-        resolution=job.resolution,
-    )
+FILES = {name: kind for name, kind in field_types(Job).items() if name not in ("settings", "folder", "line")}
+COLUMNS = (*FILES, *SETTINGS)
+RENAMED = {
+    "reference": "exemplar",
+    "reference_mask": "exemplar_mask",
+    "reference_weights": "exemplar_weights",
+    "scale": "guidance",
+    "raw": "composite",
+}
 
 
 class Inputs(NamedTuple):
@@ -163,10 +111,9 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(job: Job) -> Inputs:
-    """Check a job's settings and read its pictures; raises as `check_job` and `pbe.images.reading` do."""
+    """Reads a job's pictures; raises as `pbe.images.reading` does."""
     from pbe.images.reading import read_exemplar, read_mask, read_picture
 
-    check_job(job)
     picture = read_picture(job.path(job.image))
     if job.mask is not None:
         repaint = read_mask(job.path(job.mask), picture.size)
@@ -174,61 +121,9 @@ def read_inputs(job: Job) -> Inputs:
         repaint = read_mask(job.box, picture.size, name="box")
     else:
         repaint = read_mask(job.polygon, picture.size, name="polygon")
-    masks = [job.path(name) for name in job.reference_mask] if job.reference_mask else [None] * len(job.reference)
-    exemplars = [
-        read_exemplar(job.path(name), mask, name="reference") for name, mask in zip(job.reference, masks, strict=True)
-    ]
+    masks = [job.path(name) for name in job.exemplar_mask] if job.exemplar_mask else [None] * len(job.exemplar)
+    exemplars = [read_exemplar(job.path(name), mask) for name, mask in zip(job.exemplar, masks, strict=True)]
     return Inputs(picture, repaint, exemplars)
-
-
-def load_editor(
-    checkpoint: Path,
-    device: str | torch.device = "auto",
-    dtype: str = "auto",
-    low_memory: bool = False,
-    compile: Compile | None = None,
-) -> PaintByExample:
-    """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone; with `low_memory` each
-    network is on the device only while it computes. ValueError if it is another model, or if both `low_memory` and the
-    whole network's compilation are asked for."""
-    from pbe.acceleration import prepare_for_inference
-    from pbe.acceleration.offloading import offload
-    from pbe.checkpoints.loading import choose_device, choose_dtype, load_model
-    from pbe.models.paint_by_example import PaintByExample
-
-    check_memory(low_memory, compile)
-    chosen = choose_device(device)
-    home, precision = choose_device("cpu") if low_memory else chosen, choose_dtype(dtype, chosen)
-    # on the CPU preparing converts what is mapped, with no copy between; to a device the least is sent
-    model = load_model(checkpoint, home, "stored" if home.type == "cpu" else precision)
-    if not isinstance(model, PaintByExample):
-        raise ValueError(f"{checkpoint} holds {type(model).__name__}, editing needs Paint by Example")
-    if low_memory:
-        model = offload(model, chosen)
-    return prepare_for_inference(model, consume=True, dtype=precision, compile=compile)
-
-
-SMALL_RESOLUTION = 128
-
-
-def spare_threads(model: PaintByExample) -> None:
-    """Has the process compute with one thread where a CPU runs a model of pictures of at most 128 pixels, unless
-    OMP_NUM_THREADS says otherwise.
-
-    So small a network gains a quarter by four threads. On a busy machine it loses twentyfold by them: all wait, in
-    each layer, for the one that has no core (docs/editing.md).
-    """
-    import torch
-
-    small = model.config.resolution <= SMALL_RESOLUTION and model.device.type == "cpu"
-    if small and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
-def check_memory(low_memory: bool, compile: Compile | None) -> None:
-    """ValueError for what `load_editor` cannot have both: the whole network's graphs keep their memory."""
-    if low_memory and compile == "whole":
-        raise ValueError("compile='whole' keeps the memory that low_memory gives back: use compile='regions'")
 
 
 def run_job(
@@ -239,35 +134,22 @@ def run_job(
     batch_size: int = 4,
     callback: Callback | None = None,
 ) -> list[Image.Image]:
-    """The results for the seeds `job.seed`, `job.seed + 1`, ...; raises as `pbe.edit`, MemoryError on full memory."""
+    """The results for the job's seed and the next ones; raises as `pbe.edit`, MemoryError on full memory."""
     import torch
 
-    from pbe.editing.edit import edit
+    from pbe.editing import edit as editing
 
     try:
-        return edit(
+        return editing.edit(
             model,
-            inputs.picture.source,
+            inputs.picture,
             inputs.repaint,
             inputs.exemplars,
-            exemplar_weights=job.reference_weights,
-            steps=job.steps,
-            guidance=job.scale,
-            guidance_interval=job.guidance_interval,
-            sampler=job.sampler,
-            eta=job.eta,
-            spacing=job.spacing,
-            seed=job.seed,
+            exemplar_weights=job.exemplar_weights,
             num_images=num_images,
             batch_size=batch_size,
-            window=job.window,
-            regions=job.regions,
-            composite=not job.raw,
-            seam=job.seam,
-            feather=job.feather,
-            margin=job.margin,
-            resolution=job.resolution,
             callback=callback,
+            **vars(job.settings),
         )
     except RuntimeError as error:
         # Only CUDA has an error class for it; "can't allocate" is the CPU's, "out of memory" that of MPS.

@@ -1,4 +1,4 @@
-"""Results with what they follow from: settings, checksums of the inputs and of the weights.
+"""A result's provenance, saved with it: settings, checksums of the inputs and of the weights.
 
 As in `pbe.batch.job`, what is heavy is imported where it is used: the command line reads its arguments before.
 """
@@ -8,13 +8,11 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pbe.batch.job import Job
-from pbe.editing.parsing import COLUMNS
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 # What of a checkpoint tells it from another.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")  # in a folder
 NUM_SAMPLES, SAMPLE_BYTES = 256, 16384
-ABOUT_RESULT = ("pbe", "size")  # stored beside what a result follows from, no part of it
+ABOUT_RESULT = ("pbe", "size")  # stored beside the provenance, not part of it
 
 
 class Weights(NamedTuple):
@@ -59,37 +57,42 @@ def identify(checkpoint: Path, dtype: torch.dtype) -> Weights:
     return Weights(checkpoint.name, f"{crc:08x}", str(dtype).removeprefix("torch."))
 
 
-def settings_of(job: Job, weights: Weights) -> dict[str, Any]:
-    """What a result follows from, as JSON values by column name, with checksums of the files that were read."""
-    fields = {name: value for name, value in asdict(job).items() if name in COLUMNS and value is not None}
-    del fields["out"]
-    return json.loads(json.dumps(fields)) | {
-        "inputs_crc32": {name: f"{zlib.crc32(job.path(name).read_bytes()):08x}" for name in job.inputs},
+def checksums(job: Job) -> dict[str, str]:
+    """The CRC-32 of each of a job's input files, by the name that the job has for it."""
+    return {name: f"{zlib.crc32(job.path(name).read_bytes()):08x}" for name in job.inputs}
+
+
+def provenance_of(job: Job, weights: Weights, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a result follows from, as JSON values by column name, with the checksums of the files that were read
+    (`inputs`, where they are known already)."""
+    row = json.loads(json.dumps(job.to_row()))  # lists for tuples, as they are read back
+    del row["out"]
+    return row | {
+        "inputs_crc32": dict(checksums(job) if inputs is None else inputs),
         "checkpoint": weights.checkpoint,
         "checkpoint_crc32": weights.crc32,
         "dtype": weights.dtype,
     }
 
 
-def save_result(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Save a result with its settings: as JSON under the key `pbe` and as a line to read; see `save_picture`."""
-    shown = ("sampler", "steps", "scale", "seed", "window", "checkpoint", "dtype")
-    save_described(
-        image, path, settings, "Paint by Example: " + ", ".join(f"{name} {settings[name]}" for name in shown)
-    )
+def save_result(image: Image.Image, path: Path, provenance: Mapping[str, Any]) -> None:
+    """Save a result with its provenance: as JSON under the key `pbe` and as a line to read; see `save_picture`."""
+    shown = ("sampler", "steps", "guidance", "seed", "window", "checkpoint", "dtype")
+    line = ", ".join(f"{name} {provenance[name]}" for name in shown)
+    save_described(image, path, provenance, f"Paint by Example: {line}")
 
 
-def save_described(image: Image.Image, path: Path, settings: Mapping[str, Any], description: str) -> None:
-    """Save a picture with what it follows from and a line to read."""
+def save_described(image: Image.Image, path: Path, provenance: Mapping[str, Any], description: str) -> None:
+    """Save a picture with its provenance and a line to read."""
     from pbe import __version__
     from pbe.images.saving import save_picture
 
-    stored = {**settings, "pbe": __version__, "size": list(image.size)}
+    stored = {**provenance, "pbe": __version__, "size": list(image.size)}
     save_picture(image, path, {"pbe": json.dumps(stored), "Description": description, "Software": f"pbe {__version__}"})
 
 
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings that `save_result` stored in a picture, or None where there are none."""
+def read_provenance(path: Path) -> dict[str, Any] | None:
+    """What `save_result` stored in a picture, or None where there is nothing."""
     from PIL import Image
 
     from pbe.images.reading import UNREADABLE
@@ -97,18 +100,27 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
     try:
         with Image.open(path) as image:
-            settings = json.loads(read_info(image)["pbe"])
+            stored = json.loads(read_info(image)["pbe"])
     except (*UNREADABLE, KeyError, Image.DecompressionBombError):
         return None  # not a picture, or not one of ours
-    return settings if isinstance(settings, dict) else None
+    return stored if isinstance(stored, dict) else None
 
 
-def followed_from(path: Path) -> dict[str, Any]:
-    """What the picture at `path` follows from, as it was saved with it; empty where nothing was."""
-    return {name: value for name, value in (read_settings(path) or {}).items() if name not in ABOUT_RESULT}
+def made_from(path: Path) -> dict[str, Any]:
+    """The provenance of the picture at `path`, as it was saved with it; empty where there is none."""
+    return {name: value for name, value in (read_provenance(path) or {}).items() if name not in ABOUT_RESULT}
 
 
-def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
+def is_finished(path: Path, provenance: Callable[[], Mapping[str, Any]]) -> bool:
+    """Whether the picture at `path` is there, with the provenance that its making would give it now."""
+    stored = made_from(path)
+    try:
+        return bool(stored) and stored == provenance()
+    except OSError:
+        return False  # an input cannot be read: making the picture says so
+
+
+def check_writable(path: Path, image: Image.Image, provenance: Mapping[str, Any]) -> None:
     """Find out that a result of the kind and size of `image` cannot be saved at `path`, before it is computed.
 
     The folder is made. ValueError for a suffix that cannot hold it, OSError where nothing can be written.
@@ -120,13 +132,13 @@ def check_writable(path: Path, image: Image.Image, settings: Mapping[str, Any]) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the result's own saving warns
             for size in ((image.width, 1), (1, image.height)):  # some formats bound the sides
-                save_result(image.crop((0, 0, *size)), trial, settings)
+                save_result(image.crop((0, 0, *size)), trial, provenance)
     except ValueError as error:
         raise ValueError(str(error).replace(str(trial), str(path))) from None
     except OSError as error:
         file = next((parent for parent in path.parents if parent.is_file()), None)
-        reason = f"{file} is no folder" if file else error.strerror or error
+        reason = f"{file} is a file, not a folder" if file else error.strerror or error
         raise OSError(f"cannot write {path}: {reason}") from error
     finally:
-        if trial.exists():  # what is no folder cannot even be asked to delete a file
+        if trial.exists():  # below a file even this question is an error
             trial.unlink()

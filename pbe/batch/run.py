@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pbe.batch.job import Job, check_job, make_job, read_inputs, run_job
-from pbe.batch.provenance import Weights, check_writable, followed_from, save_result, settings_of
-from pbe.editing.parsing import COLUMNS
+from pbe.batch.job import COLUMNS, RENAMED, Job, read_inputs, run_job
+from pbe.batch.provenance import Weights, check_writable, is_finished, provenance_of, save_result
+from pbe.editing.settings import is_given
 from pbe.io.rows import read_jsonl, read_lines
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Outcome(NamedTuple):
 
 
 def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[Outcome]]:
-    """The jobs of a `.csv` file (with a header) or a `.jsonl` file (an object a line), and the rows that are none.
+    """The jobs of a `.csv` file (with a header) or a `.jsonl` file (an object per line), and the rows that are refused.
 
     Paths in the file are relative to its folder; where a row is silent, `defaults` holds. ValueError for another kind
     of file or text, an unknown column of a header, two rows with one `out`, and an `out` that is another row's input.
@@ -40,10 +41,8 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
         try:
             if isinstance(row, ValueError):
                 raise row
-            given = {name: value for name, value in row.items() if value not in (None, "")}
-            job = make_job({**defaults, **given}, path.parent, line)
-            check_job(job)
-            jobs.append(job)
+            given = {name: value for name, value in row.items() if is_given(value)}
+            jobs.append(Job.from_row({**defaults, **given}, path.parent, line))
         except ValueError as error:
             failed.append(Outcome(line, "failed", str(error)))
     if not jobs and not failed:
@@ -75,8 +74,10 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]
 
 
 def _unknown_column(names: Iterable[str]) -> str | None:
-    unknown = [name for name in names if name not in COLUMNS]
-    return f"unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}" if unknown else None
+    unknown = next((name for name in names if name not in COLUMNS), None)
+    if unknown in RENAMED:
+        return f"the column {unknown!r} is now {RENAMED[unknown]!r}"
+    return None if unknown is None else f"unknown column {unknown!r}; choose from {', '.join(COLUMNS)}"
 
 
 def _check_outputs_differ(path: Path, jobs: Sequence[Job]) -> None:
@@ -91,29 +92,43 @@ def _check_outputs_differ(path: Path, jobs: Sequence[Job]) -> None:
         outputs[out] = job.line
 
 
-def is_finished(job: Job, weights: Weights) -> bool:
-    """Whether the job's picture exists and was made with the job's settings from the same inputs and weights."""
-    try:
-        return followed_from(job.path(job.out)) == settings_of(job, weights)
-    except OSError:
-        return False  # an input cannot be read: running the job says so
+def is_done(job: Job, weights: Weights) -> bool:
+    """Whether the job's picture is there, made with the job's settings from the same inputs and weights."""
+    return is_finished(job.path(job.out), partial(provenance_of, job, weights))
 
 
 def run_row(
-    model: PaintByExample, job: Job, weights: Weights, redo: bool = False, callback: Callback | None = None
+    load: Callable[[], PaintByExample],
+    job: Job,
+    weights: Weights,
+    redo: bool = False,
+    callback: Callback | None = None,
 ) -> Outcome:
-    """Run one row and save its picture, unless that is done already; a row that cannot be run becomes an outcome."""
-    try:
-        if not redo and is_finished(job, weights):
-            return Outcome(job.line, "skipped")
+    """Run one row with the model that `load` gives and save its picture, unless that is done already.
+
+    A row that cannot be run becomes an outcome; whatever `load` raises is raised.
+    """
+    if not redo and is_done(job, weights):
+        return Outcome(job.line, "skipped")
+    model = load()
+
+    def edit() -> None:
         inputs = read_inputs(job)
-        settings = settings_of(job, weights)
-        check_writable(job.path(job.out), inputs.picture.source, settings)
+        provenance = provenance_of(job, weights)
+        check_writable(job.path(job.out), inputs.picture.source, provenance)
         (image,) = run_job(model, job, inputs, callback=callback)
-        save_result(image, job.path(job.out), settings)
+        save_result(image, job.path(job.out), provenance)
+
+    return attempt(job.line, edit)
+
+
+def attempt(line: int, work: Callable[[], None]) -> Outcome:
+    """What became of `work` for a row; an error is noted, since hours into a batch the next rows may be fine."""
+    try:
+        work()
     except (ValueError, OSError, MemoryError) as error:
-        return Outcome(job.line, "failed", str(error))
-    except Exception as error:  # whatever befalls one row, hours into a batch, the rows after it may still be fine
+        return Outcome(line, "failed", str(error))
+    except Exception as error:
         message = str(error).partition("\n")[0]
-        return Outcome(job.line, "failed", f"{type(error).__name__}: {message}")
-    return Outcome(job.line, "done")
+        return Outcome(line, "failed", f"{type(error).__name__}: {message}")
+    return Outcome(line, "done")

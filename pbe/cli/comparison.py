@@ -1,4 +1,4 @@
-"""Several results of one edit: for some seeds, for some guidance scales, and all of them in one picture."""
+"""Several results of one edit: for seeds, for guidance scales, and all of them in one picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pbe.batch.job import Inputs, Job
-from pbe.editing.parsing import parse_numbers
+from pbe.io.fields import read
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,20 +22,23 @@ MAX_COLUMNS = 6
 
 
 def variants(args: argparse.Namespace, job: Job, num_images: int) -> tuple[dict[tuple[float, int], Job], Path | None]:
-    """The jobs to run by (scale, seed), each with its own output, and where their comparison goes if one is wanted."""
-    scales = parse_numbers(args.sweep_scale) if args.sweep_scale else [job.scale]
-    seeds = parse_seeds(args.seeds) if args.seeds else [job.seed + i for i in range(num_images)]
-    with_grid = args.grid or args.sweep_scale is not None or args.seeds is not None
+    """The jobs to run by (guidance, seed), each with its own output, and where their comparison goes, if any."""
+    sweep, settings = args.sweep_guidance is not None, job.settings
+    scales = read("--sweep-guidance", args.sweep_guidance, tuple[float, ...]) if sweep else (settings.guidance,)
+    seeds = [settings.seed + i for i in range(num_images)] if args.seeds is None else parse_seeds(args.seeds)
+    with_grid = args.grid or sweep or args.seeds is not None
 
     out = Path(job.out)
     in_folder = job.out.endswith(("/", os.sep)) or out.is_dir()
     base = out / f"{Path(job.image).stem}.png" if in_folder else out
     jobs = {}
-    for scale, seed in product(scales, seeds):
-        label = f"-scale{scale:g}" if args.sweep_scale else ""
+    for guidance, seed in product(scales, seeds):
+        label = f"-guidance{guidance:g}" if sweep else ""
         name = f"{base.stem}{label}-{seed}{base.suffix}"
         is_alone = not in_folder and not with_grid and len(seeds) == 1
-        jobs[scale, seed] = replace(job, scale=scale, seed=seed, out=str(base if is_alone else base.with_name(name)))
+        out_path = base if is_alone else base.with_name(name)
+        variant = replace(settings, guidance=guidance, seed=seed)
+        jobs[guidance, seed] = replace(job, settings=variant, out=str(out_path))
     if not with_grid:
         return jobs, None
     grid_path = base.with_name(f"{base.stem}-grid.png") if in_folder else base
@@ -49,7 +52,7 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:\.\.(\d+))?\s*", part)
         if found is None or int(found[2] or found[1]) < int(found[1]):
-            raise ValueError(f"--seeds {text!r} is neither a range like 1..8 nor a list like 1,5,9")
+            raise ValueError(f"--seeds {text!r} is not a range like 1..8 or a list like 1,5,9")
         seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
     return list(dict.fromkeys(seeds))
 
@@ -68,7 +71,7 @@ def runs(seeds: Sequence[int]) -> list[tuple[int, int]]:
 def comparison(
     inputs: Inputs, results: Mapping[tuple[float, int], Image.Image], scales: Sequence[float], seeds: Sequence[int]
 ) -> Image.Image:
-    """Source | masked | exemplar | results; for several scales and seeds a table of the results below those."""
+    """Image | masked | exemplar | results; for several guidance scales and seeds a table of the results below those."""
     import numpy as np
     from PIL import Image
 
@@ -79,25 +82,25 @@ def comparison(
         rgb = read_picture(image).rgb()[0].permute(1, 2, 0).numpy()
         return Image.fromarray(np.rint((rgb + 1) * 127.5).astype(np.uint8))
 
-    source = shown(inputs.picture.source)
-    masked = Image.composite(Image.new("RGB", source.size, "gray"), source, Image.fromarray(inputs.repaint))
+    photo = shown(inputs.picture.source)
+    masked = Image.composite(Image.new("RGB", photo.size, "gray"), photo, Image.fromarray(inputs.repaint))
     many = len(inputs.exemplars) > 1
-    cells = [source, masked, *inputs.exemplars]
+    cells = [photo, masked, *inputs.exemplars]
     captions = [
-        "source",
+        "image",
         "masked",
         *(f"exemplar {i + 1}" if many else "exemplar" for i in range(len(inputs.exemplars))),
     ]
     if len(scales) > 1 and len(seeds) > 1:
-        table = [[shown(results[scale, seed]) for seed in seeds] for scale in scales]
+        table = [[shown(results[guidance, seed]) for seed in seeds] for guidance in scales]
         return grid(
             [cells, *table],
             captions=[captions, *([f"seed {seed}" for seed in seeds] for _ in scales)],
-            row_labels=["", *(f"scale {scale:g}" for scale in scales)],
+            row_labels=["", *(f"guidance {guidance:g}" for guidance in scales)],
         )
-    for (scale, seed), image in results.items():
+    for (guidance, seed), image in results.items():
         cells.append(shown(image))
-        captions.append(f"scale {scale:g}" if len(scales) > 1 else f"seed {seed}")
+        captions.append(f"guidance {guidance:g}" if len(scales) > 1 else f"seed {seed}")
     per_row = math.ceil(len(cells) / math.ceil(len(cells) / MAX_COLUMNS))
     starts = range(0, len(cells), per_row)
     return grid([cells[i : i + per_row] for i in starts], captions=[captions[i : i + per_row] for i in starts])

@@ -1,4 +1,4 @@
-"""`pbe edit`: repaint the masked part of a photo as the object of a reference picture, or a batch of such edits."""
+"""`pbe edit`: repaint the masked part of a photo as the object of an exemplar, or a batch of such edits."""
 
 from __future__ import annotations
 
@@ -9,153 +9,104 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pbe.batch.job import (
-    Job,
-    check_job,
-    check_memory,
-    load_editor,
-    make_job,
-    read_inputs,
-    run_job,
-    spare_threads,
+from pbe.batch.job import COLUMNS, FILES, RENAMED, Job, read_inputs, run_job
+from pbe.batch.provenance import (
+    Weights,
+    check_writable,
+    checksums,
+    identify,
+    provenance_of,
+    save_result,
 )
-from pbe.batch.provenance import Weights, check_writable, identify, save_result, settings_of
-from pbe.batch.run import Outcome, is_finished, read_jobs, run_row
+from pbe.batch.run import Outcome, is_done, read_jobs, run_row
 from pbe.cli.comparison import comparison, runs, variants
 from pbe.cli.errors import one_line_errors
-from pbe.cli.flags import add_compile, add_device, add_dtype, add_low_memory
-from pbe.editing.parsing import COLUMNS, parse
+from pbe.cli.flags import Parser, add_model, add_settings, flag, load_for
+from pbe.editing.loading import check_memory
+from pbe.editing.settings import SETTINGS, EditSettings
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from pbe.sampling import StepInfo
 
-EPILOG = """\
+EPILOG = f"""\
 examples:
-  %(prog)s --image cat.png --mask mask.png --reference dog.png --ckpt model.ckpt --out edited.png
-  %(prog)s --image cat.png --box 40,60,200,220 --reference dog.png --ckpt model.ckpt --out results/ -n 4 --grid
+  %(prog)s --image cat.png --mask mask.png --exemplar dog.png --ckpt model.ckpt --out edited.png
+  %(prog)s --image cat.png --box 40,60,200,220 --exemplar dog.png --ckpt model.ckpt --out results/ -n 4 --grid
   %(prog)s --batch rows.csv --ckpt model.ckpt
 
-A batch file has one edit a row: a CSV file with a header, or JSONL. Its columns are
-  {columns};
-paths in it are relative to its folder, several references are separated by ';' (in JSONL: a list), and where a row is
-silent, the flags hold. A row whose picture is there, made with the same settings, inputs and checkpoint, is not done
-again.
+A batch file has one edit per row: a CSV file with a header, or JSONL. Its columns are
+  {", ".join(FILES)},
+  {", ".join(SETTINGS)};
+paths in it are relative to its folder, several exemplars are separated by ';' (in JSONL: a list), and where a row is
+silent, the flags hold. A row whose picture is there, made with the same settings, inputs and checkpoint, is skipped.
 
 exit code: 0 all done, 1 some rows failed, 2 nothing could be done, 130 interrupted
 """
-PER_ROW = ("image", "mask", "box", "polygon", "reference", "reference_mask", "reference_weights", "out")
 LOSSY = "JPEG changes all pixels a little; to keep those outside the mask bit for bit save PNG, TIFF or WebP"
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are one line, as those of the library are."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
+def parser(prog: str | None = None) -> Parser:
     p = Parser(
         prog=prog,
-        usage="%(prog)s --image FILE --mask FILE --reference FILE --ckpt FILE --out FILE [flags below]\n"
+        usage="%(prog)s --image FILE --mask FILE --exemplar FILE --ckpt FILE --out FILE [flags below]\n"
         "       %(prog)s --batch ROWS --ckpt FILE [flags below]",
         description=__doc__,
-        epilog=EPILOG.replace("{columns}", ", ".join(COLUMNS)),
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     g = p.add_argument_group("pictures")
     g.add_argument("--image", metavar="FILE", help="the photo; it keeps its size, and its pixels outside the mask")
     g.add_argument("--mask", metavar="FILE", help="a picture of the photo's size, white = repaint")
     g.add_argument("--box", metavar="X0,Y0,X1,Y1", help="repaint this box, in pixels")
     g.add_argument("--polygon", metavar="'X,Y X,Y X,Y'", help="repaint this polygon, in pixels")
-    g.add_argument(
-        "--reference", nargs="+", metavar="FILE", help="the exemplar; of several, the mean condition is used"
-    )
-    g.add_argument(
-        "--reference-mask", nargs="+", metavar="FILE", help="where the object is in each reference, white = object"
-    )
-    g.add_argument("--reference-weights", metavar="W,W", help="weights of several references (default: equal)")
+    g.add_argument("--exemplar", nargs="+", metavar="FILE", help="the object; of several, the mean condition is used")
+    g.add_argument("--exemplar-mask", nargs="+", metavar="FILE", help="where it is in each picture, white = object")
+    g.add_argument("--exemplar-weights", metavar="W,W", help="weights of several exemplars (default: equal)")
     g.add_argument(
         "--out",
         metavar="FILE",
         help="the result: .png, .jpg, .tif or .webp, replaced if it exists. Several are called NAME-SEED.png; in a "
         "folder (existing, or ending in /) they are called after the photo",
     )
-
-    g = p.add_argument_group("model")
-    g.add_argument(
-        "--ckpt", type=Path, required=True, metavar="FILE", help="a checkpoint, a folder of diffusers, or demo"
-    )
-    add_device(g)
-    add_dtype(g)
-    add_low_memory(g)
-    add_compile(g)
-
-    g = p.add_argument_group("sampling")
-    g.add_argument("--sampler", metavar="NAME", help=f"plms, ddim, ddpm or dpm_solver (default {Job.sampler})")
-    g.add_argument(
-        "--eta", metavar="N", help=f"noise of the ddim sampler: 0 none, 1 as much as ddpm (default {Job.eta:g})"
-    )
-    g.add_argument(
-        "--spacing",
-        metavar="NAME",
-        help=f"of the timesteps: leading or trailing, better for few (default {Job.spacing})",
-    )
-    g.add_argument("--steps", metavar="N", help=f"1 to 1000 (default {Job.steps})")
-    g.add_argument("--scale", metavar="N", help=f"of the guidance (default {Job.scale:g})")
-    g.add_argument(
-        "--guidance-interval",
-        metavar="LOW,HIGH",
-        help="guidance only at timesteps above LOW and up to HIGH, of 0 to 999; half the work elsewhere (default: all)",
-    )
-    g.add_argument(
-        "--seed", metavar="N", help=f"of the first result; the next have the next seeds (default {Job.seed})"
-    )
     g.add_argument("-n", "--num-images", type=int, metavar="N", help="how many results (default 1)")
     g.add_argument("--batch-size", type=int, metavar="N", help="results sampled at a time (default 4)")
 
-    g = p.add_argument_group("the photo's part that is edited")
-    g.add_argument("--window", metavar="NAME", help="auto (default: around the mask), full, or X0,Y0,X1,Y1")
-    g.add_argument(
-        "--regions", metavar="NAME", help="together (default), or each: separate regions of the mask one by one"
-    )
-    g.add_argument(
-        "--margin", metavar="N", help=f"kept free around the mask, as a share of the window (default {Job.margin})"
-    )
-    g.add_argument("--resolution", metavar="N", help="of the window in the model (default: what it was trained on)")
-    g.add_argument(
-        "--seam",
-        metavar="NAME",
-        help="poisson (default): light and colour meet the photo's at the mask's border; feather: they do not",
-    )
-    g.add_argument(
-        "--feather", metavar="N", help="width in pixels of the seam inside the mask (default: by the window)"
-    )
-    g.add_argument("--raw", action="store_const", const="true", help="the model's picture, not composited")
+    add_model(p.add_argument_group("model"))
+    add_settings(p.add_argument_group("settings"))
 
     g = p.add_argument_group("comparisons, which make --out one picture; the results are saved beside it")
-    g.add_argument("--grid", action="store_true", default=None, help="source | masked | exemplar | results")
-    g.add_argument("--sweep-scale", metavar="1,3,5,7", help="a result for each of these guidance scales")
+    g.add_argument("--grid", action="store_true", default=None, help="image | masked | exemplar | results")
+    g.add_argument("--sweep-guidance", metavar="1,3,5,7", help="a result for each of these guidance scales")
     g.add_argument("--seeds", metavar="1..8", help="a result for each of these seeds; also 1,5,9")
 
     g = p.add_argument_group("batches")
     g.add_argument("--batch", type=Path, metavar="ROWS", help="a .csv or .jsonl file, see below")
     g.add_argument("--redo", action="store_true", help="also do the rows that are done")
-    g.add_argument(
-        "--devices", type=int, metavar="N", default=1, help="divide the rows over this many devices (default 1)"
-    )
-    g.add_argument("--num-nodes", type=int, metavar="N", default=1, help="and over this many nodes (default 1)")
+    g.add_argument("--devices", type=int, metavar="N", default=1, help="divide the rows over N devices (default 1)")
+    g.add_argument("--num-nodes", type=int, metavar="N", default=1, help="and over N nodes (default 1)")
 
     p.add_argument("--quiet", action="store_true", help="no progress bar")
+    for old, new in {**RENAMED, "sweep_scale": "sweep_guidance", "raw": "no_composite"}.items():
+        p.add_argument(flag(old), nargs="?", action=Renamed, new=flag(new), help=argparse.SUPPRESS)
     return p
+
+
+class Renamed(argparse.Action):
+    """A flag's old name, which is an error that says the new one."""
+
+    def __init__(self, new: str, **options: Any):
+        super().__init__(**options)
+        self.new = new
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+        parser.error(f"{self.option_strings[0]} is now {self.new}")
 
 
 @one_line_errors
@@ -170,7 +121,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # other packages' deprecations: nothing a user can act on
+        warnings.simplefilter("ignore", FutureWarning)  # other packages' deprecations, on which a user cannot act
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         yield
 
@@ -198,7 +149,7 @@ def say(message: str) -> None:
 
 
 def edit_one(args: argparse.Namespace) -> int:
-    for name, other in (("seeds", "seed"), ("seeds", "num_images"), ("sweep_scale", "scale")):
+    for name, other in (("seeds", "seed"), ("seeds", "num_images"), ("sweep_guidance", "guidance")):
         if getattr(args, name) is not None and getattr(args, other) is not None:
             raise ValueError(f"{flag(name)} and {flag(other)} contradict each other")
     if args.devices != 1 or args.num_nodes != 1 or args.redo:
@@ -207,36 +158,26 @@ def edit_one(args: argparse.Namespace) -> int:
     batch_size = 4 if args.batch_size is None else args.batch_size
     if num_images < 1 or batch_size < 1:
         raise ValueError(f"--num-images and --batch-size must be at least 1, got {num_images} and {batch_size}")
-    job = make_job({name: getattr(args, name) for name in COLUMNS})
+    job = Job.from_row({name: getattr(args, name) for name in COLUMNS})
     jobs, grid_path = variants(args, job, num_images)
-    for variant in jobs.values():
-        check_job(variant)
     inputs = read_inputs(job)
-    weights = weights_of(args)
-    settings = {key: settings_of(variant, weights) for key, variant in jobs.items()}
+    weights, crc32 = weights_of(args), checksums(job)
+    provenance = {key: provenance_of(variant, weights, crc32) for key, variant in jobs.items()}
     for key, variant in jobs.items():
-        check_writable(variant.path(variant.out), inputs.picture.source, settings[key])
+        check_writable(variant.path(variant.out), inputs.picture.source, provenance[key])
     if is_lossy(job.out):
         say(f"note: {LOSSY}")
 
-    model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
-    spare_threads(model)
+    model = load_for(args)
     scales, seeds = (list(dict.fromkeys(values)) for values in zip(*jobs, strict=True))
     batches = sum(-(-count // batch_size) for _, count in runs(seeds))
     results = {}
-    with progress_bar(args, total=len(scales) * batches * job.steps, unit="step") as bar:
-        for scale, (seed, count) in product(scales, runs(seeds)):
-            images = run_job(
-                model,
-                jobs[scale, seed],
-                inputs,
-                num_images=count,
-                batch_size=batch_size,
-                callback=partial(advance, bar),
-            )
-            for key, image in zip([(scale, seed + i) for i in range(count)], images, strict=True):
+    with progress_bar(args, total=len(scales) * batches * job.settings.steps, unit="step") as bar:
+        for guidance, (seed, count) in product(scales, runs(seeds)):
+            images = run_job(model, jobs[guidance, seed], inputs, count, batch_size, callback=partial(advance, bar))
+            for key, image in zip([(guidance, seed + i) for i in range(count)], images, strict=True):
                 results[key] = image
-                save_result(image, jobs[key].path(jobs[key].out), settings[key])
+                save_result(image, jobs[key].path(jobs[key].out), provenance[key])
     if grid_path:
         from pbe.images.saving import save_picture
 
@@ -248,47 +189,48 @@ def edit_one(args: argparse.Namespace) -> int:
 
 
 def edit_batch(args: argparse.Namespace) -> int:
-    alone = (*PER_ROW, "grid", "sweep_scale", "seeds", "num_images", "batch_size")
+    alone = (*FILES, "grid", "sweep_guidance", "seeds", "num_images", "batch_size")
     given = [flag(name) for name in alone if getattr(args, name) is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} cannot be given with --batch: each row is one edit with its own files")
     if args.devices < 1 or args.num_nodes < 1:
         raise ValueError(f"--devices and --num-nodes must be at least 1, got {args.devices} and {args.num_nodes}")
-    defaults = {name: getattr(args, name) for name in COLUMNS if getattr(args, name) is not None}
-    for name, value in defaults.items():
-        parse(name, value)
+    defaults = {name: getattr(args, name) for name in SETTINGS}
+    EditSettings.from_texts(defaults)  # a wrong flag is not the rows' fault
     jobs, outcomes = read_jobs(args.batch, defaults)
     weights = weights_of(args)
-    if not args.redo and all(is_finished(job, weights) for job in jobs):
-        outcomes += [Outcome(job.line, "skipped") for job in jobs]
-    elif args.devices * args.num_nodes > 1:
-        from pbe.batch.distributed import run_jobs
-
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-        shared = run_jobs(
-            jobs,
-            args.ckpt,
-            args.device,
-            args.dtype,
-            args.low_memory,
-            args.compile,
-            devices=args.devices,
-            num_nodes=args.num_nodes,
-            redo=args.redo,
-            progress=not args.quiet,
-        )
+    if args.devices * args.num_nodes > 1 and (args.redo or not all(is_done(job, weights) for job in jobs)):
+        shared = run_distributed(args, jobs)
         if shared is None:  # the first process reports for all
             return 0
         outcomes += shared
     else:
-        model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
-        spare_threads(model)
+        load = cache(partial(load_for, args))
         with progress_bar(args, total=len(jobs), unit="row") as bar:
             for job in jobs:
-                outcomes.append(run_row(model, job, weights, args.redo, callback=partial(show_step, bar)))
+                outcomes.append(run_row(load, job, weights, args.redo, callback=partial(show_step, bar)))
                 bar.update()
     return report(jobs, outcomes)
+
+
+def run_distributed(args: argparse.Namespace, jobs: Sequence[Job]) -> list[Outcome] | None:
+    """Runs the jobs in several processes; their outcomes in the first of them, None in the others."""
+    from pbe.batch.distributed import run_jobs
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    return run_jobs(
+        jobs,
+        args.ckpt,
+        args.device,
+        args.dtype,
+        args.low_memory,
+        args.compile,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        redo=args.redo,
+        progress=not args.quiet,
+    )
 
 
 def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:
@@ -311,10 +253,6 @@ def weights_of(args: argparse.Namespace) -> Weights:
     from pbe.checkpoints.loading import choose_device, choose_dtype
 
     return identify(args.ckpt, choose_dtype(args.dtype, choose_device(args.device)))
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def is_lossy(out: str) -> bool:

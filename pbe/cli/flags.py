@@ -1,18 +1,96 @@
-"""Flags that several commands have."""
+"""What the commands share: a parser whose errors are one line, and flags that several of them have."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+
+from pbe.editing.settings import SETTINGS, EditSettings, setting_docs
+
+if TYPE_CHECKING:
+    from pbe.models.paint_by_example import PaintByExample
 
 Group = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
-def add_device(p: Group) -> None:
-    p.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, as those of the library are; flags are written in full."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the arguments)\n")
 
 
-def add_dtype(p: Group) -> None:
-    p.add_argument(
+def flag(name: str) -> str:
+    """A setting's name as a flag."""
+    return "--" + name.replace("_", "-")
+
+
+def add_settings(group: Group, defaults: EditSettings | None = None) -> None:
+    """A flag for each field of `EditSettings`, documented as it is there.
+
+    The values stay texts, None where a flag is not given: `EditSettings.from_texts` reads them.
+    """
+    docs = setting_docs()
+    for name, annotation in SETTINGS.items():
+        default = getattr(defaults or EditSettings, name)
+        text = docs[name] if default is None else f"{docs[name].rstrip('.')} (default: {default})"
+        text = text.replace("%", "%%")
+        if annotation is bool:
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            group.add_argument(flag(name), metavar=metavar(annotation), help=text)
+
+
+def metavar(annotation: Any) -> str:
+    """How a usage text writes the values of a setting: its choices, or N for each number."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(arguments)
+    if origin is tuple:
+        return ",".join("N" for _ in arguments)
+    if not arguments:
+        return "N" if annotation in (int, float) else ""
+    parts = [metavar(argument) for argument in arguments if not isinstance(argument, str)]
+    return "|".join(part for part in parts if part)
+
+
+def add_model(group: Group, default: Path | None = None) -> None:
+    """The flags that say which model, where and in what form: what `load_for` reads."""
+    group.add_argument(
+        "--ckpt",
+        type=Path,
+        required=default is None,
+        default=default,
+        metavar="FILE",
+        help="a checkpoint, a folder of diffusers, or demo, the small model that comes with this package"
+        + (f" (default: {default})" if default else ""),
+    )
+    add_device(group)
+    add_dtype(group)
+    group.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="for small graphics cards: each network is on the card only while it computes",
+    )
+    group.add_argument(
+        "--compile",
+        choices=("regions", "whole"),
+        help="compile the networks, for many edits of one size: regions starts sooner, whole runs faster on cuda",
+    )
+
+
+def add_device(group: Group) -> None:
+    """--device"""
+    group.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+
+
+def add_dtype(group: Group) -> None:
+    """--dtype"""
+    group.add_argument(
         "--dtype",
         metavar="NAME",
         default="auto",
@@ -20,17 +98,10 @@ def add_dtype(p: Group) -> None:
     )
 
 
-def add_low_memory(p: Group) -> None:
-    p.add_argument(
-        "--low-memory",
-        action="store_true",
-        help="for small graphics cards: each network is on the card only while it computes",
-    )
+def load_for(args: argparse.Namespace) -> PaintByExample:
+    """The model that the flags of `add_model` ask for, ready for editing."""
+    from pbe.editing.loading import limit_threads, load_editor
 
-
-def add_compile(p: Group) -> None:
-    p.add_argument(
-        "--compile",
-        choices=("regions", "whole"),
-        help="compile the networks, for many edits of one size: regions starts sooner, whole runs faster on cuda",
-    )
+    model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
+    limit_threads(model)
+    return model

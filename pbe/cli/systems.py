@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pbe.cli.flags import add_dtype
 from pbe.cli.scoring import add_benchmark, add_judges, load_judges, open_benchmark, progress, write_scores
-from pbe.editing.parsing import parse
+from pbe.editing.settings import SETTINGS
+from pbe.io.fields import read
 
 if TYPE_CHECKING:
     from pbe.baselines import Weights
@@ -123,7 +124,9 @@ def run(args: argparse.Namespace) -> int:
     bench = open_benchmark(args)
     given = {setting: getattr(args, option) for setting, option in OPTIONS.items()}
     if args.guidance_interval is not None:
-        given["guidance_interval"] = list(parse("guidance_interval", args.guidance_interval))  # as JSON has it
+        given["guidance_interval"] = list(
+            read("guidance_interval", args.guidance_interval, SETTINGS["guidance_interval"])
+        )  # as JSON has it
     # A wrong option or file shows before hours of work; of several processes only the first needs the judges, later.
     plans = {name: make_plan(name, weights_of(args, name), bench, given, args.seed) for name in args.system}
     folders = {name: args.out / name for name in plans}

@@ -38,7 +38,7 @@ from pbe.data.records import (
     number_photos,
     upright_size,
 )
-from pbe.editing.parsing import parse_float
+from pbe.io.fields import read
 from pbe.io.rows import read_jsonl, read_lines
 
 CORNERS = ("x0", "y0", "x1", "y1")
@@ -87,7 +87,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return parse_float(value)
+        return read(name, value, float)
     except ValueError:
         raise ValueError(f"{name} is {value!r}, not a number") from None
 

@@ -1,12 +1,13 @@
 """Editing: pictures in, pictures out. Window → condition → sample → decode → composite."""
 
+from __future__ import annotations
+
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Integral, Real
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
+from pbe.editing.settings import SETTINGS, EditKeywords, EditSettings
 from pbe.images import windows
 from pbe.images.reading import (
     MaskLike,
@@ -27,36 +29,27 @@ from pbe.images.reading import (
 )
 from pbe.images.seams import meet_photo
 from pbe.images.windows import Box
+from pbe.io.fields import Range, check
 from pbe.models.paint_by_example import Condition, PaintByExample
 from pbe.sampling import Callback, NoiseSchedule, Sampler, get_sampler, guided_eps, make_generators, randn
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @torch.no_grad()
 def edit(
     model: PaintByExample,
-    image: PictureLike,
+    image: PictureLike | Picture,
     mask: MaskLike,
     exemplar: PictureLike | Sequence[PictureLike],
     *,
     exemplar_mask: MaskLike | Sequence[MaskLike | None] | None = None,
     exemplar_weights: Sequence[float] | None = None,
-    steps: int = 50,
-    guidance: float = 5.0,
-    guidance_interval: tuple[int, int] | None = None,
-    sampler: str = "plms",
-    eta: float = 0.0,
-    spacing: Literal["leading", "trailing"] = "leading",
-    seed: int = 321,
     num_images: int = 1,
     batch_size: int = 4,
-    window: Literal["auto", "full"] | tuple[int, int, int, int] = "auto",
-    regions: Literal["together", "each"] = "together",
-    composite: bool = True,
-    seam: Literal["poisson", "feather"] = "poisson",
-    feather: int | None = None,
-    margin: float = 0.1,
-    resolution: int | None = None,
     callback: Callback | None = None,
+    **keywords: Unpack[EditKeywords],
 ) -> list[PictureLike]:
     """The photo with the masked region repainted as the exemplar's object, `num_images` times.
 
@@ -66,164 +59,78 @@ def edit(
 
     Args:
         model: an ordinary model, or `pbe.acceleration.prepare_for_inference`'s, which saves preparing it for each edit.
-        image: the photo.
+        image: the photo; or what `pbe.images.reading.read_picture` made of it.
         mask: what to repaint: a picture of the photo's size (white = repaint), a box (x0, y0, x1, y1) or a polygon.
         exemplar: the object to paint; or a list of them, mixed as `exemplar_weights` say (default: equally).
-        exemplar_mask: where the object is in its picture (white = object); a list of one each for several exemplars.
-        steps: sampling steps, 1 to 1000.
-        guidance: the scale λ of classifier-free guidance, eps_u + λ (eps_c - eps_u).
-        guidance_interval: the timesteps (t_low, t_high] with guidance, of 0 to 999, the noisiest; at others λ is 1, and
-            the network has half the work (default: all).
-        sampler: "plms", "ddim", "ddpm" or "dpm_solver"; `eta` in [0, 1] is for "ddim" alone.
-        spacing: of the timesteps: "leading", the original's, or "trailing", which starts from the noisiest timestep
-            whatever their number, and with few steps comes nearer to what many give.
-        seed: of the first result; the others have seed + 1, … A result depends on its own seed alone.
+        exemplar_mask: where the object is in its picture (white = object); for several exemplars a list of one each.
+        num_images: how many results: the first has the seed `seed`, the others `seed + 1`, …
         batch_size: how many results are sampled at once.
-        window: the part of the photo that the model sees: "auto" (around the mask, so that it is neither tiny nor
-            without context), "full" (the whole photo), or a box.
-        regions: "together" edits the whole mask in one window, "each" its separate regions one after the other.
-        composite: put only the masked pixels into the photo; False puts in the model's own picture of all the window.
-        seam: "poisson" lets the result meet the photo at the mask's border: what the model's picture differs from the
-            photo by around the mask is continued harmonically into it and taken off, as in Poisson image editing (Pérez
-            et al. 2003). "feather" leaves the model's colours as they are.
-        feather: width in photo pixels of the soft seam, which lies inside the mask (default: a 64th of the window, and
-            two of the model's pixels at least).
-        margin: the share of an automatic window's side that is kept free on each side of the mask.
-        resolution: side in pixels at which the model works (default: the one it was trained on).
-        callback: called with a `StepInfo` after each step, for each batch and region anew.
+        callback: called with a `StepInfo` after each step, for each batch and region again.
+        keywords: the fields of `EditSettings`: steps, guidance, seed, …
 
     Raises:
         FileNotFoundError: for a picture that is not there.
         ValueError: for any other input that cannot be edited, naming it and what would be right.
     """
+    settings = EditSettings(**keywords)
+    for name, count in (("num_images", num_images), ("batch_size", batch_size)):
+        check(name, count, Annotated[int, Range(1)])
+    check("the last result's seed", settings.seed + num_images - 1, SETTINGS["seed"])
     if not isinstance(model, PaintByExample):
         raise ValueError(f"editing needs a Paint by Example model, not a {type(model).__name__}")
-    check_settings(
-        steps=steps,
-        guidance=guidance,
-        guidance_interval=guidance_interval,
-        sampler=sampler,
-        eta=eta,
-        spacing=spacing,
-        seed=seed,
-        num_images=num_images,
-        batch_size=batch_size,
-        window=window,
-        regions=regions,
-        seam=seam,
-        feather=feather,
-        margin=margin,
-        resolution=resolution,
-    )
-    schedule = NoiseSchedule.scaled_linear(spacing=spacing)
-    timesteps = schedule.timesteps(steps)
-    warn_of_low_start(schedule, steps)
-    draw = partial(choose_sampler(sampler, eta), schedule=schedule, steps=steps, callback=callback)
-    if resolution is None:
-        resolution = model.config.resolution
-
+    warn_of_low_start(settings)
     picture = read_picture(image)
     repaint = read_mask(mask, picture.size)
     if not isinstance(model, PreparedModel) and not is_compiled(model):  # what a user compiled is used as it is
-        model = prepare_for_inference(model)  # anew for each edit: the weights may have changed since the last
-    device = model.device
-    with on_device(model.cond_stage_model, device):
+        model = prepare_for_inference(model)  # for each edit: the weights may have changed since the last
+    with on_device(model.cond_stage_model, model.device):
         context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights)
 
     results = [picture] * num_images
-    for region in windows.connected_regions(repaint) if regions == "each" else [repaint]:
-        box = place_window(region, window, margin, resolution)
-        size = windows.model_size(box, resolution, multiple=model.config.vae.downsampling)
-        width = feather_width(box, resolution) if feather is None else feather
-        weights = windows.feather_weights(region, width) if composite else whole_window(box, picture.size)
-        for first in range(0, num_images, batch_size):
-            batch = results[first : first + batch_size]
-            seen, keep = see_window(batch, region, box, size)
-            with on_device(model.vae, device):
-                condition = window_condition(model, seen, keep, context, len(batch))
-            generators = make_generators(int(seed) + first, len(batch))
-            x_T = randn(condition.z_masked.shape[1:], generators, device)
-            with on_device(model.unet, device):
-                eps = guided_eps(model, condition, guidance, timesteps, guidance_interval)
-                z_0 = draw(eps, x_T, generators=generators)
-            with on_device(model.vae, device):
-                edited = model.vae.decode(z_0.to(model.dtype))[..., : size[0], : size[1]]
-            check_finite(edited)
-            if composite and seam == "poisson":
-                edited = meet_photo(edited, seen, keep)
-            results[first : first + batch_size] = [
-                replace(photo, pixels=windows.composite(photo.pixels, one[None], box, weights))
-                for photo, one in zip(batch, edited, strict=True)
-            ]
+    for region in windows.connected_regions(repaint) if settings.regions == "each" else [repaint]:
+        results = edit_region(model, results, region, context, settings, batch_size, callback)
     return [result.with_pixels(result.pixels) for result in results]
 
 
-def check_settings(
-    *,
-    steps: int,
-    guidance: float,
-    guidance_interval: tuple[int, int] | None,
-    sampler: str,
-    eta: float,
-    spacing: str,
-    seed: int,
-    num_images: int,
+def edit_region(
+    model: PaintByExample,
+    photos: list[Picture],
+    repaint: np.ndarray,
+    context: Tensor,
+    settings: EditSettings,
     batch_size: int,
-    window: Literal["auto", "full"] | tuple[int, int, int, int],
-    regions: str,
-    seam: str,
-    feather: int | None,
-    margin: float,
-    resolution: int | None,
-) -> None:
-    """Raises `ValueError` for settings of `edit` that no model and no photo could make right."""
-    NoiseSchedule.scaled_linear(spacing=spacing).timesteps(steps)
-    choose_sampler(sampler, eta)
-    if not (is_number(guidance) and guidance >= 0):
-        raise ValueError(f"guidance must be 0 or more, got {guidance!r}")
-    if guidance_interval is not None and not is_interval(guidance_interval):
-        raise ValueError(
-            "guidance_interval must be two whole timesteps (t_low, t_high), -1 <= t_low <= t_high <= 1000, "
-            f"got {guidance_interval!r}"
-        )
-    if not (is_number(eta) and 0 <= eta <= 1):
-        raise ValueError(f"eta must be between 0 and 1, got {eta!r}")
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if not (isinstance(value, Integral) and value >= 1):
-            raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
-    if not (isinstance(seed, Integral) and 0 <= int(seed) <= 2**64 - int(num_images)):  # torch's seeds have 64 bits
-        raise ValueError(
-            f"seed must be a whole number from 0 to 2**64 - 1, the last result's too; "
-            f"got {seed!r} with num_images={num_images}"
-        )
-    if regions not in ("together", "each"):
-        raise ValueError(f"regions must be 'together' or 'each', got {regions!r}")
-    if seam not in ("poisson", "feather"):
-        raise ValueError(f"seam must be 'poisson' or 'feather', got {seam!r}")
-    if isinstance(window, str):
-        is_window = window in ("auto", "full")
-    else:
-        is_window = isinstance(window, Sequence | np.ndarray) and len(window) == 4
-        is_window = is_window and all(is_number(x) and x == int(x) for x in window)
-    if not is_window:
-        raise ValueError(f"window must be 'auto', 'full' or a box (x0, y0, x1, y1) of whole pixels, got {window!r}")
-    if feather is not None and not (isinstance(feather, Integral) and feather >= 0):
-        raise ValueError(f"feather must be a whole number of pixels, 0 or more, got {feather!r}")
-    if not (is_number(margin) and 0 <= margin < 0.5):
-        raise ValueError(f"margin must be at least 0 and below 0.5, got {margin!r}")
-    if resolution is not None and not (isinstance(resolution, Integral) and resolution >= 8 and resolution % 8 == 0):
-        raise ValueError(f"resolution must be a whole number, a positive multiple of 8, got {resolution!r}")
-
-
-def is_number(value: object) -> bool:
-    """Whether `value` is a real number, neither NaN nor infinite."""
-    return isinstance(value, Real) and math.isfinite(value)
-
-
-def is_interval(value: tuple[int, int]) -> bool:
-    """Whether `value` is a guidance interval; a lower end of -1 takes in timestep 0."""
-    is_pair = isinstance(value, Sequence) and len(value) == 2 and all(isinstance(t, Integral) for t in value)
-    return is_pair and -1 <= value[0] <= value[1] <= 1000
+    callback: Callback | None,
+) -> list[Picture]:
+    """The photos, one per seed, with `repaint` (H, W) edited in one window: condition → sample → decode → composite."""
+    device, resolution = model.device, settings.resolution or model.config.resolution
+    schedule = NoiseSchedule.scaled_linear(spacing=settings.spacing)
+    draw = partial(choose_sampler(settings.sampler, settings.eta), schedule=schedule, steps=settings.steps)
+    timesteps = schedule.timesteps(settings.steps)
+    box = place_window(repaint, settings.window, settings.margin, resolution)
+    size = windows.model_size(box, resolution, multiple=model.config.vae.downsampling)
+    width = feather_width(box, resolution) if settings.feather is None else settings.feather
+    weights = windows.feather_weights(repaint, width) if settings.composite else whole_window(box, repaint.shape)
+    results = []
+    for first in range(0, len(photos), batch_size):
+        batch = photos[first : first + batch_size]
+        seen, keep = crop_window(batch, repaint, box, size)
+        with on_device(model.vae, device):
+            condition = window_condition(model, seen, keep, context, len(batch))
+        generators = make_generators(settings.seed + first, len(batch))
+        x_T = randn(condition.z_masked.shape[1:], generators, device)
+        with on_device(model.unet, device):
+            eps = guided_eps(model, condition, settings.guidance, timesteps, settings.guidance_interval)
+            z_0 = draw(eps, x_T, generators=generators, callback=callback)
+        with on_device(model.vae, device):
+            edited = model.vae.decode(z_0.to(model.dtype))[..., : size[0], : size[1]]
+        check_finite(edited)
+        if settings.composite and settings.seam == "poisson":
+            edited = meet_photo(edited, seen, keep)
+        results += [
+            replace(photo, pixels=windows.composite(photo.pixels, one[None], box, weights))
+            for photo, one in zip(batch, edited, strict=True)
+        ]
+    return results
 
 
 def check_finite(edited: Tensor) -> None:
@@ -248,8 +155,9 @@ def choose_sampler(name: str, eta: float) -> Sampler:
     return sampler
 
 
-def warn_of_low_start(schedule: NoiseSchedule, steps: int) -> None:
+def warn_of_low_start(settings: EditSettings) -> None:
     """Warns where the first timestep is too low for pure noise: few or odd numbers of steps leave the end out."""
+    schedule, steps = NoiseSchedule.scaled_linear(spacing=settings.spacing), settings.steps
     start = max(schedule.timesteps(steps))
     if start < 0.75 * schedule.num_timesteps:
         warnings.warn(
@@ -294,7 +202,7 @@ def mixed_context(
     return (w * contexts.float()).sum(dim=0, keepdim=True).to(model.dtype)
 
 
-def see_window(photos: list[Picture], repaint: np.ndarray, box: Box, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def crop_window(photos: list[Picture], repaint: np.ndarray, box: Box, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """One window of each photo at `size` (height, width): pixels (B, 3, H, W) in [-1, 1], or (1, 3, H, W) if the photos
     are all the same, and the mask (1, 1, H, W), 1 = keep."""
     different = photos if any(photo is not photos[0] for photo in photos) else photos[:1]
@@ -303,7 +211,7 @@ def see_window(photos: list[Picture], repaint: np.ndarray, box: Box, size: tuple
 
 
 def window_condition(model: PaintByExample, pixels: Tensor, keep: Tensor, context: Tensor, batch: int) -> Condition:
-    """What the UNet needs to know to repaint what `see_window` gives, for `batch` results."""
+    """What the UNet needs to know to repaint what `crop_window` gives, for `batch` results."""
     pixels, keep = pixels.to(model.device, model.dtype), keep.to(model.device, model.dtype)
     z_masked, mask = model.encode_masked(pixels, keep.expand(len(pixels), -1, -1, -1))
     check_visible(mask)

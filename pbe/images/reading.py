@@ -99,8 +99,8 @@ class Picture:
         return planes.to(self.source.device, self.source.dtype)
 
 
-def read_picture(source: PictureLike, name: str = "image") -> Picture:
-    """Read a picture in its own depth; `name` is what error messages call it.
+def read_picture(source: PictureLike | Picture, name: str = "image") -> Picture:
+    """Read a picture in its own depth; `name` is what error messages call it. What is read already stays as it is.
 
     Files and PIL images: EXIF orientation is applied. Gray, gray + alpha, RGB and RGBA are kept, also 16-bit and
     float gray; palettes become RGB(A), since they cannot hold new colours; 1-bit becomes gray; CMYK, YCbCr and HSV
@@ -110,7 +110,7 @@ def read_picture(source: PictureLike, name: str = "image") -> Picture:
     Warns (PictureWarning) where a file holds more than can be kept: 16 bits a colour channel, several frames, CMYK.
     FileNotFoundError for a missing file; ValueError for what is not a picture, is damaged or has a wrong range.
     """
-    return _read(source, name, ends_at_8_bits=False)
+    return source if isinstance(source, Picture) else _read(source, name, ends_at_8_bits=False)
 
 
 def _label(source: PictureLike, name: str) -> str:

@@ -10,10 +10,10 @@ from golden_file import noise
 
 import pbe
 from pbe.acceleration import prepare_for_inference
-from pbe.batch.job import load_editor
 from pbe.checkpoints.formats.lazy_tensors import release_mapped
 from pbe.checkpoints.formats.opening import open_checkpoint
 from pbe.checkpoints.seeding import seeded_checkpoint, seeded_state
+from pbe.editing.loading import load_editor
 
 reads_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory from /proc")
 

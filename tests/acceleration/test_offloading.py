@@ -11,9 +11,9 @@ import pbe
 from pbe.acceleration import offloading, prepare_for_inference
 from pbe.acceleration.offloading import offload, on_device
 from pbe.acceleration.packing import PackedConv2d
-from pbe.batch.job import load_editor
 from pbe.checkpoints.seeding import seeded_state
 from pbe.cli import edit as inference
+from pbe.editing.loading import load_editor
 from pbe.models.paint_by_example import PaintByExample
 
 CPU = torch.device("cpu")

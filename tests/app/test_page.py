@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 import pbe
-from pbe.batch.job import DEMO_SAMPLING, QUICK_SAMPLING, quick_sampling
-from pbe.batch.provenance import Weights, read_settings
+from pbe.batch.provenance import Weights, read_provenance
+from pbe.editing.settings import DEMO, QUICK, quick_settings
 from pbe.images.reading import PictureWarning
 from pbe.images.windows import Box
 
@@ -115,9 +115,9 @@ def test_the_endpoint_gives_what_edit_gives(client, model, files):
 
 def test_results_hold_their_settings(client, files):
     second = call(client, files, num_images=2)[1]
-    settings = read_settings(second)
+    settings = read_provenance(second)
     assert settings["seed"] == 8
-    assert settings["scale"] == 3
+    assert settings["guidance"] == 3
     assert settings["checkpoint"] == "tiny.ckpt"
     assert settings["image"] == "photo.png"  # no path of the server
     assert "/" not in str(settings)
@@ -125,19 +125,19 @@ def test_results_hold_their_settings(client, files):
 
 def test_a_whole_number_may_come_as_a_float(client, files):
     (result,) = call(client, files, steps=4.0, num_images=1)
-    assert read_settings(result)["steps"] == 4
+    assert read_provenance(result)["steps"] == 4
 
 
 def test_the_sliders_values_are_the_defaults(client, files):
     handed = {name: handle_file(path) for name, path in files.items()}
     results = client.predict(**handed, steps=4, api_name="/edit")
     assert len(results) == 2
-    settings = read_settings(Path(results[0]))
-    assert [settings[name] for name in ("sampler", "spacing", "scale")] == ["dpm_solver", "trailing", 5]
+    settings = read_provenance(Path(results[0]))
+    assert [settings[name] for name in ("sampler", "spacing", "guidance")] == ["dpm_solver", "trailing", 5]
 
 
 def test_the_sliders_begin_with_the_models_own_settings(model):
-    page = app.build_page(model, WEIGHTS, quick_sampling("demo"))
+    page = app.build_page(model, WEIGHTS, quick_settings("demo"))
     values = {block.label: block.value for block in page.blocks.values() if isinstance(block, gr.Slider)}
     assert (values["Guidance"], values["Steps"]) == (3, 20)
     page.close(verbose=False)
@@ -189,9 +189,9 @@ def test_bad_pictures_are_refused_in_words(client, files, change, message):
         ({"sampler": "euler"}, "euler"),
         ({"guidance": -1}, "minimum value 0"),
         ({"seed": -1}, "-1"),
-        ({"seed": None}, "seed: None is not a number"),
-        ({"seed": 2**63 - 1, "num_images": 2}, "the last result's seed would be 9223372036854775808"),
-        ({"steps": 4.5}, "steps: 4.5 is not a whole number"),
+        ({"seed": None}, "seed must be .* got None"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "seed.* 18446744073709551616"),
+        ({"steps": 4.5}, "steps must be .* got 4.5"),
     ],
 )
 def test_bad_settings_are_refused_in_words(client, files, settings, message):
@@ -407,13 +407,13 @@ def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monk
         calls.append(arguments)
         return SimpleNamespace(dtype=torch.float32)
 
-    monkeypatch.setattr("pbe.batch.job.load_editor", load)
-    monkeypatch.setattr("pbe.batch.job.spare_threads", lambda model: None)
+    monkeypatch.setattr("pbe.editing.loading.load_editor", load)
+    monkeypatch.setattr("pbe.editing.loading.limit_threads", lambda model: None)
     monkeypatch.setattr(app, "build_page", page)
     flags = ["--device", "cpu", "--dtype", "float32", "--low-memory", "--compile", "regions"]
     assert main(flags) == main(["--ckpt", str(tiny_checkpoint)]) == 2
-    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions"), DEMO_SAMPLING]
-    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None), QUICK_SAMPLING]
+    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions"), DEMO]
+    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None), QUICK]
 
 
 def test_cuda_graphs_are_not_for_the_page_s_threads(monkeypatch, capsys):

@@ -16,8 +16,9 @@ gr = pytest.importorskip("gradio", reason="the page needs the extra app")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser needs playwright: pip install playwright")
 
 from pbe.app import page as app  # noqa: E402
-from pbe.batch.job import load_editor, quick_sampling  # noqa: E402
-from pbe.batch.provenance import Weights, identify, read_settings  # noqa: E402
+from pbe.batch.provenance import Weights, identify, read_provenance  # noqa: E402
+from pbe.editing.loading import load_editor  # noqa: E402
+from pbe.editing.settings import quick_settings  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -147,7 +148,7 @@ def test_a_box_is_repainted_and_nothing_else(tab, photo, tmp_path):
     assert bounds(changed) == pytest.approx((750, 500, 1500, 1500), abs=12)
     x0, y0, x1, y1 = bounds(changed)
     assert changed[y0:y1, x0:x1].mean() > 0.95  # some noise stays as it was by chance
-    assert read_settings(tmp_path / "result.png")["seed"] == 321
+    assert read_provenance(tmp_path / "result.png")["seed"] == 321
     assert tab.faults == []
     local = tab.url.rstrip("/")
     assert [url for url in tab.requests if not url.startswith((local, "data:", "blob:"))] == []
@@ -181,8 +182,8 @@ def test_the_exemplar_is_cropped(tab, tmp_path):
     drag(tab, "exemplar", (0.1, 0.1), (0.5, 0.9))
     cropped = paint(tab, tmp_path / "cropped.png")
     assert (whole != cropped).any()
-    assert read_settings(tmp_path / "whole.png")["reference"] == ["exemplar.jpg"]
-    assert read_settings(tmp_path / "cropped.png")["reference"] == ["exemplar-crop.tif"]
+    assert read_provenance(tmp_path / "whole.png")["reference"] == ["exemplar.jpg"]
+    assert read_provenance(tmp_path / "cropped.png")["reference"] == ["exemplar-crop.tif"]
 
     press(tab, "exemplar", "Load another picture")
     tab.locator("#exemplar-file").wait_for()
@@ -233,7 +234,7 @@ def test_the_screenshot(tiny_checkpoint, tmp_path):
 def screenshot(checkpoint: Path, out: Path) -> None:
     """Has the first example painted by a model, and saves what the page then looks like."""
     model = load_editor(checkpoint)
-    page = app.build_page(model, identify(checkpoint, model.dtype), quick_sampling(checkpoint))
+    page = app.build_page(model, identify(checkpoint, model.dtype), quick_settings(checkpoint))
     with served(page) as address, browser(address) as tab:
         tab.locator("#examples tbody tr").first.click()
         tab.wait_for_function("document.querySelector('#photo canvas')?.width > 300")

@@ -15,10 +15,12 @@ from PIL import Image
 
 from pbe.acceleration import offloading
 from pbe.batch.distributed import BatchEditing, predict_on, run_jobs, share_of
-from pbe.batch.job import load_editor, make_job
-from pbe.batch.provenance import Weights, read_settings
+from pbe.batch.job import Job
+from pbe.batch.provenance import Weights, read_provenance
 from pbe.batch.run import Outcome, run_row
 from pbe.cli.edit import main
+from pbe.editing.loading import load_editor
+from pbe.editing.settings import EditSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,12 +53,12 @@ def test_share_goes_on_after_an_error(rows, monkeypatch):
     def edit(model, image, *args, seed, **settings):
         if seed == 1:
             raise RuntimeError("unforeseen")
-        return [image]
+        return [image.source]
 
     monkeypatch.setattr("pbe.editing.edit.edit", edit)
-    jobs = [make_job(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)]
+    jobs = [Job.from_row(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)]
     share = BatchEditing(jobs, Path("model.ckpt"))
-    share.run = partial(run_row, SimpleNamespace(), weights=Weights("model.ckpt", "0123abcd", "float32"))
+    share.run = partial(run_row, SimpleNamespace, weights=Weights("model.ckpt", "0123abcd", "float32"))
     for index in (1, 3, 5):  # of the second of two processes; the last one is no job
         share.predict_step(index, index)
     assert share.outcomes == [Outcome(2, "failed", "RuntimeError: unforeseen"), Outcome(4, "done")]
@@ -67,7 +69,7 @@ def rows(tmp_path) -> Path:
     """Five rows, of which the third has no photo."""
     Image.linear_gradient("L").resize((48, 40)).convert("RGB").save(tmp_path / "photo.png")
     Image.new("RGB", (20, 30), "red").save(tmp_path / "dog.png")
-    row = {"image": "photo.png", "box": [10, 10, 34, 34], "reference": "dog.png"}
+    row = {"image": "photo.png", "box": [10, 10, 34, 34], "exemplar": "dog.png"}
     table = [{**row, "seed": i, "out": f"{i}.png"} for i in range(5)]
     table[2]["image"] = "none.png"
     path = tmp_path / "rows.jsonl"
@@ -95,7 +97,7 @@ def test_two_processes_run_every_row_once(rows, tiny_checkpoint, capsys):
     assert "none.png" in line
     pictures = {path.name: path.read_bytes() for path in folder.glob("?.png")}
     assert sorted(pictures) == ["0.png", "1.png", "3.png", "4.png"]
-    assert [read_settings(folder / name)["seed"] for name in sorted(pictures)] == [0, 1, 3, 4]
+    assert [read_provenance(folder / name)["seed"] for name in sorted(pictures)] == [0, 1, 3, 4]
 
     # one process knows its work, and gives the same pictures
     assert main(flags(rows, tiny_checkpoint)) == 1
@@ -115,8 +117,10 @@ def test_networks_visit_the_device_under_lightning_too(rows, tiny_checkpoint, mo
         return tensor.clone()
 
     monkeypatch.setattr(offloading, "copied", copied)
-    jobs = [make_job(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)][:1]
-    editing = BatchEditing([replace(job, steps=4) for job in jobs], tiny_checkpoint, "float32", low_memory=True)
+    jobs = [Job.from_row(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)][:1]
+    editing = BatchEditing(
+        [replace(job, settings=EditSettings(steps=4)) for job in jobs], tiny_checkpoint, "float32", low_memory=True
+    )
     try:
         predict_on(editing, "cpu", devices=1, num_nodes=1, progress=False)
     finally:

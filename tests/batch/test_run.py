@@ -12,15 +12,23 @@ import torch
 from PIL import ExifTags, Image
 
 import pbe
-from pbe.batch.job import MAX_SEED, Job, make_job, read_inputs
-from pbe.batch.provenance import NUM_SAMPLES, SAMPLE_BYTES, Weights, identify, read_settings, save_result, settings_of
-from pbe.batch.run import Outcome, is_finished, read_jobs, run_row
-from pbe.editing.parsing import COLUMNS
+from pbe.batch.job import COLUMNS, Job, read_inputs
+from pbe.batch.provenance import (
+    NUM_SAMPLES,
+    SAMPLE_BYTES,
+    Weights,
+    identify,
+    provenance_of,
+    read_provenance,
+    save_result,
+)
+from pbe.batch.run import Outcome, is_done, read_jobs, run_row
+from pbe.editing.settings import MAX_SEED, EditSettings
 from pbe.images.reading import PictureWarning
 
 CHECKPOINT = Path("model.ckpt")
 WEIGHTS = Weights("model.ckpt", "0123abcd", "bfloat16")
-GIVEN = {"image": "photo.png", "mask": "mask.png", "reference": "dog.png", "out": "out.png"}
+GIVEN = {"image": "photo.png", "mask": "mask.png", "exemplar": "dog.png", "out": "out.png"}
 
 
 @pytest.fixture
@@ -59,7 +67,7 @@ def edits(monkeypatch) -> list[dict]:
             raise KeyboardInterrupt
         results = []
         for i in range(settings["num_images"]):
-            result = image.copy()
+            result = image.source.copy()
             result.paste((settings["seed"] + i) % 256, mask=Image.fromarray(mask))
             results.append(result)
         return results
@@ -87,7 +95,8 @@ def write_jsonl(folder: Path, *rows: dict | str) -> Path:
 
 
 def test_columns_are_the_fields_of_a_job():
-    assert set(COLUMNS) == set(Job.__dataclass_fields__) - {"folder", "line"}
+    own = set(Job.__dataclass_fields__) - {"settings", "folder", "line"}
+    assert set(COLUMNS) == own | set(EditSettings.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +106,15 @@ def test_columns_are_the_fields_of_a_job():
         ("box", [1, 2, 30.5, 40], (1, 2, 30.5, 40)),
         ("polygon", "1,2 3,4 5,6", ((1, 2), (3, 4), (5, 6))),
         ("polygon", [[1, 2], [3, 4], [5, 6]], ((1, 2), (3, 4), (5, 6))),
-        ("reference", "a.png; b.png", ("a.png", "b.png")),
-        ("reference", ["a;b.png"], ("a;b.png",)),
+        ("exemplar", "a.png; b.png", ("a.png", "b.png")),
+        ("exemplar", ["a;b.png"], ("a;b.png",)),
         ("steps", " 20 ", 20),
         ("steps", 20, 20),
-        ("scale", "7.5", 7.5),
+        ("guidance", "7.5", 7.5),
         ("window", "full", "full"),
         ("window", "0,0,64,64", (0, 0, 64, 64)),
-        ("raw", "yes", True),
-        ("raw", False, False),
+        ("composite", "no", False),
+        ("composite", True, True),
         ("steps", "20.0", 20),
         ("steps", 2e1, 20),
         ("seed", MAX_SEED, MAX_SEED),
@@ -118,40 +127,42 @@ def test_values_are_read_from_text_and_json(name, value, expected):
     given = {**GIVEN, name: value}
     if name in ("box", "polygon"):
         del given["mask"]
-    assert getattr(make_job(given), name) == expected
+    job = Job.from_row(given)
+    assert getattr(job.settings if hasattr(job.settings, name) else job, name) == expected
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"steps": "ten"}, "steps: 'ten' is not a number"),
-        ({"steps": 2.5}, "steps: 2.5 is not a whole number"),
-        ({"steps": True}, "steps: True is not a number"),
-        ({"scale": "nan"}, "scale: 'nan' is not a number"),
-        ({"seed": 1e400}, "seed: inf is not a number"),
-        ({"scale": 10**400}, "scale: 10+ is not a number"),
-        ({"seed": "9007199254740993.0"}, "seed: '9007199254740993.0' is not a whole number"),
-        ({"seed": -1}, f"seed must be between 0 and {MAX_SEED}, got -1"),
-        ({"seed": str(MAX_SEED + 1)}, f"got {MAX_SEED + 1}"),
-        ({"mask": None, "box": "1,2,3"}, "box: '1,2,3' is not a box"),
-        ({"mask": None, "polygon": "1,2 3,4"}, "polygon: '1,2 3,4' is not a polygon"),
+        ({"steps": "ten"}, "steps must be a whole number from 1 to 1000, got 'ten'"),
+        ({"steps": 2.5}, "steps .* got 2.5"),
+        ({"steps": True}, "steps .* got True"),
+        ({"guidance": "nan"}, "guidance must be a number of at least 0, got 'nan'"),
+        ({"seed": 1e400}, "seed .* got inf"),
+        ({"guidance": 10**400}, "guidance .* got 10+"),
+        ({"seed": "9007199254740993.0"}, "seed .* got '9007199254740993.0'"),
+        ({"seed": -1}, f"seed .* from 0 to {MAX_SEED}, got -1"),
+        ({"seed": str(MAX_SEED + 1)}, f"got '{MAX_SEED + 1}'"),
+        ({"mask": None, "box": "1,2,3"}, "box must be a box x0,y0,x1,y1, got '1,2,3'"),
+        ({"mask": None, "polygon": "1,2 3,4,5"}, "polygon must be a polygon .* got '1,2 3,4,5'"),
+        ({"mask": None, "polygon": "1,2 3,4"}, "polygon must be a polygon .* got '1,2 3,4'"),
         ({"mask": None}, "one of mask, box and polygon, got none"),
         ({"box": "1,2,3,4"}, "got mask and box"),
-        ({"window": "some"}, "window: 'some' is not auto, full"),
-        ({"regions": "all"}, "regions: 'all' is not one of together, each"),
-        ({"raw": "maybe"}, "raw: 'maybe' is neither true nor false"),
-        ({"image": 3}, "image: 3 is not text"),
-        ({"reference": "a.png;;b.png"}, "reference: .* is not a list of file names"),
-        ({"reference": " "}, "reference missing"),
+        ({"window": "some"}, "window must be 'auto', 'full' or a box .* got 'some'"),
+        ({"regions": "all"}, "regions must be 'together' or 'each', got 'all'"),
+        ({"composite": "maybe"}, "composite must be true or false, got 'maybe'"),
+        ({"image": 3}, "image must be text, got 3"),
+        ({"exemplar": "a.png;;b.png"}, "exemplar must be a list of file names .* got 'a.png;;b.png'"),
+        ({"exemplar": " "}, "exemplar missing"),
         ({"image": "", "out": None}, "image and out missing"),
-        ({"reference_weights": "1,2"}, "reference_weights has 2 values for 1 reference"),
-        ({"reference_mask": "a.png;b.png"}, "reference_mask has 2 values for 1 reference"),
+        ({"exemplar_weights": "1,2"}, "exemplar_weights has 2 values for 1 exemplar"),
+        ({"exemplar_mask": "a.png;b.png"}, "exemplar_mask has 2 values for 1 exemplar"),
         ({"out": "./photo.png"}, "also an input"),
     ],
 )
 def test_bad_values_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        make_job({**GIVEN, **changes})
+        Job.from_row({**GIVEN, **changes})
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -159,23 +170,23 @@ def test_bad_values_are_named(changes, message):
 
 def test_csv_and_jsonl_give_the_same_jobs(folder):
     rows = [
-        {**GIVEN, "reference": "a.png;b.png", "seed": "7", "scale": ""},
-        {"image": "x.png", "mask": "", "box": "1,2,3,4", "reference": "c.png", "out": "2.png"},
+        {**GIVEN, "exemplar": "a.png;b.png", "seed": "7", "guidance": ""},
+        {"image": "x.png", "mask": "", "box": "1,2,3,4", "exemplar": "c.png", "out": "2.png"},
     ]
     objects = [
-        {**GIVEN, "reference": ["a.png", "b.png"], "seed": 7},
-        {"image": "x.png", "box": [1, 2, 3, 4], "reference": ["c.png"], "out": "2.png"},
+        {**GIVEN, "exemplar": ["a.png", "b.png"], "seed": 7},
+        {"image": "x.png", "box": [1, 2, 3, 4], "exemplar": ["c.png"], "out": "2.png"},
     ]
-    from_csv, bad_csv = read_jobs(write_csv(folder, *rows), {"scale": "3"})
-    from_jsonl, bad_jsonl = read_jobs(write_jsonl(folder, *objects), {"scale": "3"})
+    from_csv, bad_csv = read_jobs(write_csv(folder, *rows), {"guidance": "3"})
+    from_jsonl, bad_jsonl = read_jobs(write_jsonl(folder, *objects), {"guidance": "3"})
     for name in ("a.png", "b.png", "c.png", "x.png"):
         (folder / name).touch()
     assert bad_csv == bad_jsonl == []
     for a, b in zip(from_csv, from_jsonl, strict=True):
-        assert settings_of(a, WEIGHTS) == settings_of(b, WEIGHTS)
+        assert provenance_of(a, WEIGHTS) == provenance_of(b, WEIGHTS)
         assert a.out == b.out
-    assert [job.seed for job in from_csv] == [7, Job.seed]
-    assert [job.scale for job in from_csv] == [3, 3]
+    assert [job.settings.seed for job in from_csv] == [7, EditSettings.seed]
+    assert [job.settings.guidance for job in from_csv] == [3, 3]
     assert [job.line for job in from_csv] == [2, 3]
     assert from_csv[0].path("photo.png") == folder / "photo.png"
 
@@ -186,14 +197,20 @@ def test_bad_rows_do_not_hide_the_good_ones(folder):
     jobs, failed = read_jobs(path, {})
     assert [job.line for job in jobs] == [1]
     assert [(outcome.line, outcome.status) for outcome in failed] == [(n, "failed") for n in (2, 4, 5, 6, 7)]
-    reasons = ("not JSON", "not a JSON object", "steps", "missing", "unknown column 'colour'; known are image, mask")
+    reasons = (
+        "not JSON",
+        "not a JSON object",
+        "steps",
+        "missing",
+        "unknown column 'colour'; choose from image, exemplar",
+    )
     for outcome, words in zip(failed, reasons, strict=True):
         assert words in outcome.reason
 
 
 def test_csv_row_with_too_many_cells_fails_alone(folder):
     path = folder / "rows.csv"
-    path.write_text("image,mask,reference,out\na.png,b.png,c.png,1.png\na.png,b.png,c.png,2.png,surplus\n")
+    path.write_text("image,mask,exemplar,out\na.png,b.png,c.png,1.png\na.png,b.png,c.png,2.png,surplus\n")
     jobs, failed = read_jobs(path, {})
     assert [job.out for job in jobs] == ["1.png"]
     assert failed == [Outcome(3, "failed", "more cells than the header has columns")]
@@ -201,24 +218,24 @@ def test_csv_row_with_too_many_cells_fails_alone(folder):
 
 def test_csv_quote_that_is_not_closed_hides_no_rows(folder):
     path = folder / "rows.csv"
-    path.write_text('image,mask,reference,out\na.png,b.png,c.png,"1.png\na.png,b.png,c.png,2.png\n')
+    path.write_text('image,mask,exemplar,out\na.png,b.png,c.png,"1.png\na.png,b.png,c.png,2.png\n')
     with pytest.raises(ValueError, match=r"rows.csv, after line 1: unexpected end of data"):
         read_jobs(path, {})
-    path.write_text('image,mask,"reference,out\na.png,b.png,c.png,1.png\n')
+    path.write_text('image,mask,"exemplar,out\na.png,b.png,c.png,1.png\n')
     with pytest.raises(ValueError, match=r"rows.csv, after line 0: unexpected end of data"):
         read_jobs(path, {})
 
 
 def test_byte_order_mark_of_spreadsheets_is_read_over(folder):
     path = folder / "rows.csv"
-    path.write_text("image,mask,reference,out\na.png,b.png,c.png,1.png\n", encoding="utf-8-sig")
+    path.write_text("image,mask,exemplar,out\na.png,b.png,c.png,1.png\n", encoding="utf-8-sig")
     assert read_jobs(path, {})[0][0].image == "a.png"
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"scale": -1}, "guidance must be 0 or more, got -1"),
+        ({"guidance": -1}, "guidance must be a number of at least 0, got -1"),
         ({"eta": 0.5}, "eta=0.5 is for the sampler 'ddim'"),
         ({"margin": 0.5}, "margin must be"),
         ({"feather": -1}, "feather must be"),
@@ -235,7 +252,7 @@ def test_settings_out_of_range_fail_before_a_model_is_loaded(folder, changes, me
 def test_csv_cell_that_is_too_long_is_named(folder):
     polygon = "1,1 " * 40_000  # csv takes 131,072 characters
     path = folder / "rows.csv"
-    path.write_text(f'image,polygon,reference,out\na.png,"{polygon}",c.png,1.png\n')
+    path.write_text(f'image,polygon,exemplar,out\na.png,"{polygon}",c.png,1.png\n')
     with pytest.raises(ValueError, match=r"rows.csv, after line 1: field larger than field limit .*\.jsonl"):
         read_jobs(path, {})
     jobs, failed = read_jobs(write_jsonl(folder, {**GIVEN, "mask": "", "polygon": polygon}), {})
@@ -269,7 +286,7 @@ def test_a_link_that_leads_back_to_itself_fails_alone(folder):
         ("rows.txt", b"", "ends in .csv or .jsonl"),
         ("rows.csv", b"", "has no rows"),
         ("rows.csv", b"image,image\n", "names a column twice"),
-        ("rows.csv", b"image,colour\n", "line 1: unknown column 'colour'; known are image, mask"),
+        ("rows.csv", b"image,colour\n", "line 1: unknown column 'colour'; choose from image, exemplar"),
         ("rows.jsonl", b"{}\n\xff\xfe\x00", r"rows\.jsonl, line 2 is not UTF-8 \(byte 0xff\)"),
         ("rows.csv", b"image,out\nf\xe9.png,a.png\n", r"rows\.csv, line 2 is not UTF-8 \(byte 0xe9\)"),
         ("rows.csv", b"image\0,out\n", r"rows\.csv, line 1 holds a NUL byte"),
@@ -287,12 +304,12 @@ def test_files_that_are_no_batch(tmp_path, name, content, message):
 def run(folder: Path, **changes) -> Outcome:
     redo = changes.pop("redo", False)
     weights = identify(folder / CHECKPOINT, Model.dtype)
-    return run_row(Model(), make_job({**GIVEN, **changes}, folder, line=5), weights, redo)
+    return run_row(Model, Job.from_row({**GIVEN, **changes}, folder, line=5), weights, redo)
 
 
 def test_row_is_run_as_it_says(folder, edits):
-    changes = {"seed": 7, "scale": 3, "steps": 9, "raw": True, "reference": ["dog.png", "photo.png"]}
-    assert run(folder, **changes, reference_weights=[1, 3], window=[0, 0, 40, 40]) == Outcome(5, "done")
+    changes = {"seed": 7, "guidance": 3, "steps": 9, "composite": False, "exemplar": ["dog.png", "photo.png"]}
+    assert run(folder, **changes, exemplar_weights=[1, 3], window=[0, 0, 40, 40]) == Outcome(5, "done")
     (call,) = edits
     assert (call["seed"], call["guidance"], call["steps"], call["composite"]) == (7, 3, 9, False)
     assert (call["exemplar_weights"], call["window"], call["num_images"]) == ((1, 3), (0, 0, 40, 40), 1)
@@ -315,7 +332,7 @@ def test_row_is_done_again_when_asked(folder, edits):
     assert len(edits) == 2
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"scale": 2}, {"feather": 3}, {"mask": None, "box": "1,1,9,9"}])
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"guidance": 2}, {"feather": 3}, {"mask": None, "box": "1,1,9,9"}])
 def test_row_with_other_settings_is_done_again(folder, edits, changes):
     run(folder)
     assert run(folder, **changes).status == "done"
@@ -395,12 +412,12 @@ def test_result_with_the_same_name_by_another_tool_is_done_again(folder, edits):
 
 def test_another_dtype_or_checkpoint_is_not_finished(folder, edits):
     run(folder)
-    job = make_job(GIVEN, folder)
-    assert is_finished(job, identify(folder / CHECKPOINT, torch.float32))
-    assert not is_finished(job, identify(folder / CHECKPOINT, torch.float16))
-    assert not is_finished(job, identify(folder / "photo.png", torch.float32))
+    job = Job.from_row(GIVEN, folder)
+    assert is_done(job, identify(folder / CHECKPOINT, torch.float32))
+    assert not is_done(job, identify(folder / CHECKPOINT, torch.float16))
+    assert not is_done(job, identify(folder / "photo.png", torch.float32))
     (folder / "dog.png").unlink()
-    assert not is_finished(job, identify(folder / CHECKPOINT, torch.float32))
+    assert not is_done(job, identify(folder / CHECKPOINT, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -412,11 +429,9 @@ def test_another_dtype_or_checkpoint_is_not_finished(folder, edits):
         ({"out": "out.gif"}, "out.gif: cannot save as '.gif'"),
         ({"out": "out"}, "out: cannot save as a file without a suffix"),
         ({"out": "sub"}, "is a folder"),
-        ({"sampler": "euler"}, "unknown sampler 'euler'"),
-        ({"steps": 0}, "steps must be"),
-        ({"scale": 13}, "unlucky"),
-        ({"scale": 14}, "the device's memory is full"),
-        ({"scale": 15}, "the device's memory is full"),
+        ({"guidance": 13}, "unlucky"),
+        ({"guidance": 14}, "the device's memory is full"),
+        ({"guidance": 15}, "the device's memory is full"),
     ],
 )
 def test_row_that_cannot_be_run_becomes_an_outcome(folder, edits, changes, reason):
@@ -436,13 +451,13 @@ def test_alpha_into_jpeg_fails_before_sampling(folder, edits):
 
 
 def test_unforeseen_error_fails_its_row_alone(folder, edits):
-    assert run(folder, scale=16) == Outcome(5, "failed", "RuntimeError: convolution is tired")
+    assert run(folder, guidance=16) == Outcome(5, "failed", "RuntimeError: convolution is tired")
     assert run(folder).status == "done"
 
 
 def test_interruption_ends_the_batch(folder, edits):
     with pytest.raises(KeyboardInterrupt):
-        run(folder, scale=17)
+        run(folder, guidance=17)
 
 
 @pytest.mark.parametrize("size, suffix", [((16400, 2), ".webp"), ((2, 16400), ".webp"), ((65501, 2), ".jpg")])
@@ -465,31 +480,31 @@ def test_photo_with_much_exif_is_saved_as_jpeg_without_settings(folder, edits):
     assert len(warned) == 1  # the trial before sampling is silent
     with Image.open(folder / "out.jpg") as image:
         assert len(image.getexif()[ExifTags.Base.Make]) == 65400
-    assert read_settings(folder / "out.jpg") is None
+    assert read_provenance(folder / "out.jpg") is None
 
 
 def test_edit_of_an_edit_has_its_own_settings(folder, edits):
     run(folder, out="first.jpg", seed=1)
     assert run(folder, image="first.jpg", out="second.jpg", seed=2).status == "done"
     assert run(folder, image="first.jpg", out="second.jpg", seed=2).status == "skipped"
-    assert [read_settings(folder / name)["seed"] for name in ("first.jpg", "second.jpg")] == [1, 2]
+    assert [read_provenance(folder / name)["seed"] for name in ("first.jpg", "second.jpg")] == [1, 2]
 
 
 # --- settings ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
-def test_settings_are_read_back_from_a_picture(tmp_path, suffix):
+def test_provenance_is_read_back_from_a_picture(tmp_path, suffix):
     for name in ("photo.png", "mask.png", "ä.png", "b.png"):
         (tmp_path / name).write_text(name)
-    job = make_job({**GIVEN, "window": "0,0,8,8", "reference": ["ä.png", "b.png"]}, tmp_path)
-    settings = settings_of(job, WEIGHTS)
+    job = Job.from_row({**GIVEN, "window": "0,0,8,8", "exemplar": ["ä.png", "b.png"]}, tmp_path)
+    settings = provenance_of(job, WEIGHTS)
     assert [settings[name] for name in ("checkpoint", "checkpoint_crc32", "dtype")] == list(WEIGHTS)
     assert list(settings["inputs_crc32"]) == ["photo.png", "mask.png", "ä.png", "b.png"]
     assert settings["inputs_crc32"]["b.png"] == f"{zlib.crc32(b'b.png'):08x}"
     path = tmp_path / f"a{suffix}"
     save_result(Image.new("RGB", (9, 8)), path, settings)
-    stored = read_settings(path)
+    stored = read_provenance(path)
     assert stored.pop("size") == [9, 8]
     assert stored.pop("pbe") == pbe.__version__
     assert stored == settings
@@ -497,6 +512,6 @@ def test_settings_are_read_back_from_a_picture(tmp_path, suffix):
 
 def test_stored_settings_are_a_row(folder):
     """What a picture tells can be put into a JSONL file as it is, less what is not a column."""
-    job = make_job({**GIVEN, "mask": None, "polygon": "1,1 9,1 5,9", "scale": 3}, folder)
-    row = {name: v for name, v in settings_of(job, WEIGHTS).items() if name in COLUMNS}
-    assert make_job({**row, "out": "out.png"}, folder) == job
+    job = Job.from_row({**GIVEN, "mask": None, "polygon": "1,1 9,1 5,9", "guidance": 3}, folder)
+    row = {name: v for name, v in provenance_of(job, WEIGHTS).items() if name in COLUMNS}
+    assert Job.from_row({**row, "out": "out.png"}, folder) == job

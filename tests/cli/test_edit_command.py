@@ -14,10 +14,10 @@ from PIL import Image
 
 import pbe
 import pbe.cli
-from pbe.batch.job import spare_threads
-from pbe.batch.provenance import read_settings
+from pbe.batch.provenance import read_provenance
 from pbe.cli.comparison import parse_seeds, runs
 from pbe.cli.edit import main
+from pbe.editing.loading import limit_threads
 from pbe.sampling import StepInfo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +44,7 @@ def cli(folder, tiny_checkpoint):
     """Calls the command with the usual flags; a flag given as None is left out, True stands without a value."""
 
     def call(**changes) -> int:
-        usual = {"image": "photo.png", "mask": "mask.png", "reference": "dog.png", "out": "out.png"}
+        usual = {"image": "photo.png", "mask": "mask.png", "exemplar": "dog.png", "out": "out.png"}
         usual = {} if "batch" in changes else usual
         flags = {**usual, "ckpt": str(tiny_checkpoint), "device": "cpu", "steps": "4", "quiet": True, **changes}
         argv = []
@@ -69,7 +69,7 @@ def edits(monkeypatch) -> list[dict]:
                 settings["callback"](StepInfo(i, settings["steps"], 0, torch.zeros(1), torch.zeros(1)))
         results = []
         for i in range(settings["num_images"]):
-            result = image.copy()
+            result = image.source.copy()
             result.paste((20 * (settings["seed"] + i),) * 3, mask=Image.fromarray(mask))
             results.append(result)
         return results
@@ -108,7 +108,7 @@ def test_small_models_take_one_thread_of_a_cpu(resolution, device, chosen, threa
     if chosen:
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     torch.set_num_threads(2)
-    spare_threads(SimpleNamespace(config=SimpleNamespace(resolution=resolution), device=torch.device(device)))
+    limit_threads(SimpleNamespace(config=SimpleNamespace(resolution=resolution), device=torch.device(device)))
     assert torch.get_num_threads() == threads
 
 
@@ -124,7 +124,7 @@ def test_several_results_are_those_of_their_seeds(cli, folder):
 
 def test_batch_from_a_file(cli, folder, capsys):
     (folder / "rows.csv").write_text(
-        "image,mask,box,reference,seed,out\n"
+        "image,mask,box,exemplar,seed,out\n"
         "photo.png,mask.png,,dog.png,1,a.png\n"
         "none.png,mask.png,,dog.png,2,b.png\n"
         "photo.png,,\"20,16,60,48\",dog.png;cat.png,3,c.png\n"
@@ -138,7 +138,7 @@ def test_batch_from_a_file(cli, folder, capsys):
     first = (folder / "a.png").read_bytes()
 
     (folder / "rows.csv").write_text(
-        "seed,out,image,mask,reference\n3,d.png,photo.png,mask.png,dog.png\n1,a.png,photo.png,mask.png,dog.png\n"
+        "seed,out,image,mask,exemplar\n3,d.png,photo.png,mask.png,dog.png\n1,a.png,photo.png,mask.png,dog.png\n"
     )
     assert cli(batch="rows.csv") == 0
     assert capsys.readouterr().out == "2 rows: 1 done, 1 done before, 0 failed\n"
@@ -151,11 +151,11 @@ def test_batch_of_bad_rows_needs_no_model(cli, folder, capsys):
     assert cli(batch="rows.jsonl") == 1
     output = capsys.readouterr()
     assert output.out == "1 row: 0 done, 0 done before, 1 failed\n"
-    assert output.err == "line 1 failed: image and reference and out missing\n"
+    assert output.err == "line 1 failed: image and exemplar and out missing\n"
 
 
 def test_finished_batch_loads_no_model(cli, folder, capsys, monkeypatch):
-    (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    (folder / "rows.csv").write_text("image,mask,exemplar,out\nphoto.png,mask.png,dog.png,a.png\n")
     assert cli(batch="rows.csv") == 0
     monkeypatch.delattr("pbe.checkpoints.loading.load_model")
     assert cli(batch="rows.csv") == 0
@@ -170,14 +170,14 @@ def test_flags_reach_edit(cli, edits):
         "sampler": "ddim",
         "eta": 0.5,
         "spacing": "trailing",
-        "scale": 3,
+        "guidance": 3,
         "guidance_interval": "100,800",
         "seed": 9,
         "window": "0,0,64,64",
         "regions": "each",
     }
     more = {
-        "raw": True,
+        "no_composite": True,
         "seam": "feather",
         "feather": 4,
         "margin": 0.2,
@@ -185,7 +185,7 @@ def test_flags_reach_edit(cli, edits):
         "batch_size": 3,
         "num_images": 2,
     }
-    assert cli(**flags, **more, reference=["dog.png", "cat.png"], reference_weights="1,3") == 0
+    assert cli(**flags, **more, exemplar=["dog.png", "cat.png"], exemplar_weights="1,3") == 0
     (settings,) = edits
     del settings["callback"]
     assert settings == {
@@ -210,13 +210,13 @@ def test_flags_reach_edit(cli, edits):
 
 
 def test_settings_are_in_the_picture(cli, edits, folder, tiny_checkpoint):
-    assert cli(seed=9, scale=2.5) == 0
-    settings = read_settings(folder / "out.png")
-    expected = {"seed": 9, "scale": 2.5, "steps": 4, "sampler": "plms", "window": "auto", "size": [100, 80]}
-    expected |= {"image": "photo.png", "reference": ["dog.png"], "checkpoint": tiny_checkpoint.name}
+    assert cli(seed=9, guidance=2.5) == 0
+    settings = read_provenance(folder / "out.png")
+    expected = {"seed": 9, "guidance": 2.5, "steps": 4, "sampler": "plms", "window": "auto", "size": [100, 80]}
+    expected |= {"image": "photo.png", "exemplar": ["dog.png"], "checkpoint": tiny_checkpoint.name}
     expected |= {"pbe": pbe.__version__, "dtype": "float32"}
     assert settings.items() >= expected.items()
-    assert "scale 2.5" in Image.open(folder / "out.png").text["Description"]
+    assert "guidance 2.5" in Image.open(folder / "out.png").text["Description"]
 
 
 @pytest.mark.parametrize("out", ["new/", "there"])
@@ -228,7 +228,7 @@ def test_results_in_a_folder_are_called_after_the_photo(cli, edits, folder, out)
 
 
 def test_grid(cli, edits, folder):
-    assert cli(grid=True, seed=3, reference=["dog.png", "cat.png"]) == 0
+    assert cli(grid=True, seed=3, exemplar=["dog.png", "cat.png"]) == 0
     assert names(folder) == {"out.png", "out-3.png"}
     with Image.open(folder / "out.png") as grid:
         assert grid.width > 5 * 200  # source, masked, two exemplars, a result: each at least 2/3 of 320 wide
@@ -240,7 +240,7 @@ def test_grid(cli, edits, folder):
 def test_photos_may_be_larger_than_pillow_s_bound(cli, edits, folder, capsys, monkeypatch):
     """The bound's error and its warning at half as many pixels; a batch knows its large results again."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of 8000
-    (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    (folder / "rows.csv").write_text("image,mask,exemplar,out\nphoto.png,mask.png,dog.png,a.png\n")
     assert cli(batch="rows.csv") == 0
     assert cli(batch="rows.csv") == 0
     output = capsys.readouterr()
@@ -259,20 +259,20 @@ def test_a_grid_does_not_replace_an_input(cli, edits, folder, capsys):
 
 
 def test_seeds_and_scales_make_a_table(cli, edits, folder):
-    assert cli(seeds="1..2,7", sweep_scale="1,2.5") == 0
-    expected = {f"out-scale{scale}-{seed}.png" for scale in ("1", "2.5") for seed in (1, 2, 7)}
+    assert cli(seeds="1..2,7", sweep_guidance="1,2.5") == 0
+    expected = {f"out-guidance{scale}-{seed}.png" for scale in ("1", "2.5") for seed in (1, 2, 7)}
     assert names(folder) == {"out.png", *expected}
     assert [(call["guidance"], call["seed"], call["num_images"]) for call in edits] == [
         (1, 1, 2), (1, 7, 1), (2.5, 1, 2), (2.5, 7, 1)
     ]  # fmt: skip
-    assert gray_inside(folder / "out-scale2.5-7.png") == 140
-    assert read_settings(folder / "out-scale2.5-7.png")["scale"] == 2.5
+    assert gray_inside(folder / "out-guidance2.5-7.png") == 140
+    assert read_provenance(folder / "out-guidance2.5-7.png")["guidance"] == 2.5
     with Image.open(folder / "out.png") as grid:
         assert grid.height > 3 * 320
 
 
 def test_table_lists_scales_down_and_seeds_across(cli, edits, folder):
-    assert cli(seeds="4,6", sweep_scale="1,3", out="grids/") == 0
+    assert cli(seeds="4,6", sweep_guidance="1,3", out="grids/") == 0
     pixels = np.asarray(Image.open(folder / "grids" / "photo-grid.png")).astype(int)
     found = []
     for seed in (4, 6):
@@ -306,7 +306,7 @@ def test_progress_is_on_stderr_and_ends_full(cli, edits, capsys):
 def test_jpeg_says_that_it_changes_pixels(cli, edits, folder, capsys):
     assert cli(out="out.jpg") == 0
     assert capsys.readouterr().err.startswith("note: JPEG changes all pixels")
-    assert read_settings(folder / "out.jpg")["seed"] == 321
+    assert read_provenance(folder / "out.jpg")["seed"] == 321
 
 
 def test_warnings_are_one_line(cli, edits, folder, capsys):
@@ -326,57 +326,60 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"image": "none.png"}, "none.png"),
         ({"mask": "none.png"}, "error: mask none.png: there is no such file"),
         ({"mask": "dog.png"}, "error: mask dog.png is "),
-        ({"out": "photo.png/out.png"}, "cannot write photo.png/out.png: photo.png is no folder"),
+        ({"out": "photo.png/out.png"}, "cannot write photo.png/out.png: photo.png is a file, not a folder"),
         ({"image": "loop.png"}, "image loop.png: there is no such file"),
-        ({"reference": "none.png"}, "none.png"),
+        ({"exemplar": "none.png"}, "none.png"),
         ({"ckpt": "none.ckpt"}, "none.ckpt"),
         ({"ckpt": "photo.png"}, "photo.png"),
         ({"ckpt": None}, "--ckpt"),
         ({"mask": None, "box": "10,10,200,20"}, "outside"),
-        ({"mask": None, "box": "10,10"}, "is not a box"),
+        ({"mask": None, "box": "10,10"}, "box must be a box x0,y0,x1,y1, got '10,10'"),
         ({"mask": "dog.png"}, "20x30"),
         ({"mask": None}, "one of mask, box and polygon"),
         ({"box": "1,2,3,4"}, "got mask and box"),
-        ({"image": None, "mask": None, "reference": None, "out": None}, "image and reference and out missing"),
-        ({"sampler": "euler"}, "choose one of ddim, plms"),
-        ({"steps": "0"}, "steps must be an integer from 1 to 1000"),
-        ({"steps": "many"}, "steps: 'many' is not a number"),
+        ({"image": None, "mask": None, "exemplar": None, "out": None}, "image and exemplar and out missing"),
+        ({"sampler": "euler"}, "sampler must be 'ddim', 'plms'"),
+        ({"steps": "0"}, "steps must be a whole number from 1 to 1000, got '0'"),
+        ({"steps": "many"}, "steps must be a whole number from 1 to 1000, got 'many'"),
         ({"num_images": "0"}, "at least 1"),
         ({"batch_size": "0"}, "at least 1"),
-        ({"scale": "-1"}, "guidance must be 0 or more"),
+        ({"guidance": "-1"}, "guidance must be a number of at least 0, got '-1'"),
         ({"eta": "0.5"}, "eta=0.5 is for the sampler 'ddim'"),
         ({"margin": "0.7"}, "margin must be"),
         ({"feather": "-1"}, "feather must be"),
         ({"resolution": "100"}, "resolution must be"),
         ({"resolution": "0"}, "resolution must be"),
-        ({"sweep_scale": "1,-3"}, "guidance must be 0 or more"),
-        ({"seed": "-1"}, "seed must be between 0 and 9223372036854775807"),
-        ({"seed": "9223372036854775807", "num_images": "2"}, "seed must be between"),
+        ({"sweep_guidance": "1,-3"}, "guidance must be a number of at least 0, got -3"),
+        ({"seed": "-1"}, "seed must be a whole number from 0 to 18446744073709551615"),
+        ({"seed": "18446744073709551615", "num_images": "2"}, "seed must be a whole number from 0 to"),
         ({"device": "abacus"}, "abacus"),
         ({"dtype": "float8"}, "float8"),
         ({"out": "out.gif"}, "choose one of .png"),
         ({"out": "out"}, "choose one of .png"),
         ({"out": "photo.png"}, "also an input"),
         ({"out": "dog.png/out.png"}, "dog.png"),
-        ({"seeds": "5..1"}, "'5..1' is neither"),
+        ({"seeds": "5..1"}, "'5..1' is not a range"),
         ({"seeds": "1..8", "seed": "3"}, "--seeds and --seed contradict"),
         ({"seeds": "1..8", "num_images": "3"}, "--seeds and --num-images contradict"),
-        ({"sweep_scale": "1,3", "scale": "3"}, "--sweep-scale and --scale contradict"),
+        ({"sweep_guidance": "1,3", "guidance": "3"}, "--sweep-guidance and --guidance contradict"),
         ({"devices": "2"}, "need --batch"),
         ({"redo": True}, "need --batch"),
         ({"colour": "red"}, "--colour"),
+        ({"reference": "dog.png"}, "--reference is now --exemplar"),
+        ({"scale": "3"}, "--scale is now --guidance"),
+        ({"raw": True}, "--raw is now --no-composite"),
         ({"batch": "none.csv"}, "none.csv"),
         ({"batch": "photo.png"}, "ends in .csv or .jsonl"),
         ({"batch": "rows.csv", "image": "photo.png", "grid": True}, "--image and --grid cannot be given with --batch"),
         ({"batch": "rows.csv", "batch_size": "2"}, "--batch-size cannot be given with --batch"),
         ({"batch": "rows.csv", "num_images": "0"}, "--num-images cannot be given with --batch"),
         ({"batch": "rows.csv", "devices": "0"}, "at least 1"),
-        ({"batch": "rows.csv", "steps": "many"}, "steps: 'many' is not a number"),
+        ({"batch": "rows.csv", "steps": "many"}, "steps must be a whole number from 1 to 1000, got 'many'"),
         ({"batch": "rows.csv", "ckpt": "none.ckpt"}, "none.ckpt"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(cli, edits, folder, capsys, changes, message):
-    (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    (folder / "rows.csv").write_text("image,mask,exemplar,out\nphoto.png,mask.png,dog.png,a.png\n")
     (folder / "loop.png").symlink_to("loop.png")
     before = names(folder)
     try:
@@ -413,7 +416,7 @@ def test_folder_without_permission(cli, edits, folder, capsys):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"scale": "-1"},
+        {"guidance": "-1"},
         {"eta": "0.5"},
         {"resolution": "100"},
         {"out": "out.gif"},
@@ -428,7 +431,7 @@ def test_what_needs_no_model_is_refused_without_one(cli, capsys, monkeypatch, ch
 
 def test_batch_of_settings_out_of_range_needs_no_model(cli, folder, capsys, monkeypatch):
     monkeypatch.delattr("pbe.checkpoints.loading.load_model")
-    (folder / "rows.csv").write_text("image,mask,reference,out,margin\nphoto.png,mask.png,dog.png,a.png,0.7\n")
+    (folder / "rows.csv").write_text("image,mask,exemplar,out,margin\nphoto.png,mask.png,dog.png,a.png,0.7\n")
     assert cli(batch="rows.csv") == 1
     output = capsys.readouterr()
     assert output.out == "1 row: 0 done, 0 done before, 1 failed\n"
@@ -439,11 +442,11 @@ def test_batch_goes_on_after_memory_was_full(cli, folder, capsys, monkeypatch):
     def edit(model, image, *args, seed, **settings):
         if seed == 1:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
-        return [image]
+        return [image.source]
 
     monkeypatch.setattr("pbe.editing.edit.edit", edit)
     row = "photo.png,mask.png,dog.png"
-    (folder / "rows.csv").write_text(f"image,mask,reference,out,seed\n{row},a.png,1\n{row},b.png,2\n")
+    (folder / "rows.csv").write_text(f"image,mask,exemplar,out,seed\n{row},a.png,1\n{row},b.png,2\n")
     assert cli(batch="rows.csv") == 1
     output = capsys.readouterr()
     assert output.out == "2 rows: 1 done, 0 done before, 1 failed\n"
@@ -455,17 +458,19 @@ def test_batch_goes_on_after_memory_was_full(cli, folder, capsys, monkeypatch):
 
 def test_large_seed_is_kept(cli, edits, folder, monkeypatch):
     (folder / "rows.jsonl").write_text(
-        '{"image": "photo.png", "mask": "mask.png", "reference": "dog.png", "out": "b.png", "seed": 9007199254740993}'
+        '{"image": "photo.png", "mask": "mask.png", "exemplar": "dog.png", "out": "b.png", "seed": 9007199254740993}'
     )
-    monkeypatch.setattr("pbe.editing.edit.edit", lambda model, image, *_, **settings: edits.append(settings) or [image])
+    monkeypatch.setattr(
+        "pbe.editing.edit.edit", lambda model, image, *_, **settings: edits.append(settings) or [image.source]
+    )
     assert cli(seed=2**53 + 1, out="a.png") == 0
     assert cli(batch="rows.jsonl") == 0
     assert [call["seed"] for call in edits] == [2**53 + 1] * 2
-    assert [read_settings(folder / name)["seed"] for name in ("a.png", "b.png")] == [2**53 + 1] * 2
+    assert [read_provenance(folder / name)["seed"] for name in ("a.png", "b.png")] == [2**53 + 1] * 2
 
 
 def test_batch_with_another_checkpoint_of_the_same_name_is_done_again(cli, edits, folder, tiny_checkpoint, capsys):
-    (folder / "rows.csv").write_text("image,mask,reference,out\nphoto.png,mask.png,dog.png,a.png\n")
+    (folder / "rows.csv").write_text("image,mask,exemplar,out\nphoto.png,mask.png,dog.png,a.png\n")
     state = torch.load(tiny_checkpoint)
     for place in ("one", "two"):
         (folder / place).mkdir()
@@ -522,7 +527,7 @@ def test_unknown_subcommand(argv, message, capsys):
 
 
 def test_subcommand_gets_its_flags(folder, edits, tiny_checkpoint):
-    argv = ["edit", "--image", "photo.png", "--mask", "mask.png", "--reference", "dog.png", "--out", "out.png"]
+    argv = ["edit", "--image", "photo.png", "--mask", "mask.png", "--exemplar", "dog.png", "--out", "out.png"]
     assert pbe.cli.main([*argv, "--ckpt", str(tiny_checkpoint), "--device", "cpu", "--quiet"]) == 0
     assert (folder / "out.png").exists()
 

@@ -1,0 +1,66 @@
+"""A model loaded for editing alone, in the form that its device computes fastest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from pbe.acceleration import Compile
+    from pbe.models.paint_by_example import PaintByExample
+
+SMALL_RESOLUTION = 128
+
+
+def load_editor(
+    checkpoint: Path,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    low_memory: bool = False,
+    compile: Compile | None = None,
+) -> PaintByExample:
+    """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone.
+
+    With `low_memory` each network is on the device only while it computes.
+
+    Raises:
+        ValueError: for another model, and for `low_memory` with the whole network's compilation.
+    """
+    from pbe.acceleration import prepare_for_inference
+    from pbe.acceleration.offloading import offload
+    from pbe.checkpoints.loading import choose_device, choose_dtype, load_model
+    from pbe.models.paint_by_example import PaintByExample
+
+    check_memory(low_memory, compile)
+    chosen = choose_device(device)
+    home, precision = choose_device("cpu") if low_memory else chosen, choose_dtype(dtype, chosen)
+    # on the CPU preparing converts what is mapped, with no copy between; to a device the least is sent
+    model = load_model(checkpoint, home, "stored" if home.type == "cpu" else precision)
+    if not isinstance(model, PaintByExample):
+        raise ValueError(f"{checkpoint} holds {type(model).__name__}, editing needs Paint by Example")
+    if low_memory:
+        model = offload(model, chosen)
+    return prepare_for_inference(model, consume=True, dtype=precision, compile=compile)
+
+
+def check_memory(low_memory: bool, compile: Compile | None) -> None:
+    """ValueError for what cannot be combined: the whole network's graphs keep their memory."""
+    if low_memory and compile == "whole":
+        raise ValueError("compile='whole' keeps the memory that low_memory gives back: use compile='regions'")
+
+
+def limit_threads(model: PaintByExample) -> None:
+    """Lets the process compute with one thread where a CPU runs a model of pictures of at most 128 pixels, unless
+    OMP_NUM_THREADS says otherwise.
+
+    Four threads make so small a network a quarter faster. On a busy machine they make it twenty times slower: in each
+    layer all wait for the one that has no core (docs/editing.md).
+    """
+    import torch
+
+    small = model.config.resolution <= SMALL_RESOLUTION and model.device.type == "cpu"
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)

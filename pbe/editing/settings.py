@@ -1,0 +1,136 @@
+"""An edit's settings: the one place of their names, types, defaults, documentation and rules.
+
+The keywords of `pbe.edit`, the flags of `pbe edit`, the columns of a batch file, a result's provenance, the page and
+`pbe evaluate run` are derived from `EditSettings`. Only the standard library is imported on top: the command line reads
+its arguments before it loads anything heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+from pbe.io.fields import Range, check, describe, field_docs, field_types, read
+
+MAX_SEED = 2**64 - 1  # torch's generators take 64 bits
+
+SamplerName = Literal["ddim", "plms", "ddpm", "dpm_solver"]
+SpacingName = Literal["leading", "trailing"]
+Interval = Annotated[
+    tuple[Annotated[int, Range(-1, 1000)], Annotated[int, Range(-1, 1000)]],
+    "two whole timesteps LOW,HIGH with -1 <= LOW <= HIGH <= 1000",
+]
+Window = Annotated[
+    Literal["auto", "full"] | tuple[int, int, int, int], "'auto', 'full' or a box X0,Y0,X1,Y1 in whole pixels"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSettings:
+    """What one result of an edit follows from, beside its pictures and the model.
+
+    ValueError for a value that no model and no photo can make right, naming the setting and what would be right.
+    """
+
+    steps: Annotated[int, Range(1, 1000)] = 50
+    """Sampling steps, 1 to 1000."""
+    guidance: Annotated[float, Range(0)] = 5.0
+    """The scale λ of classifier-free guidance, eps_u + λ (eps_c - eps_u); 1 is without guidance."""
+    guidance_interval: Interval | None = None
+    """Guidance only at timesteps above LOW and up to HIGH, of 0 to 999, the noisiest; elsewhere λ is 1, at half the
+    work (default: at all)."""
+    sampler: SamplerName = "plms"
+    """The sampling method."""
+    eta: Annotated[float, Range(0, 1)] = 0.0
+    """Noise of the sampler ddim, which alone has it: 0 is none, 1 as much as ddpm's."""
+    spacing: SpacingName = "leading"
+    """Of the timesteps: leading is the original's; trailing starts from the noisiest, which is better for few steps."""
+    seed: Annotated[int, Range(0, MAX_SEED)] = 321
+    """Of the first result; the next have the next seeds. A result depends on its own seed alone."""
+    window: Window = "auto"
+    """The part of the photo that the model sees: around the mask, so that it is neither tiny nor without context; the
+    whole photo; or a box."""
+    regions: Literal["together", "each"] = "together"
+    """Edit the whole mask in one window, or each of its separate regions in a window of its own."""
+    composite: bool = True
+    """Put only the masked pixels into the photo; without it the model's own picture of the whole window."""
+    seam: Literal["poisson", "feather"] = "poisson"
+    """Let the result meet the photo's light and colour at the mask's border, by Poisson blending, or only fade in."""
+    feather: Annotated[int, Range(0)] | None = None
+    """Width in photo pixels of the soft seam, which lies inside the mask (default: a 64th of the window, and at least
+    two of the model's pixels)."""
+    margin: Annotated[float, Range(0, 0.5, below=True)] = 0.1
+    """Share of an automatic window's side that is kept free on each side of the mask."""
+    resolution: Annotated[int, Range(8, step=8)] | None = None
+    """Side in pixels at which the model works (default: the one that it was trained on)."""
+
+    def __post_init__(self) -> None:
+        for name, annotation in SETTINGS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name), annotation))
+        if self.guidance_interval and self.guidance_interval[0] > self.guidance_interval[1]:
+            kind = describe(SETTINGS["guidance_interval"])
+            raise ValueError(f"guidance_interval must be {kind}, got {self.guidance_interval}")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta={self.eta} is for the sampler 'ddim' alone, not for {self.sampler!r}")
+
+    @classmethod
+    def from_texts(cls, values: Mapping[str, Any]) -> EditSettings:
+        """The settings that texts or JSON values by name say; None and blank texts leave a setting as it is by default.
+
+        ValueError for a value that cannot be read, and as the class.
+        """
+        given = {name: value for name, value in values.items() if is_given(value)}
+        return cls(**{name: read(name, value, SETTINGS[name]) for name, value in given.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values, without those that are None; `from_texts` reads them back."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+SETTINGS = field_types(EditSettings)
+
+
+class EditKeywords(TypedDict, total=False):
+    """`EditSettings` as keywords, for type checkers and editors; a test compares the two."""
+
+    steps: int
+    guidance: float
+    guidance_interval: tuple[int, int] | None
+    sampler: SamplerName
+    eta: float
+    spacing: SpacingName
+    seed: int
+    window: Literal["auto", "full"] | tuple[int, int, int, int]
+    regions: Literal["together", "each"]
+    composite: bool
+    seam: Literal["poisson", "feather"]
+    feather: int | None
+    margin: float
+    resolution: int | None
+
+
+def setting_docs() -> dict[str, str]:
+    """What each setting is, on one line."""
+    return field_docs(EditSettings)
+
+
+def is_given(value: Any) -> bool:
+    """Whether a value of a row or a flag says anything."""
+    return value is not None and not (isinstance(value, str) and not value.strip())
+
+
+# For results soon: as good as many steps give, where PLMS, with as few, is unstable under strong guidance.
+# docs/editing.md, "How many steps"
+QUICK = EditSettings(sampler="dpm_solver", spacing="trailing", steps=20)
+# More guidance takes its colours further away from the exemplars': docs/demo-model.md
+DEMO = replace(QUICK, guidance=3.0)
+
+
+def quick_settings(checkpoint: str | Path) -> EditSettings:
+    """QUICK for the model in a checkpoint, or what suits it better where that is known."""
+    from pbe.checkpoints.formats.opening import DEMO_MODEL, find_checkpoint
+
+    return DEMO if find_checkpoint(checkpoint) == DEMO_MODEL else QUICK
