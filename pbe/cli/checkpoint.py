@@ -61,7 +61,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     sub.add_argument("checkpoints", type=Path, nargs="+")
     sub.add_argument("--weights", type=float, nargs="+", required=True, help="one a checkpoint, adding up to 1")
 
-    sub = add("merge-lora", merge_lora, "make adapters part of the weights they were trained on")
+    sub = add("merge-lora", merge_adapters, "make adapters part of the weights they were trained on")
     sub.add_argument("checkpoint", type=Path)
     sub.add_argument("adapter", type=Path)
     sub.add_argument("--weight", type=float, default=1.0, help="how much of the adapters shows (default 1)")
@@ -216,19 +216,20 @@ def merge(args: argparse.Namespace) -> int:
     return 0
 
 
-def merge_lora(args: argparse.Namespace) -> int:
+def merge_adapters(args: argparse.Namespace) -> int:
+    from pbe.checkpoints.adapters import load_lora
     from pbe.checkpoints.loading import load_model, open_source
     from pbe.checkpoints.surgery import entry_of
     from pbe.checkpoints.writing import save_checkpoint
-    from pbe.models import lora
+    from pbe.models.lora import merge_lora
 
     check_file(args)
     if not math.isfinite(args.weight):
         raise ValueError(f"--weight must be a number, got {args.weight}")
     entry = entry_of(open_source(args.checkpoint))
     model = load_model(args.checkpoint, device="cpu", dtype="float32")
-    lora.load_lora(model, args.adapter, args.weight)
-    lora.merge_lora(model)
+    load_lora(model, args.adapter, args.weight)
+    merge_lora(model)
     save_checkpoint(model.state_dict(), args.out, entry, overwrite=args.force)
     return 0
 

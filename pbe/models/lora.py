@@ -2,23 +2,16 @@
 
 An adapted layer computes W x + (alpha / rank) B A x. It keeps its own weight under the original key and adds
 `lora_down` (A) and `lora_up` (B), so that a model with adapters still holds the original checkpoint's keys. A file of
-adapters holds those tensors alone, a few megabytes, and can be laid over any checkpoint of the same sizes.
+adapters holds those tensors alone, a few megabytes (`pbe.checkpoints.adapters`).
 """
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
-from pbe.checkpoints.key_map import shorten
-from pbe.checkpoints.writing import save_checkpoint
 
 # With a context of one token, the cross-attention's (attn2) query and key get no gradient: only value and output learn.
 TARGETS = [r".*\.attn1\.to_(q|k|v)", r".*\.attn1\.to_out\.0", r".*\.attn2\.to_v", r".*\.attn2\.to_out\.0"]
@@ -42,7 +35,7 @@ class LoRAConfig:
             try:
                 re.compile(target)
             except re.error as error:
-                raise ValueError(f"lora.targets: {target!r} is no regular expression: {error}") from None
+                raise ValueError(f"lora.targets: {target!r} is not a regular expression: {error}") from None
 
 
 class LoRALinear(nn.Linear):
@@ -75,7 +68,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -
     Raises `ValueError` if no linear layer's name matches, or the model has adapters already.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("the model has adapters already: merge them, or load the model anew")
+        raise ValueError("the model has adapters already: merge them, or load the model again")
     names = [
         name
         for name, module in model.named_modules()
@@ -98,46 +91,3 @@ def merge_lora(model: nn.Module) -> None:
 def is_adapter(name: str) -> bool:
     """Whether a parameter's name is an adapter's."""
     return name.endswith((".lora_down", ".lora_up"))
-
-
-def save_lora(
-    tensors: Mapping[str, Tensor],
-    config: LoRAConfig,
-    path: str | Path,
-    about: Mapping[str, Any],
-    overwrite: bool = False,
-) -> None:
-    """Writes the adapters among `tensors` (a model's state dict), with what `load_lora` needs; raises as
-    `save_checkpoint`."""
-    adapters = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
-    if not adapters:
-        raise ValueError(f"{path}: there are no adapters to save")
-    save_checkpoint(adapters, path, {**about, "lora": asdict(config)}, overwrite=overwrite)
-
-
-def load_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:
-    """Lays the adapters of a file over a model; `weight` scales how much of them shows.
-
-    Raises `FileNotFoundError`; `CheckpointError` where the file holds no adapters or they do not fit the model.
-    """
-    checkpoint = open_checkpoint(path)
-    entry = checkpoint.extras.get("pbe")
-    if not (isinstance(entry, dict) and isinstance(entry.get("lora"), dict)):
-        raise CheckpointError(f"{path} holds no adapters of this library (its entry 'pbe' names no 'lora')")
-    try:
-        config = LoRAConfig(**entry["lora"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its entry 'lora' is not this library's: {error}") from None
-    add_lora(model, config, torch.Generator())
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
-    found = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names()}
-    if expected != found:
-        merge_lora(model)  # adapters that are still nothing: the model is as it was
-        odd = sorted({name for name, _ in expected.items() ^ found.items()})
-        raise CheckpointError(f"{path} does not fit the model: {len(odd)} adapters differ: {shorten(odd)}")
-    with torch.no_grad():
-        for name in expected:
-            model.get_parameter(name).copy_(checkpoint.tensor(name))
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.scale *= weight

@@ -41,7 +41,7 @@ class TrainingConfig:
 
     train: the parts that learn.
     lora: adapters on the UNet's attention learn, and nothing else: `train` is then empty. Checkpoints hold the adapters
-        alone, for `pbe.models.lora.load_lora` and `tools/checkpoint.py merge-lora`.
+        alone, for `pbe.checkpoints.adapters.load_lora` and `pbe checkpoint merge-lora`.
     draws: how many timesteps, each with its noise, the UNet sees of each picture of a batch, which is encoded once:
         more of its samples in a given time, and more memory, where the encoders are a large part of a step.
     drop_exemplar: the probability with which the learned null context stands in for the exemplar's, so that guidance
