@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pbe.batch.job import COLUMNS, RENAMED, Job, read_inputs, run_job
 from pbe.batch.provenance import Weights, check_writable, is_finished, provenance_of, save_result
 from pbe.editing.settings import is_given
-from pbe.io.rows import read_jsonl, read_lines
+from pbe.io.rows import read_rows
 
 if TYPE_CHECKING:
     from pbe.models.paint_by_example import PaintByExample
@@ -33,11 +32,8 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
     Paths in the file are relative to its folder; where a row is silent, `defaults` holds. ValueError for another kind
     of file or text, an unknown column of a header, two rows with one `out`, and an `out` that is another row's input.
     """
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: a batch file ends in .csv or .jsonl")
     jobs, failed = [], []
-    for line, row in readers[path.suffix.lower()](path):
+    for line, row in read_rows(path, COLUMNS, renamed=RENAMED, allow_short=True):
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -49,35 +45,6 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
         raise ValueError(f"{path} has no rows")
     _check_outputs_differ(path, jobs)
     return jobs, failed
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | ValueError]]:
-    reader = csv.DictReader(read_lines(path), strict=True)
-    try:
-        names = list(reader.fieldnames or ())
-        unknown = _unknown_column(names)
-        if unknown:
-            raise ValueError(f"{path}, line 1: {unknown}")
-        if len(set(names)) < len(names):
-            raise ValueError(f"{path} names a column twice: {', '.join(names)}")
-        for row in reader:
-            surplus = None in row
-            yield reader.line_num, ValueError("more cells than the header has columns") if surplus else row
-    except csv.Error as error:  # where its row ends, and the next begins, is then unknown
-        raise ValueError(f"{path}, after line {reader.line_num}: {error}; .jsonl holds what .csv cannot") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    for line, row in read_jsonl(path):
-        unknown = isinstance(row, dict) and _unknown_column(row)
-        yield line, ValueError(unknown) if unknown else row
-
-
-def _unknown_column(names: Iterable[str]) -> str | None:
-    unknown = next((name for name in names if name not in COLUMNS), None)
-    if unknown in RENAMED:
-        return f"the column {unknown!r} is now {RENAMED[unknown]!r}"
-    return None if unknown is None else f"unknown column {unknown!r}; choose from {', '.join(COLUMNS)}"
 
 
 def _check_outputs_differ(path: Path, jobs: Sequence[Job]) -> None:

@@ -17,11 +17,8 @@ columns are ignored.
 
 from __future__ import annotations
 
-import csv
-import difflib
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,50 +36,13 @@ from pbe.data.records import (
     upright_size,
 )
 from pbe.io.fields import read
-from pbe.io.rows import read_jsonl, read_lines
+from pbe.io.rows import read_rows
 
 CORNERS = ("x0", "y0", "x1", "y1")
 ALIASES = {"file": "image", "class": "label"}
 TEXTS = ("image", "mask", "reference", "target", "label")
 COLUMNS = (*TEXTS, *CORNERS, "box", "width", "height", *ALIASES)
 LARGEST_FRACTION = 1.5  # more than a box in fractions may reach over the edge, less than any real box in pixels
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and rows of a `.csv` file with a header or a `.jsonl` file with an object a line; empty cells are
-    left out. ValueError for what is neither, and for a name that looks like one of COLUMNS misspelt or stands twice."""
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: a manifest ends in .csv or .jsonl")
-    seen: set[str] = set()
-    for line, row in readers[path.suffix.lower()](path):
-        for name in row.keys() - seen:
-            close = difflib.get_close_matches(name.lower(), COLUMNS, n=1, cutoff=0.8)
-            if close and close[0] != name:
-                raise ValueError(f"{path}, line {line}: column {name!r}: did you mean {close[0]!r}?")
-            seen.add(name)
-        yield line, {ALIASES.get(name, name): value for name, value in row.items() if value not in ("", None)}
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(read_lines(path), strict=True)
-    try:
-        names = reader.fieldnames or []
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"{path}: column {twice!r} stands twice in its header")
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"{path}, line {reader.line_num}: its cells are not as many as the header's")
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.reader.line_num} is not CSV: {error}") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, row in read_jsonl(path):
-        if isinstance(row, ValueError):
-            raise ValueError(f"{path}, line {line} is {row}")
-        yield line, row
 
 
 def _number(name: str, value: Any) -> float:
@@ -138,8 +98,11 @@ class Manifest:
     def __init__(self, path: str | Path, images: str | Path = "", area: tuple[float, float] = (0.0, 1.0)) -> None:
         self.name, self._folder, self._area = str(path), Path(path).parent, area
         lines, texts, boxes, sizes = [], {name: [] for name in TEXTS}, [], []
-        for line, row in read_rows(Path(path)):
+        for line, row in read_rows(Path(path), COLUMNS, ignore_others=True):
             try:
+                if isinstance(row, ValueError):
+                    raise row
+                row = {ALIASES.get(name, name): value for name, value in row.items()}
                 if "image" not in row:
                     raise ValueError(f"it has no image (or file); it has: {', '.join(row) or 'nothing'}")
                 for name in TEXTS:

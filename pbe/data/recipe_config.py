@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pbe.io.suggest import did_you_mean
 
 
 @dataclass
@@ -109,9 +110,7 @@ def changed(recipe: RecipeConfig, changes: Mapping[str, Any], key: str) -> Recip
     types = get_type_hints(RecipeConfig)
     for name, value in changes.items():
         if name not in types:
-            close = difflib.get_close_matches(name, types, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(types)}"
-            raise ValueError(f"{key}.{name}: a recipe has no {name!r}{hint}")
+            raise ValueError(f"{key}.{name}: a recipe has no {name!r}{did_you_mean(name, types)}")
         if not has_type(value, types[name]):
             raise ValueError(f"{key}.{name} must be {RecipeConfig.__annotations__[name]}, got {value!r}")
     try:

@@ -47,7 +47,9 @@ def test_every_setting_has_a_line_a_flag_and_a_column():
 def test_flags_give_the_settings():
     p = argparse.ArgumentParser()
     add_settings(p)
-    args = vars(p.parse_args(["--steps", "20", "--no-composite", "--window", "1,2,30,40", "--guidance-interval", "5,9"]))
+    args = vars(
+        p.parse_args(["--steps", "20", "--no-composite", "--window", "1,2,30,40", "--guidance-interval", "5,9"])
+    )
     assert EditSettings.from_texts(args) == EditSettings(
         steps=20, composite=False, window=(1, 2, 30, 40), guidance_interval=(5, 9)
     )
@@ -61,7 +63,9 @@ def test_json_is_read_back():
 
 
 def test_numbers_of_numpy_become_python_s():
-    settings = EditSettings(steps=np.int64(9), guidance=np.float32(2), window=np.array([0, 0, 8, 8]), composite=np.True_)
+    settings = EditSettings(
+        steps=np.int64(9), guidance=np.float32(2), window=np.array([0, 0, 8, 8]), composite=np.True_
+    )
     assert settings == EditSettings(steps=9, guidance=2.0, window=(0, 0, 8, 8), composite=True)
     assert [type(value) for value in (settings.steps, settings.guidance, settings.composite)] == [int, float, bool]
 
