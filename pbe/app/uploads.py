@@ -83,7 +83,7 @@ def save_edits(
     )
     inputs = read_inputs(job)
     about = provenance_of(job, weights)
-    check_writable(job.path(job.out), inputs.picture.source, about)
+    check_writable(job.path(job.out), inputs.photo, about)
 
     done, total = 0, steps * -(-num_images // BATCH_SIZE)
     progress((0, total), desc="Painting")

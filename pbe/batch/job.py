@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 from pbe.editing.settings import SETTINGS, EditSettings, is_given
 from pbe.io.fields import Range, field_types, read
@@ -109,6 +109,11 @@ class Inputs(NamedTuple):
     repaint: np.ndarray  # bool (H, W)
     exemplars: list[Image.Image]
 
+    @property
+    def photo(self) -> Image.Image:
+        """The picture as Pillow has it, which a file's is."""
+        return cast("Image.Image", self.picture.source)
+
 
 def read_inputs(job: Job) -> Inputs:
     """Reads a job's pictures; raises as `pbe.images.reading` does."""
@@ -120,8 +125,9 @@ def read_inputs(job: Job) -> Inputs:
     elif job.box is not None:
         repaint = read_mask(job.box, picture.size, name="box")
     else:
-        repaint = read_mask(job.polygon, picture.size, name="polygon")
-    masks = [job.path(name) for name in job.exemplar_mask] if job.exemplar_mask else [None] * len(job.exemplar)
+        repaint = read_mask(job.polygon or (), picture.size, name="polygon")
+    names = job.exemplar_mask or (None,) * len(job.exemplar)
+    masks = [None if name is None else job.path(name) for name in names]
     exemplars = [read_exemplar(job.path(name), mask) for name, mask in zip(job.exemplar, masks, strict=True)]
     return Inputs(picture, repaint, exemplars)
 
@@ -140,7 +146,7 @@ def run_job(
     from pbe.editing import edit as editing
 
     try:
-        return editing.edit(
+        results = editing.edit(
             model,
             inputs.picture,
             inputs.repaint,
@@ -151,6 +157,7 @@ def run_job(
             callback=callback,
             **vars(job.settings),
         )
+        return cast("list[Image.Image]", results)
     except RuntimeError as error:
         # Only CUDA has an error class for it; "can't allocate" is the CPU's, "out of memory" that of MPS.
         if isinstance(error, torch.OutOfMemoryError) or re.search("can't allocate memory|out of memory", str(error)):

@@ -82,7 +82,7 @@ def run_row(
     def edit() -> None:
         inputs = read_inputs(job)
         provenance = provenance_of(job, weights)
-        check_writable(job.path(job.out), inputs.picture.source, provenance)
+        check_writable(job.path(job.out), inputs.photo, provenance)
         (image,) = run_job(model, job, inputs, callback=callback)
         save_result(image, job.path(job.out), provenance)
 

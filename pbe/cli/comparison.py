@@ -82,7 +82,7 @@ def comparison(
         rgb = read_picture(image).rgb()[0].permute(1, 2, 0).numpy()
         return Image.fromarray(np.rint((rgb + 1) * 127.5).astype(np.uint8))
 
-    photo = shown(inputs.picture.source)
+    photo = shown(inputs.photo)
     masked = Image.composite(Image.new("RGB", photo.size, "gray"), photo, Image.fromarray(inputs.repaint))
     many = len(inputs.exemplars) > 1
     cells = [photo, masked, *inputs.exemplars]

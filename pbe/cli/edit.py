@@ -164,7 +164,7 @@ def edit_one(args: argparse.Namespace) -> int:
     weights, crc32 = weights_of(args), checksums(job)
     provenance = {key: provenance_of(variant, weights, crc32) for key, variant in jobs.items()}
     for key, variant in jobs.items():
-        check_writable(variant.path(variant.out), inputs.picture.source, provenance[key])
+        check_writable(variant.path(variant.out), inputs.photo, provenance[key])
     if is_lossy(job.out):
         say(f"note: {LOSSY}")
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import numpy as np
 import torch
@@ -35,6 +34,9 @@ from pbe.sampling import Callback, NoiseSchedule, Sampler, get_sampler, guided_e
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+COUNT = Annotated[int, Range(1)]
+Weights = tuple[Annotated[float, Range(0)], ...]
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def edit(
     """
     settings = EditSettings(**keywords)
     for name, count in (("num_images", num_images), ("batch_size", batch_size)):
-        check(name, count, Annotated[int, Range(1)])
+        check(name, count, COUNT)
     check("the last result's seed", settings.seed + num_images - 1, SETTINGS["seed"])
     if not isinstance(model, PaintByExample):
         raise ValueError(f"editing needs a Paint by Example model, not a {type(model).__name__}")
@@ -179,26 +181,25 @@ def mixed_context(
     weights: Sequence[float] | None,
 ) -> Tensor:
     """The condition (1, 1, context_dim) of one exemplar, or the weighted mean of several exemplars' conditions."""
-    several = isinstance(exemplar, list | tuple)
-    exemplars, masks = (list(exemplar), mask) if several else ([exemplar], [mask])
+    if isinstance(exemplar, list | tuple):
+        exemplars = list(exemplar)
+        masks = [None] * len(exemplars) if mask is None else list(cast("Sequence[MaskLike | None]", mask))
+        names = [f"exemplar {i + 1}" for i in range(len(exemplars))]
+    else:
+        exemplars, masks, names = [exemplar], [cast("MaskLike | None", mask)], ["exemplar"]
     if not exemplars:
         raise ValueError("exemplar is an empty list; at least one picture is needed")
-    masks = [None] * len(exemplars) if masks is None else list(masks)
-    try:
-        weights = [1.0] * len(exemplars) if weights is None else [float(w) for w in weights]
-    except (TypeError, ValueError):
-        raise ValueError(f"exemplar_weights must be numbers, one for each exemplar, got {weights!r}") from None
-    for name, values in (("exemplar_mask", masks), ("exemplar_weights", weights)):
+    shares = check("exemplar_weights", [1.0] * len(exemplars) if weights is None else weights, Weights)
+    for name, values in (("exemplar_mask", masks), ("exemplar_weights", shares)):
         if len(values) != len(exemplars):
-            raise ValueError(f"{name} has {len(values)} entries for {len(exemplars)} exemplars; one each is needed")
-    if not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
-        raise ValueError(f"exemplar_weights must be 0 or more and not all 0, got {weights}")
+            raise ValueError(f"{name} has {len(values)} values for {len(exemplars)} exemplars; give one each")
+    if not sum(shares):
+        raise ValueError(f"exemplar_weights must not all be 0, got {weights!r}")
 
-    names = [f"exemplar {i}" for i in range(1, len(exemplars) + 1)] if several else ["exemplar"]
     size = model.config.exemplar.vision.image_size
     pixels = torch.cat([exemplar_tensor(read_exemplar(*e), size) for e in zip(exemplars, masks, names, strict=True)])
     contexts = model.encode_exemplar(pixels.to(model.device, model.dtype))  # (N, 1, context_dim)
-    w = torch.tensor(weights, dtype=torch.float32, device=model.device)[:, None, None] / sum(weights)
+    w = torch.tensor(shares, dtype=torch.float32, device=model.device)[:, None, None] / sum(shares)
     return (w * contexts.float()).sum(dim=0, keepdim=True).to(model.dtype)
 
 

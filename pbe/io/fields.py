@@ -87,7 +87,7 @@ def describe(annotation: Any) -> str:
     if origin in (Union, UnionType):  # None stands for the default, which nobody needs to be told to give
         return _either([describe(argument) for argument in arguments if argument is not NoneType])
     if origin is tuple:
-        return f"a list of {describe(arguments[0]).removeprefix('a ')}s"
+        return f"a list of {describe(arguments[0]).removeprefix('a ').replace('number', 'numbers', 1)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names[annotation]
 
