@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pbe.sampling import NoiseSchedule, make_generators, randn
+from pbe.sampling import NoiseSchedule, leading, make_generators, randn
 
 SEED = 321
 # diffusers compiled at its best: kernels chosen by trial and CUDA graphs on a GPU, where a CPU gains from neither
@@ -71,7 +71,7 @@ class System:
         # on the task's device, as a sampler holds them
         self.unet_in = self.place(randn((9, side, side), generators))
         self.context = self.place(randn((1, context_dim), make_generators(SEED, 2 * task.batch)))
-        self.timesteps = NoiseSchedule.scaled_linear().timesteps(task.steps)
+        self.timesteps = [step.t for step in leading(NoiseSchedule.scaled_linear(), task.steps)]
         self.t = torch.full((task.batch,), self.timesteps[0], device=self.device)
 
     def place(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pbe.acceleration import prepare_for_inference, strips
 from pbe.checkpoints.seeding import seeded_state
 from pbe.models.lora import LoRAConfig
 from pbe.models.paint_by_example import Condition, PaintByExample
-from pbe.sampling import SAMPLERS, NoiseSchedule, guided_eps, make_generators, randn
+from pbe.sampling import SAMPLERS, NoiseSchedule, guided_eps, leading, make_generators, randn
 from pbe.training.module import PaintByExampleTraining, TrainingConfig
 from tests.training import test_module as test_training
 
@@ -80,8 +80,8 @@ def test_an_edit_stays_on_its_device_and_its_loop_waits_for_nothing(form, dtype)
     for sampler in SAMPLERS.values():
         generators = make_generators(0, 2)
         x_T = randn(condition.z_masked.shape[1:], generators, model.device)
-        eps = guided_eps(model, condition, 5.0, SCHEDULE.timesteps(2))
-        z_0 = sampler(eps, x_T, SCHEDULE, 2, generators=generators)
+        eps = guided_eps(model, condition, 5.0, leading(SCHEDULE, 2))
+        z_0 = sampler(eps, x_T, leading(SCHEDULE, 2), generators=generators)
         assert (z_0.device.type, z_0.dtype, z_0.shape) == ("cuda", torch.float32, condition.z_masked.shape)
     picture = model.vae.decode(z_0.to(dtype))
     assert (picture.device.type, picture.dtype, picture.shape) == ("cuda", dtype, (2, 3, 64, 72))
@@ -94,12 +94,12 @@ def test_what_waits_and_what_lies_on_the_cpu_would_be_found():
     model = prepare_for_inference(model_on_gpu(torch.float16))
     condition = condition_on_gpu(model, batch=1)
     x_T = randn(condition.z_masked.shape[1:], make_generators(0, 1), model.device)
-    eps = guided_eps(model, condition, 5.0, SCHEDULE.timesteps(2), interval=(0, 600))
+    eps = guided_eps(model, condition, 5.0, leading(SCHEDULE, 2), interval=(0, 600))
     with pytest.raises(fake_tensor.DataDependentOutputException):
-        SAMPLERS["ddim"](eps, x_T, SCHEDULE, 2)
-    eps = guided_eps(model, condition, 5.0, SCHEDULE.timesteps(2))
+        SAMPLERS["ddim"](eps, x_T, leading(SCHEDULE, 2))
+    eps = guided_eps(model, condition, 5.0, leading(SCHEDULE, 2))
     with pytest.raises(RuntimeError, match=r"two (different )?devices"):
-        SAMPLERS["ddim"](eps, x_T.cpu(), SCHEDULE, 2)
+        SAMPLERS["ddim"](eps, x_T.cpu(), leading(SCHEDULE, 2))
 
 
 @pytest.mark.usefixtures("claimed")

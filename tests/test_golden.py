@@ -1,14 +1,13 @@
 """Networks and samplers agree with the original code's stored outputs to 1e-4, relative to the largest value."""
 
 import itertools
-import sys
 
 import golden_file
 import pytest
 import torch
 
 from pbe.models.paint_by_example import latent_mask
-from pbe.sampling import NoiseSchedule, ddim, guided_eps, plms
+from pbe.sampling import NoiseSchedule, ddim, guided_eps, leading, plms, samplers
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +67,20 @@ def test_condition(condition, golden, inputs):
 def test_schedule(golden):
     schedule = NoiseSchedule.scaled_linear()
     assert relative_error(schedule.alpha_bar.float(), golden["alphas_cumprod"]) < 1e-6
-    steps = golden_file.META["steps"]
-    assert sorted(schedule.timesteps(steps)) == sorted(golden["ddim_timesteps"].tolist())
-    assert sorted(schedule.timesteps(steps)) == sorted(golden["plms_timesteps"].tolist())
+    timesteps = sorted(step.t for step in leading(schedule, golden_file.META["steps"]))
+    assert timesteps == sorted(golden["ddim_timesteps"].tolist())
+    assert timesteps == sorted(golden["plms_timesteps"].tolist())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["plms", "ddim"])
 def test_samplers(model, golden, inputs, condition, name, monkeypatch):
-    eps = guided_eps(model, condition, scale=golden_file.META["guidance_scale"])
+    eps = guided_eps(model, condition, guidance=golden_file.META["guidance_scale"])
     states = []
     if name == "ddim":
         draws = itertools.count(1)
-        # the package exports the function of the module's name, so the module is reached through sys.modules
         monkeypatch.setattr(
-            sys.modules["pbe.sampling.ddim"],
+            samplers,
             "randn",
             lambda shape, *_, **__: golden_file.noise(f"step{next(draws)}", 2, *shape),
         )
@@ -93,8 +91,7 @@ def test_samplers(model, golden, inputs, condition, name, monkeypatch):
     z_0 = sampler(
         eps,
         inputs["x_T"],
-        NoiseSchedule.scaled_linear(),
-        golden_file.META["steps"],
+        leading(NoiseSchedule.scaled_linear(), golden_file.META["steps"]),
         callback=lambda step: states.append(step.x_t),
         **kwargs,
     )

@@ -19,7 +19,7 @@ from pbe.images.seams import meet_photo
 from pbe.images.windows import Box, feather_weights, mask_bounding_box
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.models.paint_by_example import Condition, PaintByExample
-from pbe.sampling import NoiseSchedule, get_sampler, guided_eps, make_generators, randn
+from pbe.sampling import NoiseSchedule, get_sampler, guided_eps, make_generators, randn, trailing
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ def paint(
 
     Each picture follows from its own seed: the same one gives the same noise, whatever the exemplar.
     """
-    schedule, draw = NoiseSchedule.scaled_linear(spacing="trailing"), get_sampler(sampler)
+    grid, draw = trailing(NoiseSchedule.scaled_linear(), steps), get_sampler(sampler)
     pictures = []
     for first in range(0, len(cases), batch_size):
         batch = slice(first, first + batch_size)
         condition = condition_of(model, cases[batch], references[batch])
         generators = [make_generators(seed, 1)[0] for seed in seeds[batch]]
         x_T = randn(condition.z_masked.shape[1:], generators, model.device)
-        z_0 = draw(guided_eps(model, condition, guidance), x_T, schedule, steps, generators=generators)
+        z_0 = draw(guided_eps(model, condition, guidance), x_T, grid, generators=generators)
         decoded = model.vae.decode(z_0.to(model.dtype))
         check_finite(decoded)
         pictures.append(decoded.float().clamp(-1, 1).cpu())

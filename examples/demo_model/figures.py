@@ -27,7 +27,7 @@ from examples.demo_model.statistics import Estimate
 from pbe.data.recipe import augment_exemplar
 from pbe.data.recipe_config import RecipeConfig
 from pbe.models.paint_by_example import PaintByExample
-from pbe.sampling import NoiseSchedule, ddim, get_sampler, guided_eps, make_generators, randn
+from pbe.sampling import SPACINGS, NoiseSchedule, ddim, get_sampler, guided_eps, leading, make_generators, randn
 
 Row = dict[str, str | int | float | Estimate]
 
@@ -260,11 +260,12 @@ def sampler_figure(
     condition = condition_of(model, cases, references)
     eps = guided_eps(model, condition, guidance)
     x_T = randn(condition.z_masked.shape[1:], make_generators(seed, len(cases)), model.device)
-    z_ref = ddim(eps, x_T, NoiseSchedule.scaled_linear(), reference_steps)
+    schedule = NoiseSchedule.scaled_linear()
+    z_ref = ddim(eps, x_T, leading(schedule, reference_steps))
     picture_ref = model.vae.decode(z_ref.to(model.dtype)).float().clamp(-1, 1).cpu()
     rows: list[Row] = []
-    for name, spacing, count in itertools.product(samplers, ("leading", "trailing"), steps):
-        z_0 = get_sampler(name)(eps, x_T, NoiseSchedule.scaled_linear(spacing=spacing), count)
+    for name, spacing, count in itertools.product(samplers, SPACINGS, steps):
+        z_0 = get_sampler(name)(eps, x_T, SPACINGS[spacing](schedule, count))
         picture = model.vae.decode(z_0.to(model.dtype)).float().clamp(-1, 1).cpu()
         error, norm = (z.float().flatten(1).norm(dim=1).cpu().numpy() for z in (z_0 - z_ref, z_ref))
         rows.append(

@@ -123,7 +123,7 @@ class PreparedUNet(nn.Module):
         """As `UNet.forward`; the noise (K, out_channels, h, w) for K contexts, a multiple of the B samples."""
         return self.predict(unet_in, self.shifts(t, unet_in.dtype), self.folded(context))
 
-    def bind(self, context: Tensor, timesteps: Sequence[int] | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    def bind(self, context: Tensor, timesteps: Sequence[int] = ()) -> Callable[[Tensor, Tensor], Tensor]:
         """predict(unet_in (B, 9, h, w), t (B,)) → noise (K, 4, h, w) for contexts (K, T, context_dim).
 
         With `timesteps`, all that they contribute is computed at once. The closure must then be given no other ones:
@@ -134,7 +134,7 @@ class PreparedUNet(nn.Module):
             ValueError: for contexts of several tokens, if the model was prepared for one.
         """
         folded = self.folded(context)
-        if timesteps is None:
+        if not timesteps:
             return lambda unet_in, t: self.predict(unet_in, self.shifts(t, unet_in.dtype), folded)
         t = torch.tensor(sorted(set(timesteps)), device=context.device)
         table = self.shifts(t, context.dtype)

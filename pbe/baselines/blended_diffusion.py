@@ -76,14 +76,13 @@ class BlendedDiffusion:
         image, keep = edit.seen_at(config.resolution, config.multiple, device)
         generators = make_generators(edit.seed, 1)
         schedule = NoiseSchedule.linear()
-        timesteps = respaced(schedule.num_timesteps, self.steps)[self.skipped :]
-        start = torch.tensor(timesteps[:1], device=device)
+        grid = respaced(schedule, self.steps)[self.skipped :]
+        start = torch.tensor([grid[0].t], device=device)
         x_start = schedule.add_noise(image, randn(image.shape[1:], generators, device), start)
         return learned_variance_ddpm(
             predict_with_random_classes(self.model, generators),
             x_start,
-            schedule,
-            timesteps,
+            grid,
             generators=generators,
             loss=self.loss(self.embed_target(edit), 1 - keep, generators),
             blend=background(image, keep, generators),

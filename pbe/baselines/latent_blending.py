@@ -9,9 +9,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from pbe.sampling.ddim import ddim_step
 from pbe.sampling.noise import check_generators, randn
-from pbe.sampling.schedule import Callback, Eps, NoiseSchedule, StepInfo, evaluate
+from pbe.sampling.samplers import Eps, clean_end, ddim_step, evaluate
+from pbe.sampling.schedule import Grid
 
 Blend = Callable[[Tensor, float], Tensor]  # (x_t, alpha_bar_t) → x_t
 
@@ -22,7 +22,7 @@ def background(x_0: Tensor, keep: Tensor, generators: Sequence[torch.Generator])
     At alpha_bar_t = 1, where samplers arrive, it is x_0 itself.
 
     Raises:
-        ValueError: without one generator a sample.
+        ValueError: without one generator per sample.
     """
     check_generators(generators, x_0.shape[0], "background")
 
@@ -36,18 +36,13 @@ def background(x_0: Tensor, keep: Tensor, generators: Sequence[torch.Generator])
 
 
 @torch.no_grad()
-def blended_ddim(
-    eps: Eps, x_T: Tensor, schedule: NoiseSchedule, steps: int, *, blend: Blend, callback: Callback | None = None
-) -> Tensor:
+def blended_ddim(eps: Eps, x_T: Tensor, grid: Grid, blend: Blend) -> Tensor:
     """DDIM at eta = 0 with `blend` applied to the start and after each step.
 
     The last step arrives at alpha_bar = 1, the clean sample, where DDIM by itself stops at alpha_bar[0].
     """
-    grid = schedule.grid(steps, alpha_bar_end=1.0)
-    x_t = blend(x_T, grid[0][1])
-    for index, (t, alpha_bar_t, alpha_bar_prev) in enumerate(grid):
-        x_t, z_0 = ddim_step(x_t, evaluate(eps, x_t, t), alpha_bar_t, alpha_bar_prev)
+    x_t = blend(x_T, grid[0].alpha_bar_t)
+    for t, alpha_bar_t, alpha_bar_prev in clean_end(grid):
+        x_t, _ = ddim_step(x_t, evaluate(eps, x_t, t), alpha_bar_t, alpha_bar_prev)
         x_t = blend(x_t, alpha_bar_prev)
-        if callback is not None:
-            callback(StepInfo(index, steps, t, x_t, z_0))
     return x_t

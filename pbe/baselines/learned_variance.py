@@ -6,62 +6,51 @@ Nichol and Dhariwal, arXiv 2102.09672 (the variance); Dhariwal and Nichol, arXiv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from math import log
 
 import torch
 from torch import Tensor
 
 from pbe.baselines.latent_blending import Blend
-from pbe.sampling.ddpm import posterior
 from pbe.sampling.noise import check_generators, randn
-from pbe.sampling.schedule import Callback, NoiseSchedule, StepInfo, evaluate, predict_z_0
+from pbe.sampling.samplers import Callback, StepInfo, clean_end, evaluate, posterior, predict_z_0
+from pbe.sampling.schedule import Grid, NoiseSchedule, Step
+from pbe.sampling.spacing import check_steps
 
 Prediction = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) → (B, 2 C, ...): eps, then the variance's interpolation
 Loss = Callable[[Tensor, Tensor, float], Tensor]  # (x_0, x_t, alpha_bar_t) → a sum over the samples
 
 
-def respaced(num_timesteps: int, steps: int) -> list[int]:
-    """Guided diffusion's `steps` of the timesteps, noisiest first: evenly spaced with both ends, rounded.
-
-    Raises:
-        ValueError: if `steps` is not from 1 to num_timesteps.
-    """
-    if not 1 <= steps <= num_timesteps:
-        raise ValueError(f"steps must be from 1 to {num_timesteps}, got {steps}")
-    last = num_timesteps - 1
-    return [last] if steps == 1 else [round(i * last / (steps - 1)) for i in reversed(range(steps))]
+def respaced(schedule: NoiseSchedule, steps: int) -> list[Step]:
+    """Guided diffusion's spacing: `steps` of the timesteps, evenly spaced with both ends, rounded."""
+    last = check_steps(schedule, steps) - 1
+    return schedule.grid([last] if steps == 1 else [round(i * last / (steps - 1)) for i in reversed(range(steps))])
 
 
 @torch.no_grad()
 def learned_variance_ddpm(
     prediction: Prediction,
     x_start: Tensor,
-    schedule: NoiseSchedule,
-    timesteps: Sequence[int],
+    grid: Grid,
     *,
     generators: Sequence[torch.Generator],
     loss: Loss | None = None,
     blend: Blend | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDPM over `timesteps`, noisiest first, from x_start (B, C, ...), whose noise is that of the first one.
+    """DDPM over `grid` from x_start (B, C, ...), whose noise is that of the first step.
 
     log Sigma = v log beta_t + (1 - v) log beta~_t with the predicted v (arXiv 2102.09672, equation 15). A `loss` of the
     estimate x_0 and of x_t moves the mean by -Sigma times its gradient in x_t (arXiv 2105.05233, algorithm 1).
     `blend` is applied to each x_t that a step arrives at; the last step arrives at alpha_bar = 1 and adds no noise.
 
     Raises:
-        ValueError: without one generator a sample, or for timesteps that do not fall.
+        ValueError: without one generator per sample.
     """
     check_generators(generators, x_start.shape[0], "learned_variance_ddpm")
-    if not timesteps or any(a <= b for a, b in pairwise(timesteps)):
-        raise ValueError(f"timesteps must fall from the noisiest on, got {list(timesteps)}")
-    alpha_bar = [*schedule.alpha_bar[list(timesteps)].tolist(), 1.0]
 
     x_t = x_start
-    for index, t in enumerate(timesteps):
-        alpha_bar_t, alpha_bar_prev = alpha_bar[index : index + 2]
+    for index, (t, alpha_bar_t, alpha_bar_prev) in enumerate(clean_end(grid)):
         with torch.set_grad_enabled(loss is not None):
             x_t = x_t.detach().requires_grad_(loss is not None)
             eps_t, v = evaluate(prediction, x_t, t).chunk(2, dim=1)
@@ -80,5 +69,5 @@ def learned_variance_ddpm(
         if blend is not None:
             x_t = blend(x_t, alpha_bar_prev)
         if callback is not None:
-            callback(StepInfo(index, len(timesteps), t, x_t, x_0))
+            callback(StepInfo(index, len(grid), t, x_t, x_0))
     return x_t

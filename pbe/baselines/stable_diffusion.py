@@ -14,7 +14,7 @@ from pbe.images.reading import exemplar_tensor
 from pbe.models.clip import CLIP
 from pbe.models.stable_diffusion import StableDiffusion
 from pbe.models.tokenizer import CLIPTokenizer
-from pbe.sampling import Eps, NoiseSchedule, make_generators, randn
+from pbe.sampling import Eps, NoiseSchedule, leading, make_generators, randn
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,19 +94,19 @@ def inpaint(
     generators = make_generators(edit.seed, 1)
     x_T = randn(z_0.shape[1:], generators, z_0.device)
     eps = guided_by_context(model, context, null_context, guidance)
-    blend = background(z_0, keep, generators)
-    z_0 = blended_ddim(eps, x_T, NoiseSchedule.scaled_linear(), steps, blend=blend)
+    grid = leading(NoiseSchedule.scaled_linear(), steps)
+    z_0 = blended_ddim(eps, x_T, grid, background(z_0, keep, generators))
     return to_picture(model.vae.decode(z_0.to(parameter.dtype)), edit.size)
 
 
-def guided_by_context(model: StableDiffusion, context: Tensor, null_context: Tensor, scale: float) -> Eps:
-    """eps_u + scale (eps_c - eps_u) (arXiv 2207.12598) for contexts (1, T, context_dim), both halves in one batch."""
+def guided_by_context(model: StableDiffusion, context: Tensor, null_context: Tensor, guidance: float) -> Eps:
+    """eps_u + guidance (eps_c - eps_u) (arXiv 2207.12598), contexts (1, T, context_dim), both halves in one batch."""
     both = torch.cat([null_context, context])
 
     def eps(x_t: Tensor, t: Tensor) -> Tensor:
         z_t = x_t.to(both.dtype).repeat(2, 1, 1, 1)
         eps_u, eps_c = model.unet(z_t, t.repeat(2), both.repeat_interleave(len(x_t), dim=0)).to(x_t.dtype).chunk(2)
-        return eps_u + scale * (eps_c - eps_u)
+        return eps_u + guidance * (eps_c - eps_u)
 
     return eps
 

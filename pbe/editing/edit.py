@@ -30,7 +30,7 @@ from pbe.images.seams import meet_photo
 from pbe.images.windows import Box
 from pbe.io.fields import Range, check
 from pbe.models.paint_by_example import Condition, PaintByExample
-from pbe.sampling import Callback, NoiseSchedule, Sampler, get_sampler, guided_eps, make_generators, randn
+from pbe.sampling import SPACINGS, Callback, NoiseSchedule, get_sampler, guided_eps, make_generators, randn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -105,9 +105,8 @@ def edit_region(
 ) -> list[Picture]:
     """The photos, one per seed, with `repaint` (H, W) edited in one window: condition → sample → decode → composite."""
     device, resolution = model.device, settings.resolution or model.config.resolution
-    schedule = NoiseSchedule.scaled_linear(spacing=settings.spacing)
-    draw = partial(choose_sampler(settings.sampler, settings.eta), schedule=schedule, steps=settings.steps)
-    timesteps = schedule.timesteps(settings.steps)
+    grid = SPACINGS[settings.spacing](NoiseSchedule.scaled_linear(), settings.steps)
+    sampler = partial(get_sampler(settings.sampler), grid=grid, eta=settings.eta, callback=callback)
     box = place_window(repaint, settings.window, settings.margin, resolution)
     size = windows.model_size(box, resolution, multiple=model.config.vae.downsampling)
     width = feather_width(box, resolution) if settings.feather is None else settings.feather
@@ -121,8 +120,8 @@ def edit_region(
         generators = make_generators(settings.seed + first, len(batch))
         x_T = randn(condition.z_masked.shape[1:], generators, device)
         with on_device(model.unet, device):
-            eps = guided_eps(model, condition, settings.guidance, timesteps, settings.guidance_interval)
-            z_0 = draw(eps, x_T, generators=generators, callback=callback)
+            eps = guided_eps(model, condition, settings.guidance, grid, settings.guidance_interval)
+            z_0 = sampler(eps, x_T, generators=generators)
         with on_device(model.vae, device):
             edited = model.vae.decode(z_0.to(model.dtype))[..., : size[0], : size[1]]
         check_finite(edited)
@@ -143,24 +142,10 @@ def check_finite(edited: Tensor) -> None:
         raise ValueError(f"the model's picture is not finite in {edited.dtype}: {advice}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling
-
-
-def choose_sampler(name: str, eta: float) -> Sampler:
-    """The sampler called `name`, with DDIM's `eta`."""
-    sampler = get_sampler(name)
-    if name == "ddim":
-        return partial(sampler, eta=eta)
-    if eta:
-        raise ValueError(f"eta={eta} is for the sampler 'ddim', not {name!r}")
-    return sampler
-
-
 def warn_of_low_start(settings: EditSettings) -> None:
     """Warns where the first timestep is too low for pure noise: few or odd numbers of steps leave the end out."""
-    schedule, steps = NoiseSchedule.scaled_linear(spacing=settings.spacing), settings.steps
-    start = max(schedule.timesteps(steps))
+    schedule, steps = NoiseSchedule.scaled_linear(), settings.steps
+    start = SPACINGS[settings.spacing](schedule, steps)[0].t
     if start < 0.75 * schedule.num_timesteps:
         warnings.warn(
             f"steps={steps} begins at timestep {start} of {schedule.num_timesteps}, where pictures show already, "

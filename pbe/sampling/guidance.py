@@ -9,22 +9,36 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pbe.sampling.schedule import Eps
+from pbe.sampling.samplers import Eps
+from pbe.sampling.schedule import Grid
 
 
 class GuidedModel(Protocol):
     """What guidance asks of a model."""
 
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor]  # (unet_in, t, context) → eps
-    null_context: Tensor  # (1, 1, 768)
+    @property
+    def unet(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """(unet_in, t, context) → eps."""
+
+    @property
+    def null_context(self) -> Tensor:
+        """(1, 1, 768)."""
 
 
 class GuidanceCondition(Protocol):
     """What guidance asks of a condition."""
 
-    z_masked: Tensor  # (B, 4, h, w)
-    mask: Tensor  # (B, 1, h, w), 1 = keep
-    context: Tensor  # (B, T, 768)
+    @property
+    def z_masked(self) -> Tensor:
+        """(B, 4, h, w)."""
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, 1, h, w), 1 = keep."""
+
+    @property
+    def context(self) -> Tensor:
+        """(B, T, 768)."""
 
 
 Prediction = Callable[[Tensor, Tensor], Tensor]  # (unet_in (B, 9, h, w), t (B,)) → one eps for each of the contexts
@@ -34,43 +48,42 @@ Prediction = Callable[[Tensor, Tensor], Tensor]  # (unet_in (B, 9, h, w), t (B,)
 class Bindable(Protocol):
     """A network that takes what stays the same through the loop before it: see `pbe.acceleration`."""
 
-    def bind(self, context: Tensor, timesteps: Sequence[int] | None) -> Prediction: ...
+    def bind(self, context: Tensor, timesteps: Sequence[int] = ()) -> Prediction: ...
 
 
 def guided_eps(
     model: GuidedModel,
     condition: GuidanceCondition,
-    scale: float,
-    timesteps: Sequence[int] | None = None,
+    guidance: float,
+    grid: Grid | None = None,
     interval: tuple[int, int] | None = None,
 ) -> Eps:
-    """The closure eps(x_t, t) that samplers call: eps_u + scale (eps_c - eps_u) (arXiv 2211.13227).
+    """The closure eps(x_t, t) that samplers call: eps_u + guidance (eps_c - eps_u) (arXiv 2211.13227).
 
-    Both halves go through the network in one batch of 2B, unconditional first; at scale 1 (conditional only) and 0
+    Both halves go through the network in one batch of 2B, unconditional first; at guidance 1 (conditional only) and 0
     (unconditional only) the other half is left out. The network runs in the condition's dtype; the two predictions
     are combined in x_t's, so that float32 latents keep guidance from magnifying a 16-bit network's rounding.
 
-    With an `interval` (t_low, t_high) the scale is 1 outside of t_low < t <= t_high, where guidance does little good
-    or harm (Kynkäänniemi et al. 2024, arXiv 2404.07724), and the network has half the work.
+    With an `interval` (t_low, t_high) guidance is 1 outside of t_low < t <= t_high, where it does little good or harm
+    (Kynkäänniemi et al. 2024, arXiv 2404.07724), and the network has half the work.
 
-    With the `timesteps` that the sampler will visit, a prepared model computes all their embeddings at once; the
-    closure must then be given no others.
+    With the `grid` that the sampler is given, a prepared model computes the embeddings of all its timesteps at once;
+    the closure must then be given no others.
 
     Raises:
-        ValueError: if scale is negative or not finite, there is not one context a sample, or t_low is above t_high;
-            from the closure, if x_t is not shaped as z_masked, or samples lie on both sides of the interval.
+        ValueError: if guidance is negative or not finite, there is not one context per sample, or t_low is above
+            t_high; from the closure, if x_t is not shaped as z_masked, or samples lie on both sides of the interval.
     """
-    if not (isfinite(scale) and scale >= 0):
-        raise ValueError(f"the guidance scale must be finite and at least 0, got {scale}")
-    if interval is None or scale == 1:
-        return eps_at_scale(model, condition, scale, timesteps)
+    if not (isfinite(guidance) and guidance >= 0):
+        raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
+    timesteps = [step.t for step in grid or ()]
+    if interval is None or guidance == 1:
+        return constantly_guided(model, condition, guidance, timesteps)
     t_low, t_high = interval
     if t_low > t_high:
         raise ValueError(f"the guidance interval is (t_low, t_high) with t_low <= t_high, got {interval}")
-    inside = [t for t in timesteps or () if t_low < t <= t_high]
-    outside = [t for t in timesteps or () if not t_low < t <= t_high]
-    guided = eps_at_scale(model, condition, scale, inside or None)
-    conditional = eps_at_scale(model, condition, 1, outside or None)
+    guided = constantly_guided(model, condition, guidance, [t for t in timesteps if t_low < t <= t_high])
+    conditional = constantly_guided(model, condition, 1, [t for t in timesteps if not t_low < t <= t_high])
 
     def eps(x_t: Tensor, t: Tensor) -> Tensor:
         sides = set(((t > t_low) & (t <= t_high)).tolist())  # waits for the device, once for half a network's run
@@ -81,22 +94,22 @@ def guided_eps(
     return eps
 
 
-def eps_at_scale(
-    model: GuidedModel, condition: GuidanceCondition, scale: float, timesteps: Sequence[int] | None
+def constantly_guided(
+    model: GuidedModel, condition: GuidanceCondition, guidance: float, timesteps: Sequence[int]
 ) -> Eps:
-    """`guided_eps` with the same scale at all timesteps."""
+    """`guided_eps` with the same guidance at all timesteps; `timesteps` may be empty, where they are not known."""
     context = condition.context  # (B, T, 768)
     if len(context) != len(condition.z_masked):
         raise ValueError(
-            f"the condition must have one context a sample ({len(condition.z_masked)}), got {len(context)}; "
-            "context.expand(B, -1, -1) gives all samples one exemplar's"
+            f"the condition must have one context per sample ({len(condition.z_masked)}), got {len(context)}; "
+            "context.expand(B, -1, -1) gives all samples the same exemplar's"
         )
     null_context = model.null_context.to(context).expand_as(context)
     kept = torch.cat([condition.z_masked, condition.mask.to(condition.z_masked)], dim=1)  # (B, 5, h, w)
-    both = scale not in (0, 1)
+    both = guidance not in (0, 1)
     if both:
         context = torch.cat([null_context, context])  # (2B, T, 768)
-    elif scale == 0:
+    elif guidance == 0:
         context = null_context
     unet = model.unet
     predict = unet.bind(context, timesteps) if isinstance(unet, Bindable) else repeated(unet, context)
@@ -110,7 +123,7 @@ def eps_at_scale(
         if not both:
             return prediction
         eps_u, eps_c = prediction.chunk(2)
-        return eps_u + scale * (eps_c - eps_u)
+        return eps_u + guidance * (eps_c - eps_u)
 
     return eps
 

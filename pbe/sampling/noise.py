@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def make_generators(seed: int, n: int) -> list[torch.Generator]:
-    """One CPU generator a sample, seeded `seed`, `seed + 1`, …, so that each sample can be made again by itself."""
+    """One CPU generator per sample, seeded `seed`, `seed + 1`, …, so that each sample can be made again by itself."""
     if n < 1:
-        raise ValueError(f"n must be at least 1, one generator a sample, got {n}")
+        raise ValueError(f"n must be at least 1, one generator per sample, got {n}")
     return [torch.Generator("cpu").manual_seed(seed + i) for i in range(n)]
 
 
@@ -34,6 +34,6 @@ def check_generators(generators: Sequence[torch.Generator] | None, batch: int, s
     if generators is None or len(generators) != batch:
         given = "none" if generators is None else len(generators)
         raise ValueError(
-            f"{sampler} draws noise: it needs one generator a sample ({batch}), got {given}; "
+            f"{sampler} draws noise: it needs one generator per sample ({batch}), got {given}; "
             f"make_generators(seed, {batch}) makes them"
         )

@@ -21,7 +21,7 @@ from pbe.checkpoints.seeding import draw
 from pbe.checkpoints.surgery import config_of, describe, entry_of, merge, network
 from pbe.checkpoints.writing import save_checkpoint
 from pbe.models.adm import ADM, ADM_512, ADMConfig
-from pbe.sampling import NoiseSchedule, ddim, ddpm, make_generators, randn
+from pbe.sampling import NoiseSchedule, ddim, ddpm, leading, make_generators, randn
 
 MANIFESTS = Path(__file__).parents[3] / "shared" / "reference" / "manifests"
 GOLDEN = json.loads((FOLDER / "adm_small.json").read_text())
@@ -212,13 +212,17 @@ def with_variance(v):
     return lambda x_t, t: torch.cat([network_like(x_t, t)[:, :3], torch.full_like(x_t, v)], dim=1)
 
 
+def timesteps_of(grid):
+    return [step.t for step in grid]
+
+
 def test_respacing_keeps_both_ends():
-    assert respaced(1000, 5) == [999, 749, 500, 250, 0]  # strides of 249.75, rounded
-    assert respaced(1000, 1) == [999]
-    assert respaced(1000, 1000) == list(range(999, -1, -1))
+    assert timesteps_of(respaced(SCHEDULE, 5)) == [999, 749, 500, 250, 0]  # strides of 249.75, rounded
+    assert timesteps_of(respaced(SCHEDULE, 1)) == [999]
+    assert timesteps_of(respaced(SCHEDULE, 1000)) == list(range(999, -1, -1))
     for steps in (0, 1001):
         with pytest.raises(ValueError, match=f"got {steps}"):
-            respaced(1000, steps)
+            respaced(SCHEDULE, steps)
 
 
 @pytest.mark.parametrize("steps", [2, 7, 25])
@@ -229,13 +233,11 @@ def test_steps_are_diffusers(steps):
     )
     # its own product in float32 is off by a thousandth of the 4e-5 at t = 999
     scheduler.alphas_cumprod, scheduler.one = SCHEDULE.alpha_bar, torch.ones((), dtype=torch.float64)
-    timesteps = respaced(1000, steps)
-    scheduler.set_timesteps(timesteps=timesteps)
+    grid = respaced(SCHEDULE, steps)
+    scheduler.set_timesteps(timesteps=timesteps_of(grid))
     expected, generator = randn((3, 8, 8), make_generators(3, 1)), torch.Generator().manual_seed(4)
-    ours = learned_variance_ddpm(
-        network_like, expected, SCHEDULE, timesteps, generators=[torch.Generator().manual_seed(4)]
-    )
-    for t in timesteps:
+    ours = learned_variance_ddpm(network_like, expected, grid, generators=[torch.Generator().manual_seed(4)])
+    for t in timesteps_of(grid):
         output = network_like(expected, torch.tensor([t]))
         expected = scheduler.step(output, t, expected, generator=generator).prev_sample
     assert torch.allclose(ours, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -245,8 +247,10 @@ def test_the_least_variance_is_ddpm_s():
     """v = -1 is beta~, DDPM's own choice: over all timesteps both samplers are one."""
     schedule = NoiseSchedule.linear(40, 1e-3, 0.3)
     x_T = randn((3, 4, 4), make_generators(0, 2))
-    expected = ddpm(lambda x, t: network_like(x, t)[:, :3], x_T, schedule, 40, generators=make_generators(5, 2))
-    ours = learned_variance_ddpm(with_variance(-1.0), x_T, schedule, respaced(40, 40), generators=make_generators(5, 2))
+    expected = ddpm(
+        lambda x, t: network_like(x, t)[:, :3], x_T, leading(schedule, 40), generators=make_generators(5, 2)
+    )
+    ours = learned_variance_ddpm(with_variance(-1.0), x_T, respaced(schedule, 40), generators=make_generators(5, 2))
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
@@ -266,8 +270,7 @@ def test_a_guided_step_is_the_formula():
     learned_variance_ddpm(
         constant,
         x_t,
-        SCHEDULE,
-        timesteps,
+        SCHEDULE.grid(timesteps),
         generators=[torch.Generator().manual_seed(9)],
         loss=loss,
         callback=found.append,
@@ -291,21 +294,13 @@ def test_a_guided_step_is_the_formula():
     assert len(found) == 2
 
 
-@pytest.mark.parametrize("timesteps", [[], [5, 5], [1, 2]])
-def test_timesteps_must_fall(timesteps):
-    with pytest.raises(ValueError, match="must fall"):
-        learned_variance_ddpm(
-            network_like, torch.zeros(1, 3, 4, 4), SCHEDULE, timesteps, generators=make_generators(0, 1)
-        )
-
-
 def test_samples_depend_on_their_own_seed():
     x_T = randn((3, 4, 4), make_generators(0, 2))
-    both = learned_variance_ddpm(network_like, x_T, SCHEDULE, respaced(1000, 5), generators=make_generators(7, 2))
-    second = learned_variance_ddpm(network_like, x_T[1:], SCHEDULE, respaced(1000, 5), generators=make_generators(8, 1))
+    both = learned_variance_ddpm(network_like, x_T, respaced(SCHEDULE, 5), generators=make_generators(7, 2))
+    second = learned_variance_ddpm(network_like, x_T[1:], respaced(SCHEDULE, 5), generators=make_generators(8, 1))
     assert torch.allclose(both[1:], second, atol=1e-6)
     with pytest.raises(ValueError, match="learned_variance_ddpm draws noise"):
-        learned_variance_ddpm(network_like, x_T, SCHEDULE, [3], generators=make_generators(7, 1))
+        learned_variance_ddpm(network_like, x_T, SCHEDULE.grid([3]), generators=make_generators(7, 1))
 
 
 # --- blending ---------------------------------------------------------------------------------------------------------
@@ -328,11 +323,9 @@ def test_what_is_kept_arrives_unchanged(sampler):
     generators = make_generators(2, 1)
     x_T, blend = randn((3, 8, 8), generators), background(x_0, keep, generators)
     if sampler == "ddim":
-        result = blended_ddim(lambda x, t: network_like(x, t)[:, :3], x_T, SCHEDULE, 6, blend=blend)
+        result = blended_ddim(lambda x, t: network_like(x, t)[:, :3], x_T, leading(SCHEDULE, 6), blend)
     else:
-        result = learned_variance_ddpm(
-            network_like, x_T, SCHEDULE, respaced(1000, 6), generators=generators, blend=blend
-        )
+        result = learned_variance_ddpm(network_like, x_T, respaced(SCHEDULE, 6), generators=generators, blend=blend)
     assert torch.equal(result[..., :5], x_0[..., :5])
     assert (result[..., 5:] - x_0[..., 5:]).abs().min() > 1e-4
 
@@ -341,12 +334,17 @@ def test_blended_ddim_without_background_is_ddim_up_to_its_last_step():
     def eps(x, t):
         return network_like(x, t)[:, :3]
 
+    def record(x_t, alpha_bar_t):
+        ours.append(x_t)
+        return x_t
+
     x_T, ours, expected = randn((3, 4, 4), make_generators(0, 1)), [], []
-    blended_ddim(eps, x_T, SCHEDULE, 10, blend=lambda x_t, alpha_bar_t: x_t, callback=ours.append)
-    ddim(eps, x_T, SCHEDULE, 10, callback=expected.append)
-    for a, b in zip(ours[:-1], expected[:-1], strict=True):
-        assert torch.equal(a.x_t, b.x_t)
-    assert torch.allclose(ours[-1].x_t, expected[-1].z_0, atol=1e-6)  # at alpha_bar = 1 the sample is the estimate
+    blended_ddim(eps, x_T, leading(SCHEDULE, 10), record)
+    ddim(eps, x_T, leading(SCHEDULE, 10), callback=expected.append)
+    assert ours.pop(0) is x_T
+    for x_t, info in zip(ours[:-1], expected[:-1], strict=True):
+        assert torch.equal(x_t, info.x_t)
+    assert torch.allclose(ours[-1], expected[-1].z_0, atol=1e-6)  # at alpha_bar = 1 the sample is the estimate
 
 
 # --- the released sizes -----------------------------------------------------------------------------------------------
@@ -371,7 +369,7 @@ def test_full_size_takes_a_step(tmp_path, config):
             return model(x_t.bfloat16(), t, None if config.num_classes is None else torch.tensor([7]))
 
         x_t, generators = randn((3, side, side), make_generators(0, 1)), make_generators(1, 1)
-        result = learned_variance_ddpm(prediction, x_t, SCHEDULE, [500], generators=generators, loss=loss)
+        result = learned_variance_ddpm(prediction, x_t, SCHEDULE.grid([500]), generators=generators, loss=loss)
         assert result.shape == (1, 3, side, side)
         assert result.isfinite().all()
         return result

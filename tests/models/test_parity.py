@@ -19,7 +19,7 @@ from pbe.models.paint_by_example import Condition, PaintByExample, PaintByExampl
 from pbe.models.stable_diffusion import StableDiffusion
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
-from pbe.sampling import NoiseSchedule, guided_eps, plms
+from pbe.sampling import NoiseSchedule, guided_eps, leading, plms
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -196,7 +196,7 @@ def test_pipeline(model, pipeline, monkeypatch):
     clip_pixels = pipeline.feature_extractor(images=exemplar, return_tensors="pt").pixel_values
     condition = model.condition(pixels, keep, clip_pixels)
     # diffusers 0.42 samples with mask 1 = keep too, having inverted the user's white = repaint
-    z_0 = plms(guided_eps(model, condition, 5.0), x_T, NoiseSchedule.scaled_linear(), 10)
+    z_0 = plms(guided_eps(model, condition, 5.0), x_T, leading(NoiseSchedule.scaled_linear(), 10))
     ours = (model.vae.decode(z_0) / 2 + 0.5).clamp(0, 1)
 
     def same_masked_latent(*_, **__):
@@ -219,7 +219,7 @@ def test_pipeline(model, pipeline, monkeypatch):
     assert (ours - theirs).abs().max().item() < 1e-3
     # and the edit is a real one: the condition changes the picture by far more than the tolerance
     other = Condition(condition.z_masked, condition.mask, condition.context.flip(-1))
-    z_other = plms(guided_eps(model, other, 5.0), x_T, NoiseSchedule.scaled_linear(), 10)
+    z_other = plms(guided_eps(model, other, 5.0), x_T, leading(NoiseSchedule.scaled_linear(), 10))
     assert ((model.vae.decode(z_other) / 2 + 0.5).clamp(0, 1) - theirs).abs().max().item() > 1e-2
 
 

@@ -6,10 +6,32 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.sampling import SAMPLERS, NoiseSchedule, ddim, ddpm, dpm_solver, get_sampler, make_generators, plms, randn
-from pbe.sampling.plms import ADAMS_BASHFORTH
+from pbe.sampling import (
+    SAMPLERS,
+    NoiseSchedule,
+    ddim,
+    ddpm,
+    dpm_solver,
+    get_sampler,
+    leading,
+    make_generators,
+    plms,
+    randn,
+    sampler,
+)
+from pbe.sampling.samplers import ADAMS_BASHFORTH
 
 SCHEDULE = NoiseSchedule.scaled_linear()
+
+
+def grid(steps, schedule=SCHEDULE):
+    return leading(schedule, steps)
+
+
+def timesteps_of(steps, schedule=SCHEDULE):
+    return [step.t for step in leading(schedule, steps)]
+
+
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -58,8 +80,8 @@ def test_deterministic_samplers_converge_with_their_order(name, order):
     step_counts = [80, 160, 320, 640, 1280]
     errors = []
     for steps in step_counts:
-        x_T = data.trajectory(data.schedule.timesteps(steps)[0], c)
-        x_0 = SAMPLERS[name](data.eps, x_T, data.schedule, steps)
+        x_T = data.trajectory(grid(steps, data.schedule)[0].t, c)
+        x_0 = SAMPLERS[name](data.eps, x_T, grid(steps, data.schedule))
         errors.append((x_0 - data.trajectory(0, c)).abs().max().item())
     slope = -np.polyfit(np.log(step_counts), np.log(errors), 1)[0]
     # over the first doubling PLMS is still a sixth short of its order
@@ -88,9 +110,9 @@ def test_ddpm_draws_from_the_closed_form_posterior(steps):
         return (x_t - sqrt(alpha_bar_t) * x_0) / sqrt(1 - alpha_bar_t)
 
     infos = []
-    result = ddpm(eps, x_T, SCHEDULE, steps, generators=make_generators(3, 2), callback=infos.append)
+    result = ddpm(eps, x_T, grid(steps), generators=make_generators(3, 2), callback=infos.append)
 
-    timesteps, noise, x_t = SCHEDULE.timesteps(steps), make_generators(3, 2), x_T
+    timesteps, noise, x_t = timesteps_of(steps), make_generators(3, 2), x_T
     for info, t, t_prev in zip(infos[:-1], timesteps[:-1], timesteps[1:], strict=True):
         alpha_bar_t, alpha_bar_prev = SCHEDULE.alpha_bar[t].item(), SCHEDULE.alpha_bar[t_prev].item()
         alpha = alpha_bar_t / alpha_bar_prev
@@ -109,8 +131,8 @@ def test_ddim_at_eta_1_is_ddpm_but_for_the_last_step():
     # DDIM, section 4.1; the last step arrives at alpha_bar[0] in the one and at 1 in the other
     x_T = randn((4, 8, 8), make_generators(0, 2), dtype=torch.float64)
     ours, other = [], []
-    ddim(nonlinear_eps, x_T, SCHEDULE, 20, eta=1.0, generators=make_generators(1, 2), callback=ours.append)
-    ddpm(nonlinear_eps, x_T, SCHEDULE, 20, generators=make_generators(1, 2), callback=other.append)
+    ddim(nonlinear_eps, x_T, grid(20), eta=1.0, generators=make_generators(1, 2), callback=ours.append)
+    ddpm(nonlinear_eps, x_T, grid(20), generators=make_generators(1, 2), callback=other.append)
     for a, b in zip(ours[:-1], other[:-1], strict=True):
         torch.testing.assert_close(a.x_t, b.x_t, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours[-1].z_0, other[-1].x_t, rtol=1e-10, atol=1e-10)
@@ -121,7 +143,7 @@ def test_stochastic_samplers_reproduce_the_data_s_mean_and_variance(name, option
     data = Gaussian(SCHEDULE)
     n = 8 * 2500
     x_T = data.trajectory(999, randn((2500,), make_generators(10, 8), dtype=torch.float64))
-    x_0 = SAMPLERS[name](data.eps, x_T, SCHEDULE, 1000, generators=make_generators(20, 8), **options)
+    x_0 = SAMPLERS[name](data.eps, x_T, grid(1000), generators=make_generators(20, 8), **options)
     # five standard errors; and the variance falls short by a few parts in the number of steps, since a step's noise
     # is the posterior's for a known x_0: 2 % here
     assert x_0.mean().item() == pytest.approx(data.mu, abs=5 * data.s / sqrt(n))
@@ -132,16 +154,16 @@ def test_stochastic_samplers_reproduce_the_data_s_mean_and_variance(name, option
 def test_each_ddim_step_adds_the_variance_that_keeps_the_marginal(eta):
     # x_prev given x_0 must be N(sqrt(alpha_bar_prev) x_0, 1 - alpha_bar_prev) when x_t follows q(x_t | x_0): DDIM,
     # lemma 1. With x_0 = 0 the state is linear in the noise, so the variance can be counted without sampling.
-    (t, alpha_bar_t, alpha_bar_prev), *_ = SCHEDULE.grid(20)
+    (t, alpha_bar_t, alpha_bar_prev), *_ = grid(20)
     infos = []
 
     def eps(x_t, t):
         return x_t / sqrt(1 - SCHEDULE.alpha_bar[t[0]].item())
 
     x_T = torch.zeros(1, 6, dtype=torch.float64)
-    ddim(eps, x_T, SCHEDULE, 20, eta=eta, generators=make_generators(4, 1), callback=infos.append)
+    ddim(eps, x_T, grid(20), eta=eta, generators=make_generators(4, 1), callback=infos.append)
     sigma_t = infos[0].x_t / randn((6,), make_generators(4, 1), dtype=torch.float64)
-    ddim(eps, torch.ones_like(x_T), SCHEDULE, 20, eta=eta, generators=make_generators(4, 1), callback=infos.append)
+    ddim(eps, torch.ones_like(x_T), grid(20), eta=eta, generators=make_generators(4, 1), callback=infos.append)
     kept = infos[20].x_t - infos[0].x_t  # of a unit x_t
     total = kept**2 * (1 - alpha_bar_t) + sigma_t**2
     torch.testing.assert_close(total, torch.full_like(total, 1 - alpha_bar_prev), rtol=1e-10, atol=0)
@@ -173,9 +195,9 @@ def test_dpm_solver_is_diffusers_step_by_step(steps):
         final_sigmas_type="sigma_min",
     )
     # its own "leading" grid divides T by S + 1 rather than by S, so it is given ours
-    scheduler.set_timesteps(timesteps=SCHEDULE.timesteps(steps))
+    scheduler.set_timesteps(timesteps=timesteps_of(steps))
     infos, states, x_t = [], [], start(steps)
-    dpm_solver(nonlinear_eps, x_t, SCHEDULE, steps, callback=infos.append)
+    dpm_solver(nonlinear_eps, x_t, grid(steps), callback=infos.append)
     for t in scheduler.timesteps:
         x_t = scheduler.step(nonlinear_eps(x_t, t.expand(2)), t, x_t).prev_sample
         states.append(x_t)
@@ -190,9 +212,9 @@ def test_ddim_is_diffusers_step_by_step(steps, eta):
         **SD_BETAS, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1
     )
     scheduler.set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == SCHEDULE.timesteps(steps)
+    assert scheduler.timesteps.tolist() == timesteps_of(steps)
     infos, states, x_t = [], [], start(steps)
-    ddim(nonlinear_eps, x_t, SCHEDULE, steps, eta=eta, generators=make_generators(1, 2), callback=infos.append)
+    ddim(nonlinear_eps, x_t, grid(steps), eta=eta, generators=make_generators(1, 2), callback=infos.append)
     generators = make_generators(1, 2)
     for t in scheduler.timesteps:
         noise = randn((4, 8, 8), generators, dtype=torch.float64)
@@ -210,7 +232,7 @@ def test_plms_is_diffusers_step_by_step(steps):
     )
     scheduler.set_timesteps(steps)
     infos, states, x_t = [], [], start(steps)
-    plms(nonlinear_eps, x_t, SCHEDULE, steps, callback=infos.append)
+    plms(nonlinear_eps, x_t, grid(steps), callback=infos.append)
     for t in scheduler.timesteps:
         x_t = scheduler.step(nonlinear_eps(x_t, t.expand(2)), t, x_t).prev_sample
         states.append(x_t)
@@ -240,8 +262,8 @@ def test_any_number_of_steps_takes_exactly_that_many(name, steps):
         return nonlinear_eps(x_t, t)
 
     x_T = randn((3,), make_generators(0, 2))
-    z_0 = SAMPLERS[name](eps, x_T, SCHEDULE, steps, generators=make_generators(1, 2), callback=infos.append)
-    timesteps = SCHEDULE.timesteps(steps)
+    z_0 = SAMPLERS[name](eps, x_T, grid(steps), generators=make_generators(1, 2), callback=infos.append)
+    timesteps = timesteps_of(steps)
     assert [info.index for info in infos] == list(range(steps))
     assert {info.steps for info in infos} == {steps}
     assert [info.t for info in infos] == timesteps
@@ -259,7 +281,7 @@ def test_a_bad_number_of_steps_is_refused_before_any_evaluation(name, steps):
         raise AssertionError("evaluated")
 
     with pytest.raises(ValueError, match=f"steps must be .* got {steps}"):
-        SAMPLERS[name](eps, torch.zeros(1, 4, 8, 8), SCHEDULE, steps, generators=make_generators(0, 1))
+        SAMPLERS[name](eps, torch.zeros(1, 4, 8, 8), grid(steps), generators=make_generators(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +291,7 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(name, options):
     def sample(seed, n):
         generators = make_generators(seed, n)
         x_T = randn((4, 8, 8), generators)
-        return SAMPLERS[name](nonlinear_eps, x_T, SCHEDULE, 12, generators=generators, **options)
+        return SAMPLERS[name](nonlinear_eps, x_T, grid(12), generators=generators, **options)
 
     batch = sample(321, 4)
     for i in range(4):
@@ -281,7 +303,7 @@ def test_the_deterministic_samplers_draw_nothing():
     for name in ("ddim", "plms", "dpm_solver"):
         (generator,) = make_generators(0, 1)
         before = generator.get_state()
-        SAMPLERS[name](nonlinear_eps, torch.ones(1, 4, 8, 8), SCHEDULE, 5, generators=[generator])
+        SAMPLERS[name](nonlinear_eps, torch.ones(1, 4, 8, 8), grid(5), generators=[generator])
         assert torch.equal(generator.get_state(), before)
 
 
@@ -289,14 +311,53 @@ def test_the_deterministic_samplers_draw_nothing():
 @pytest.mark.parametrize("generators", [None, make_generators(0, 1)])
 def test_a_stochastic_sampler_asks_for_one_generator_a_sample(name, options, generators):
     given = "none" if generators is None else 1
-    with pytest.raises(ValueError, match=rf"{name}.* one generator a sample \(2\), got {given}"):
-        SAMPLERS[name](nonlinear_eps, torch.zeros(2, 4), SCHEDULE, 5, generators=generators, **options)
+    with pytest.raises(ValueError, match=rf"{name}.* one generator per sample \(2\), got {given}"):
+        SAMPLERS[name](nonlinear_eps, torch.zeros(2, 4), grid(5), generators=generators, **options)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
 def test_eta_outside_0_to_1_is_refused(eta):
     with pytest.raises(ValueError, match=f"eta must be .* got {eta}"):
-        ddim(nonlinear_eps, torch.zeros(1, 4), SCHEDULE, 5, eta=eta, generators=make_generators(0, 1))
+        ddim(nonlinear_eps, torch.zeros(1, 4), grid(5), eta=eta, generators=make_generators(0, 1))
+
+
+@pytest.mark.parametrize("name", ["plms", "ddpm", "dpm_solver"])
+def test_eta_is_for_the_samplers_whose_noise_it_sets(name):
+    with pytest.raises(ValueError, match=f"eta=0.5 is for the sampler 'ddim', not '{name}'"):
+        SAMPLERS[name](nonlinear_eps, torch.zeros(1, 4), grid(5), eta=0.5, generators=make_generators(0, 1))
+
+
+def test_a_grid_without_steps_is_refused():
+    with pytest.raises(ValueError, match="no steps"):
+        ddim(nonlinear_eps, torch.zeros(1, 4), [])
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_a_grid_may_start_below_the_top(name):
+    """The one-step methods go on from any of their states as if they had come from it."""
+    x_T, infos = randn((4, 8, 8), make_generators(0, 2)), []
+    generators = make_generators(1, 2)
+    z_0 = SAMPLERS[name](nonlinear_eps, x_T, grid(10), generators=generators, callback=infos.append)
+    generators = make_generators(1, 2)
+    if name == "ddpm":
+        randn((4, 8, 8), generators), randn((4, 8, 8), generators)  # those of the first two steps
+    assert torch.equal(SAMPLERS[name](nonlinear_eps, infos[1].x_t, grid(10)[2:], generators=generators), z_0)
+
+
+def test_a_sampler_of_one_s_own():
+    @sampler(noise="always")
+    def halve(eps, x_t, grid, draw, eta):
+        """Half of it and noise."""
+        for _ in grid:
+            x_t = x_t / 2 + draw()
+            yield x_t, x_t
+
+    noise, infos = make_generators(0, 2), []
+    expected = (torch.ones(2, 3) / 2 + randn((3,), noise)) / 2 + randn((3,), noise)
+    x_0 = halve(nonlinear_eps, torch.ones(2, 3), grid(2), generators=make_generators(0, 2), callback=infos.append)
+    assert torch.equal(x_0, expected)
+    assert [(info.index, info.steps, info.t) for info in infos] == [(0, 2, 501), (1, 2, 1)]
+    assert (halve.__name__, halve.__doc__) == ("halve", "Half of it and noise.")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -308,7 +369,7 @@ def test_the_state_keeps_x_T_s_dtype_whatever_eps_returns(name, dtype):
 
     infos = []
     x_T = randn((4, 8, 8), make_generators(0, 2), dtype=dtype)
-    SAMPLERS[name](eps, x_T, SCHEDULE, 6, generators=make_generators(1, 2), callback=infos.append)
+    SAMPLERS[name](eps, x_T, grid(6), generators=make_generators(1, 2), callback=infos.append)
     assert {info.x_t.dtype for info in infos} == {info.z_0.dtype for info in infos} == {dtype}
 
 
@@ -316,7 +377,7 @@ def test_the_state_keeps_x_T_s_dtype_whatever_eps_returns(name, dtype):
 def test_no_sampler_reads_a_value_back_from_the_device(name):
     # a tensor on meta has no values: whatever would wait for a device fails on it
     x_T = torch.empty(2, 4, 8, 8, device="meta")
-    z_0 = SAMPLERS[name](nonlinear_eps, x_T, SCHEDULE, 6, generators=make_generators(0, 2))
+    z_0 = SAMPLERS[name](nonlinear_eps, x_T, grid(6), generators=make_generators(0, 2))
     assert z_0.shape == x_T.shape
     assert z_0.device.type == "meta"
 
@@ -325,9 +386,7 @@ def test_no_sampler_reads_a_value_back_from_the_device(name):
 def test_sampling_leaves_x_T_gradients_and_the_global_generator_alone(name):
     x_T = randn((4, 8, 8), make_generators(0, 2))
     copy, weight, before = x_T.clone(), torch.ones((), requires_grad=True), torch.get_rng_state()
-    z_0 = SAMPLERS[name](
-        lambda x_t, t: weight * nonlinear_eps(x_t, t), x_T, SCHEDULE, 5, generators=make_generators(1, 2)
-    )
+    z_0 = SAMPLERS[name](lambda x_t, t: weight * nonlinear_eps(x_t, t), x_T, grid(5), generators=make_generators(1, 2))
     assert torch.equal(x_T, copy)
     assert not z_0.requires_grad
     assert torch.equal(torch.get_rng_state(), before)
@@ -352,7 +411,7 @@ def test_the_callback_sees_the_estimate_and_can_stop(name):
         return (x_t - sqrt(alpha_bar_t) * data) / sqrt(1 - alpha_bar_t)
 
     with pytest.raises(Enough):
-        SAMPLERS[name](eps, torch.ones(1, 2), SCHEDULE, 10, generators=make_generators(0, 1), callback=callback)
+        SAMPLERS[name](eps, torch.ones(1, 2), grid(10), generators=make_generators(0, 1), callback=callback)
     assert [info.index for info in seen] == [0, 1, 2]
     for info in seen:  # eps knows the data, so every estimate is the data; float32 over sqrt(alpha_bar) of about 0.1
         torch.testing.assert_close(info.z_0, data, rtol=1e-4, atol=1e-4)
@@ -362,8 +421,8 @@ def test_dpm_solver_lowers_its_order_only_for_few_steps():
     # the last step of a run below 15 steps depends on the last estimate alone
     def last_step(steps):
         infos = []
-        dpm_solver(nonlinear_eps, torch.ones(1, 3, dtype=torch.float64), SCHEDULE, steps, callback=infos.append)
-        _, alpha_bar_t, alpha_bar_prev = SCHEDULE.grid(steps)[-1]
+        dpm_solver(nonlinear_eps, torch.ones(1, 3, dtype=torch.float64), grid(steps), callback=infos.append)
+        _, alpha_bar_t, alpha_bar_prev = grid(steps)[-1]
         h = 0.5 * log(alpha_bar_prev / (1 - alpha_bar_prev)) - 0.5 * log(alpha_bar_t / (1 - alpha_bar_t))
         x_t, z_0 = infos[-2].x_t, infos[-1].z_0
         first_order = sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) * x_t

@@ -1,5 +1,6 @@
 """The noise schedule, the seeded noise and guidance."""
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -8,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.sampling import NoiseSchedule, guided_eps, make_generators, randn
+from pbe.sampling import NoiseSchedule, get_spacing, guided_eps, leading, make_generators, randn, trailing
+from pbe.sampling.samplers import clean_end
 
 GOLDEN = Path(__file__).parents[3] / "shared/reference/golden/small.npz"
+
+
+def timesteps_of(grid):
+    return [step.t for step in grid]
 
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
@@ -35,8 +41,8 @@ def test_scaled_linear_is_the_original_table():
     schedule = NoiseSchedule.scaled_linear()
     # the original computes in float64 and stores float32
     np.testing.assert_array_equal(schedule.alpha_bar.float().numpy(), golden["alphas_cumprod"])
-    assert sorted(schedule.timesteps(10)) == sorted(golden["plms_timesteps"].tolist())
-    assert sorted(schedule.timesteps(10)) == sorted(golden["ddim_timesteps"].tolist())
+    assert sorted(timesteps_of(leading(schedule, 10))) == sorted(golden["plms_timesteps"].tolist())
+    assert sorted(timesteps_of(leading(schedule, 10))) == sorted(golden["ddim_timesteps"].tolist())
 
 
 def test_linear_is_ddpm_s_table():
@@ -74,18 +80,18 @@ def test_no_timesteps_is_refused():
 
 def test_timesteps_are_the_original_ones():
     schedule = NoiseSchedule.scaled_linear()
-    assert schedule.timesteps(50) == list(range(981, 0, -20))
-    assert schedule.timesteps(1) == [1]
-    assert schedule.timesteps(3) == [667, 334, 1]
-    assert schedule.timesteps(999) == list(range(999, 0, -1))
-    assert schedule.timesteps(1000) == list(range(999, -1, -1))
+    assert timesteps_of(leading(schedule, 50)) == list(range(981, 0, -20))
+    assert timesteps_of(leading(schedule, 1)) == [1]
+    assert timesteps_of(leading(schedule, 3)) == [667, 334, 1]
+    assert timesteps_of(leading(schedule, 999)) == list(range(999, 0, -1))
+    assert timesteps_of(leading(schedule, 1000)) == list(range(999, -1, -1))
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 7, 1000])
 def test_every_number_of_steps_gives_that_many_inside_the_table(num_timesteps):
     schedule = NoiseSchedule.linear(num_timesteps, beta_end=0.01)
     for steps in range(1, num_timesteps + 1):
-        timesteps = schedule.timesteps(steps)
+        timesteps = timesteps_of(leading(schedule, steps))
         assert len(timesteps) == steps
         assert 0 <= timesteps[-1]
         assert timesteps[0] < num_timesteps
@@ -95,17 +101,24 @@ def test_every_number_of_steps_gives_that_many_inside_the_table(num_timesteps):
 @pytest.mark.parametrize("steps", [0, -1, 1001, 10.0])
 def test_a_bad_number_of_steps_is_named(steps):
     with pytest.raises(ValueError, match=rf"steps must be an integer from 1 to 1000, got {steps}"):
-        NoiseSchedule.scaled_linear().timesteps(steps)
+        timesteps_of(leading(NoiseSchedule.scaled_linear(), steps))
 
 
 def test_grid_chains_and_ends_at_the_first_entry():
     schedule = NoiseSchedule.scaled_linear()
-    grid = schedule.grid(30)
-    assert [t for t, _, _ in grid] == schedule.timesteps(30)
-    assert [a for _, a, _ in grid] == [schedule.alpha_bar[t].item() for t in schedule.timesteps(30)]
+    grid = leading(schedule, 30)
+    assert [t for t, _, _ in grid] == timesteps_of(leading(schedule, 30))
+    assert [a for _, a, _ in grid] == [schedule.alpha_bar[t].item() for t in timesteps_of(leading(schedule, 30))]
     assert [prev for _, _, prev in grid[:-1]] == [a for _, a, _ in grid[1:]]
     assert grid[-1][2] == schedule.alpha_bar[0].item()
-    assert schedule.grid(30, alpha_bar_end=1.0)[-1][2] == 1.0
+    assert clean_end(grid)[:-1] == grid[:-1]
+    assert clean_end(grid)[-1] == (grid[-1].t, grid[-1].alpha_bar_t, 1.0)
+
+
+@pytest.mark.parametrize("timesteps", [[], [5, 5], [1, 2], [1000, 3], [3, -1]])
+def test_timesteps_must_fall_inside_the_table(timesteps):
+    with pytest.raises(ValueError, match=f"from 999 to 0, got {re.escape(str(timesteps))}"):
+        NoiseSchedule.scaled_linear().grid(timesteps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -198,32 +211,32 @@ T = torch.tensor([901, 37])
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("scale", [0.5, 5.0, 7])
-def test_guidance_extrapolates_from_the_unconditional_prediction_in_one_call(scale, tokens):
+@pytest.mark.parametrize("guidance", [0.5, 5.0, 7])
+def test_guidance_extrapolates_from_the_unconditional_prediction_in_one_call(guidance, tokens):
     model, condition = Model(), make_condition(tokens=tokens)
     unet_in = torch.cat([X_T, condition.z_masked, condition.mask], dim=1)
     eps_u = model.unet(unet_in, T, model.null_context.repeat(2, tokens, 1))
     eps_c = model.unet(unet_in, T, condition.context)
     model.calls.clear()
 
-    eps = guided_eps(model, condition, scale)(X_T, T)
-    # float32 sums of nine terms, magnified by the scale
-    torch.testing.assert_close(eps, eps_u + scale * (eps_c - eps_u), rtol=1e-4, atol=1e-4)
+    eps = guided_eps(model, condition, guidance)(X_T, T)
+    # float32 sums of nine terms, magnified by guidance
+    torch.testing.assert_close(eps, eps_u + guidance * (eps_c - eps_u), rtol=1e-4, atol=1e-4)
     assert len(model.calls) == 1
     assert torch.equal(model.calls[0][0], torch.cat([unet_in, unet_in]))
     assert model.calls[0][1].tolist() == [901, 37, 901, 37]
     assert torch.equal(model.calls[0][2][2:], condition.context)
 
 
-@pytest.mark.parametrize("scale", [0, 1, 0.0, 1.0])
-def test_at_scale_0_and_1_only_one_half_is_computed(scale):
+@pytest.mark.parametrize("guidance", [0, 1, 0.0, 1.0])
+def test_at_guidance_0_and_1_only_one_half_is_computed(guidance):
     model, condition = Model(), make_condition(tokens=5)
-    eps = guided_eps(model, condition, scale)(X_T, T)
+    eps = guided_eps(model, condition, guidance)(X_T, T)
     assert len(model.calls) == 1
     unet_in, t, context = model.calls[0]
     assert unet_in.shape == (2, 9, 8, 6)
     assert torch.equal(t, T)
-    expected = condition.context if scale == 1 else model.null_context.repeat(2, 5, 1)
+    expected = condition.context if guidance == 1 else model.null_context.repeat(2, 5, 1)
     assert torch.equal(context, expected)
     # the stand-in's mean over an expanded context may be summed in another order
     torch.testing.assert_close(eps, model.unet(unet_in, T, expected), rtol=1e-5, atol=1e-5)
@@ -241,23 +254,23 @@ def test_the_network_runs_in_the_condition_s_dtype_and_guidance_in_x_t_s():
     assert torch.equal(eps, eps_u + 5.0 * (eps_c - eps_u))
 
 
-@pytest.mark.parametrize("scale", [-0.1, float("nan"), float("inf")])
-def test_a_bad_scale_is_named(scale):
-    with pytest.raises(ValueError, match=f"scale must be finite and at least 0, got {scale}"):
-        guided_eps(Model(), make_condition(), scale)
+@pytest.mark.parametrize("guidance", [-0.1, float("nan"), float("inf")])
+def test_a_bad_guidance_is_named(guidance):
+    with pytest.raises(ValueError, match=f"guidance must be finite and at least 0, got {guidance}"):
+        guided_eps(Model(), make_condition(), guidance)
 
 
-@pytest.mark.parametrize("scale", [0, 1, 5.0])
-def test_each_sample_needs_a_context(scale):
+@pytest.mark.parametrize("guidance", [0, 1, 5.0])
+def test_each_sample_needs_a_context(guidance):
     """Or else the two halves of a single one would be taken for the contexts of two samples."""
     condition = make_condition()
     condition.context = condition.context[:1]
-    with pytest.raises(ValueError, match=r"one context a sample \(2\), got 1; context\.expand"):
-        guided_eps(Model(), condition, scale)
-    with pytest.raises(ValueError, match=r"one context a sample \(2\), got 1"):
-        guided_eps(Model(), condition, scale, interval=(100, 900))
+    with pytest.raises(ValueError, match=r"one context per sample \(2\), got 1; context\.expand"):
+        guided_eps(Model(), condition, guidance)
+    with pytest.raises(ValueError, match=r"one context per sample \(2\), got 1"):
+        guided_eps(Model(), condition, guidance, interval=(100, 900))
     condition.context = condition.context.expand(2, -1, -1)
-    assert guided_eps(Model(), condition, scale)(X_T, T).shape == X_T.shape
+    assert guided_eps(Model(), condition, guidance)(X_T, T).shape == X_T.shape
 
 
 def test_latents_of_another_shape_are_named():
@@ -268,12 +281,12 @@ def test_latents_of_another_shape_are_named():
 
 def test_trailing_timesteps():
     """They end a stride above 0 and always start at the noisiest timestep, from which pure noise is drawn."""
-    schedule = NoiseSchedule.scaled_linear(spacing="trailing")
-    assert schedule.timesteps(10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
-    assert schedule.timesteps(3) == [999, 666, 332]
-    assert schedule.timesteps(1000) == list(range(999, -1, -1))
+    schedule = NoiseSchedule.scaled_linear()
+    assert timesteps_of(trailing(schedule, 10)) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    assert timesteps_of(trailing(schedule, 3)) == [999, 666, 332]
+    assert timesteps_of(trailing(schedule, 1000)) == list(range(999, -1, -1))
     for steps in range(1, 1001):
-        timesteps = schedule.timesteps(steps)
+        timesteps = timesteps_of(trailing(schedule, steps))
         assert timesteps[0] == 999
         assert len(timesteps) == steps
         assert all(a > b >= 0 for a, b in pairwise(timesteps))
@@ -284,13 +297,13 @@ def test_trailing_timesteps_are_diffusers(steps):
     diffusers = pytest.importorskip("diffusers")
     other = diffusers.DDIMScheduler(timestep_spacing="trailing")
     other.set_timesteps(steps)
-    ours = NoiseSchedule.scaled_linear(spacing="trailing").timesteps(steps)
+    ours = timesteps_of(trailing(NoiseSchedule.scaled_linear(), steps))
     assert ours == other.timesteps.tolist()
 
 
 def test_unknown_spacing():
-    with pytest.raises(ValueError, match="spacing must be leading or trailing, got 'middle'"):
-        NoiseSchedule.scaled_linear(spacing="middle")
+    with pytest.raises(ValueError, match=r"'middle'.*leading, trailing"):
+        get_spacing("middle")
 
 
 # --- the guidance interval --------------------------------------------------------------------------------------------
@@ -300,20 +313,20 @@ def test_unknown_spacing():
     ("interval", "samples"),
     [((-1, 999), [4, 4, 4]), ((37, 500), [2, 4, 2]), ((36, 901), [4, 4, 4]), ((500, 500), [2, 2, 2])],
 )
-@pytest.mark.parametrize("scale", [0, 3.0])
-def test_outside_its_interval_guidance_computes_the_conditional_half_alone(interval, samples, scale):
+@pytest.mark.parametrize("guidance", [0, 3.0])
+def test_outside_its_interval_guidance_computes_the_conditional_half_alone(interval, samples, guidance):
     """(t_low, t_high]: the lower end lies outside, the upper inside. With both halves two samples are four."""
     model, condition = Model(), make_condition()
-    everywhere, nowhere = (guided_eps(model, condition, s) for s in (scale, 1))
+    everywhere, nowhere = (guided_eps(model, condition, g) for g in (guidance, 1))
     timesteps = [901, 500, 37]
-    for known in (None, timesteps):
-        eps = guided_eps(model, condition, scale, known, interval)
+    for grid in (None, NoiseSchedule.scaled_linear().grid(timesteps)):
+        eps = guided_eps(model, condition, guidance, grid, interval)
         for t, count in zip(timesteps, samples, strict=True):
             t = torch.tensor([t, t])
             expected = (everywhere if count == 4 else nowhere)(X_T, t)
             model.calls.clear()
             assert torch.equal(eps(X_T, t), expected)
-            assert [len(call[0]) for call in model.calls] == [2 if scale == 0 else count]
+            assert [len(call[0]) for call in model.calls] == [2 if guidance == 0 else count]
 
 
 def test_a_wrong_interval_and_samples_on_both_sides_are_named():
