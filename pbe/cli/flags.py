@@ -37,8 +37,9 @@ def add_settings(group: Group, defaults: EditSettings | None = None) -> None:
     docs = setting_docs()
     for name, annotation in SETTINGS.items():
         default = getattr(defaults or EditSettings, name)
-        text = docs[name] if default is None else f"{docs[name].rstrip('.')} (default: {default})"
-        text = text.replace("%", "%%")
+        text = docs[name].removesuffix(".").replace("%", "%%")
+        if default is not None:
+            text += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
         if annotation is bool:
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
