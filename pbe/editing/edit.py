@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -92,6 +93,17 @@ def edit(
     for region in windows.connected_regions(repaint) if settings.regions == "each" else [repaint]:
         results = edit_region(model, results, region, context, settings, batch_size, callback)
     return [result.with_pixels(result.pixels) for result in results]
+
+
+def with_settings(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature with `EditSettings`' fields as keywords of their own, for `help` and completion."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    settings = inspect.signature(EditSettings).parameters.values()
+    return signature.replace(parameters=[*own, *settings])
+
+
+edit.__signature__ = with_settings(edit)  # type: ignore[attr-defined]
 
 
 def edit_region(

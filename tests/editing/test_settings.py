@@ -31,8 +31,11 @@ def test_settings_name_the_samplers_that_there_are():
     assert set(get_args(SamplerName)) == set(SAMPLERS)
 
 
-def test_no_setting_is_an_argument_of_edit_too():
-    assert set(SETTINGS).isdisjoint(inspect.signature(pbe.edit).parameters)
+def test_the_signature_of_edit_shows_every_setting_once():
+    parameters = inspect.signature(pbe.edit).parameters
+    for name in SETTINGS:
+        assert parameters[name].default == getattr(EditSettings, name)
+    assert set(SETTINGS).isdisjoint(inspect.signature(pbe.edit.__wrapped__).parameters)
 
 
 def test_every_setting_has_a_line_a_flag_and_a_column():
