@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pbe.acceleration import prepare_for_inference
 from pbe.acceleration.packing import PackedConv2d, PackedLinear, PackedPointwise
-from pbe.checkpoints.loading import build, open_source
+from pbe.checkpoints.loading import build, open_recognised
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.models.paint_by_example import PaintByExample
 
@@ -93,7 +93,7 @@ def count_flops(
     Forms are the "ordinary" networks, the "prepared" ones and, from a folder, those of "diffusers". Nothing is computed
     and no weight is read.
     """
-    model = build_on_meta(PaintByExample, build(open_source(ckpt)).config)
+    model = build_on_meta(PaintByExample, build(open_recognised(ckpt)).config)
     side = resolution // model.config.vae.downsampling
     unet_in = torch.empty(batch, 9, side, side, device="meta")
     t = torch.empty(batch, device="meta")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
-from pbe.checkpoints.key_map import shorten
+from pbe.checkpoints.key_map import mismatches
 from pbe.models.lora import LoRAConfig, LoRALinear, add_lora, is_adapter, merge_lora
 
 
@@ -17,20 +17,19 @@ def load_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:
     `ValueError` where the model has adapters already.
     """
     checkpoint = open_checkpoint(path)
-    entry = checkpoint.extras.get("pbe")
-    if not (isinstance(entry, dict) and isinstance(entry.get("lora"), dict)):
+    settings = checkpoint.entry.get("lora")
+    if not isinstance(settings, dict):
         raise CheckpointError(f"{path} does not hold adapters (its entry 'pbe' has no 'lora')")
     try:
-        config = LoRAConfig(**entry["lora"])
+        config = LoRAConfig(**settings)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its entry 'lora' is not this library's: {error}") from None
+        raise CheckpointError(f"{path}: its entry 'lora' has unknown or impossible values: {error}") from None
     add_lora(model, config, torch.Generator())
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
     found = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names()}
-    if expected != found:
+    if faults := mismatches(found, expected):
         merge_lora(model)  # adapters that are still nothing: the model is as it was
-        odd = sorted({name for name, _ in expected.items() ^ found.items()})
-        raise CheckpointError(f"{path} does not fit the model: {len(odd)} adapters differ: {shorten(odd)}")
+        raise CheckpointError(f"{path} does not fit the model: it {'; '.join(faults)}")
     with torch.no_grad():
         for name in expected:
             model.get_parameter(name).copy_(checkpoint.tensor(name))

@@ -7,10 +7,10 @@ or stands in an entry `pbe` that files written by this library carry, or in the 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from pbe.checkpoints.formats.opening import CheckpointError
-from pbe.checkpoints.layouts import count
+from pbe.checkpoints.key_map import count
 from pbe.models.adm import ADMConfig
 from pbe.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
@@ -18,6 +18,8 @@ from pbe.models.paint_by_example import PaintByExampleConfig
 from pbe.models.stable_diffusion import StableDiffusionConfig
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
+
+ModelSizes = PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConfig
 
 CLIP_HEAD_WIDTH = 64  # in every CLIP that OpenAI released
 
@@ -31,20 +33,20 @@ class Hints:
     text_heads: int | None = None
     mapper_heads: int | None = None
     adm_head_channels: int | None = None
-    exemplar_tokens: str | None = None
+    exemplar_tokens: Literal["class", "all"] | None = None
     latent_scale: float | None = None
     resolution: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name == "exemplar_tokens":
-                fits, wanted = value in ("class", "all"), "'class' or 'all'"
+                fits, expected = value in ("class", "all"), "'class' or 'all'"
             elif name == "latent_scale":
-                fits, wanted = isinstance(value, int | float) and 0 < value < math.inf, "a positive number"
+                fits, expected = isinstance(value, int | float) and 0 < value < math.inf, "a positive number"
             else:
-                fits, wanted = isinstance(value, int) and value > 0, "a positive whole number"
+                fits, expected = isinstance(value, int) and value > 0, "a positive whole number"
             if value is not None and not fits:
-                raise CheckpointError(f"{name}={value!r} is not {wanted}")
+                raise CheckpointError(f"{name}={value!r} is not {expected}")
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "Hints":
@@ -52,17 +54,19 @@ class Hints:
         return cls(**{field.name: entry.get(field.name) for field in fields(cls)})
 
     @classmethod
-    def from_diffusers(cls, configs: Mapping[str, Mapping[str, Any]]) -> "Hints":
-        """The hints in the `config.json` files of a diffusers folder, by component, or of a CLIP's folder."""
-        unet, vae = configs.get("unet", {}), configs.get("vae", {})
-        clip = configs.get("", {})  # a Hugging Face CLIP's own folder
+    def from_configs(cls, configs: Mapping[str, Mapping[str, Any]]) -> "Hints":
+        """The hints in the `config.json` files of a diffusers folder, by component, or of a CLIP's folder, under ""."""
+        unet, vae, clip = (configs.get(name, {}) for name in ("unet", "vae", ""))
         vision = configs.get("image_encoder") or clip.get("vision_config") or {}
         text = configs.get("text_encoder") or clip.get("text_config") or {}
+        for tower in (vision, text):
+            if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
+                raise CheckpointError(f"hidden_act={tower['hidden_act']!r}; only 'quick_gelu' is supported")
         sample_size, levels = unet.get("sample_size"), len(vae.get("block_out_channels", ()))
         # named attention_head_dim by a historical slip; it counts heads in every v1 model
         unet_heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
         if not isinstance(unet_heads, int | None):
-            raise CheckpointError(f"{unet_heads} heads by level; Stable Diffusion v1 has one number for all")
+            raise CheckpointError(f"{unet_heads} heads by level; Stable Diffusion v1 has one number for all levels")
         return cls(
             unet_heads=unet_heads,
             vision_heads=vision.get("num_attention_heads"),
@@ -73,14 +77,14 @@ class Hints:
 
 
 class Shapes(dict[str, tuple[int, ...]]):
-    """Shapes by our names; asking for one that is not there says so in the file's name."""
+    """Shapes by our names; asking for a missing one raises `CheckpointError` that names the file."""
 
     def __init__(self, path: object, shapes: Mapping[str, tuple[int, ...]]):
         super().__init__(shapes)
         self.path = path
 
     def __missing__(self, name: str) -> tuple[int, ...]:
-        raise CheckpointError(f"{self.path} has no tensor for {name!r}, which its layout needs: is it cut or merged?")
+        raise CheckpointError(f"{self.path} has no tensor for {name!r}, which its layout needs: is the file complete?")
 
 
 def unet_config(shapes: Shapes, hints: Hints, prefix: str = "model.diffusion_model.") -> UNetConfig:
@@ -99,7 +103,8 @@ def unet_config(shapes: Shapes, hints: Hints, prefix: str = "model.diffusion_mod
             attention_levels.add(len(widths) - 1)
     if len(set(blocks)) > 1 or any(width % model_channels for width in widths):
         raise CheckpointError(
-            f"{shapes.path}: no UNet of this family has {blocks} blocks and {widths} channels per level"
+            f"{shapes.path} has {blocks} blocks and {widths} channels per level; a UNet of this family has one number "
+            f"of blocks and multiples of {model_channels} channels"
         )
     return UNetConfig(
         in_channels=in_channels,
@@ -127,31 +132,30 @@ def vae_config(shapes: Shapes, hints: Hints, prefix: str = "first_stage_model.")
     )
 
 
+def tower_sizes(shapes: Shapes, width: int, heads: int | None, prefix: str) -> dict[str, int]:
+    """The sizes that both towers of CLIP have, by field of `CLIPVisionConfig` and `CLIPTextConfig`."""
+    return {
+        "width": width,
+        "num_layers": count(shapes, f"{prefix}encoder.layers.*."),
+        "num_heads": heads or max(1, width // CLIP_HEAD_WIDTH),
+        "mlp_width": shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
+    }
+
+
 def vision_config(shapes: Shapes, hints: Hints, prefix: str) -> CLIPVisionConfig:
     """Sizes of the CLIP vision tower whose parameters' names begin with `prefix`."""
     width, _, patch_size, _ = shapes[f"{prefix}embeddings.patch_embedding.weight"]
-    positions = shapes[f"{prefix}embeddings.position_embedding.weight"][0]
-    return CLIPVisionConfig(
-        width=width,
-        num_layers=count(shapes, f"{prefix}encoder.layers.*."),
-        num_heads=hints.vision_heads or max(1, width // CLIP_HEAD_WIDTH),
-        patch_size=patch_size,
-        image_size=round((positions - 1) ** 0.5) * patch_size,
-        mlp_width=shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
-    )
+    image_size = round((shapes[f"{prefix}embeddings.position_embedding.weight"][0] - 1) ** 0.5) * patch_size
+    sizes = tower_sizes(shapes, width, hints.vision_heads, prefix)
+    return CLIPVisionConfig(patch_size=patch_size, image_size=image_size, **sizes)
 
 
 def text_config(shapes: Shapes, hints: Hints, prefix: str) -> CLIPTextConfig:
     """Sizes of the CLIP text tower whose parameters' names begin with `prefix`."""
     vocab_size, width = shapes[f"{prefix}embeddings.token_embedding.weight"]
-    return CLIPTextConfig(
-        width=width,
-        num_layers=count(shapes, f"{prefix}encoder.layers.*."),
-        num_heads=hints.text_heads or max(1, width // CLIP_HEAD_WIDTH),
-        vocab_size=vocab_size,
-        context_length=shapes[f"{prefix}embeddings.position_embedding.weight"][0],
-        mlp_width=shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
-    )
+    context_length = shapes[f"{prefix}embeddings.position_embedding.weight"][0]
+    sizes = tower_sizes(shapes, width, hints.text_heads, prefix)
+    return CLIPTextConfig(vocab_size=vocab_size, context_length=context_length, **sizes)
 
 
 def paint_by_example_config(shapes: Shapes, hints: Hints) -> PaintByExampleConfig:
@@ -210,23 +214,23 @@ def adm_config(shapes: Shapes, hints: Hints) -> ADMConfig:
     )
 
 
-def pbe_entry(
-    config: PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConfig,
-) -> dict[str, int | float | str]:
+def pbe_entry(config: ModelSizes) -> dict[str, int | float | str]:
     """The entry that files written by this library carry, from which `Hints.from_entry` reads the sizes back."""
     if isinstance(config, ADMConfig):
         return {"adm_head_channels": config.head_channels, "resolution": config.resolution}
     if isinstance(config, CLIPConfig):
         return {"vision_heads": config.vision.num_heads, "text_heads": config.text.num_heads}
-    entry: dict[str, int | float | str] = {
+    entry = {
         "unet_heads": config.unet.num_heads,
         "latent_scale": config.vae.latent_scale,
         "resolution": config.resolution,
     }
-    if isinstance(config, PaintByExampleConfig):
-        entry["vision_heads"] = config.exemplar.vision.num_heads
-        entry["mapper_heads"] = config.exemplar.mapper_heads
-        entry["exemplar_tokens"] = config.exemplar.tokens
-    else:
-        entry["text_heads"] = config.text.num_heads
-    return entry
+    if isinstance(config, StableDiffusionConfig):
+        return {**entry, "text_heads": config.text.num_heads}
+    exemplar = config.exemplar
+    return {
+        **entry,
+        "vision_heads": exemplar.vision.num_heads,
+        "mapper_heads": exemplar.mapper_heads,
+        "exemplar_tokens": exemplar.tokens,
+    }

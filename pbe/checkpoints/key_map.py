@@ -1,7 +1,7 @@
-"""Rules that translate the names and forms of a checkpoint's tensors into this library's, and back."""
+"""Maps between the names and forms of a checkpoint's tensors and this library's, in both directions."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -24,8 +24,24 @@ class Rule:
     alias: bool = False
 
 
-class Recipe(NamedTuple):
-    """How to make one tensor of those called `sources`: their concatenation, or one part of the only one."""
+def same(*names: str) -> list[Rule]:
+    """Rules for names that are the same in both layouts."""
+    return [Rule((name,), (name,)) for name in names]
+
+
+def renamed(
+    names: Mapping[str, str],
+    ours: str = "",
+    theirs: str = "",
+    form: Literal["same", "linear", "transposed"] = "same",
+    alias: bool = False,
+) -> list[Rule]:
+    """Rules for our names and theirs, which follow the prefixes `ours` and `theirs`."""
+    return [Rule((ours + a,), (theirs + b,), form, alias) for a, b in names.items()]
+
+
+class TensorMapping(NamedTuple):
+    """How to make one tensor from those called `sources`: their concatenation, or one part of the only one."""
 
     sources: tuple[str, ...]
     form: Literal["same", "linear", "convolution", "transposed"] = "same"
@@ -53,28 +69,27 @@ class Recipe(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
-    """All rules of a layout, and the patterns of names it may hold that this library does not need, with the reason."""
+class KeyMap:
+    """The rules of a layout, and patterns of names that it may hold and this library does not need, with the reason."""
 
-    rules: tuple[Rule, ...]
+    rules: Sequence[Rule]
     dropped: Mapping[str, str] = field(default_factory=dict)
 
-    def to_ours(self, names: Iterable[str]) -> dict[str, Recipe]:
-        """The recipe for each of our names that tensors called `names` in this layout give."""
-        return self._translate(names, {n: r for r in self.rules for n in r.theirs}, "ours")
+    def to_ours(self, names: Iterable[str]) -> dict[str, TensorMapping]:
+        """By our name, how to make each tensor from those called `names` in this layout; raises `UnlistedNames`."""
+        return self._map(names, {name: rule for rule in self.rules for name in rule.theirs}, to_ours=True)
 
-    def to_theirs(self, names: Iterable[str]) -> dict[str, Recipe]:
-        """The recipe for each name of this layout that tensors with our `names` give."""
-        return self._translate(names, {n: r for r in self.rules if not r.alias for n in r.ours}, "theirs")
+    def to_theirs(self, names: Iterable[str]) -> dict[str, TensorMapping]:
+        """By the name in this layout, how to make each tensor from ours called `names`; raises `UnlistedNames`."""
+        written = (rule for rule in self.rules if not rule.alias)
+        return self._map(names, {name: rule for rule in written for name in rule.ours}, to_ours=False)
 
     def reason(self, name: str) -> str | None:
         """Why a tensor of this layout is dropped; None if it is not."""
         return next((why for pattern, why in self.dropped.items() if re.fullmatch(pattern, name)), None)
 
-    def _translate(
-        self, names: Iterable[str], by_name: Mapping[str, Rule], target: Literal["ours", "theirs"]
-    ) -> dict[str, Recipe]:
-        recipes: dict[str, Recipe] = {}
+    def _map(self, names: Iterable[str], by_name: Mapping[str, Rule], to_ours: bool) -> dict[str, TensorMapping]:
+        mappings: dict[str, TensorMapping] = {}
         unlisted = []
         for name in names:
             if self.reason(name) is not None:
@@ -84,22 +99,20 @@ class Table:
                 unlisted.append(name)
                 continue
             rule, rest = by_name[listed], name[len(listed) :]
-            froms, tos = (rule.theirs, rule.ours) if target == "ours" else (rule.ours, rule.theirs)
-            form = "convolution" if rule.form == "linear" and target == "ours" else rule.form
+            froms, tos = (rule.theirs, rule.ours) if to_ours else (rule.ours, rule.theirs)
+            form = "convolution" if rule.form == "linear" and to_ours else rule.form
             sources = tuple(source + rest for source in froms)
-            for part, to in enumerate(tos):
-                recipes[to + rest] = Recipe(sources, form, part, len(tos))
+            mappings |= {to + rest: TensorMapping(sources, form, i, len(tos)) for i, to in enumerate(tos)}
         if unlisted:
             raise UnlistedNames(unlisted)
-        return recipes
+        return mappings
 
 
 class UnlistedNames(ValueError):
-    """Names that a layout's table does not list."""
+    """Names that no rule of a layout lists."""
 
     def __init__(self, names: list[str]):
         super().__init__(f"{len(names)} names that this layout does not have: {shorten(names)}")
-        self.names = names
 
 
 def prefixes(name: str) -> Iterator[str]:
@@ -109,12 +122,24 @@ def prefixes(name: str) -> Iterator[str]:
         name = name.rpartition(".")[0]
 
 
+def count(names: Iterable[str], template: str) -> int:
+    """How many different numbers stand in the place of `*` in names that begin like `template`."""
+    pattern = re.compile(re.escape(template).replace(r"\*", r"(\d+)"))
+    return len({m[1] for m in map(pattern.match, names) if m})
+
+
 def shorten(names: list[str], limit: int = 8) -> str:
     """The first few names, for a message."""
     more = f", … ({len(names) - limit} more)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
-def same(*names: str) -> tuple[Rule, ...]:
-    """Rules for names that are the same in both layouts."""
-    return tuple(Rule((name,), (name,)) for name in names)
+def mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """How the shapes of tensors, by name, differ from the expected ones: parts of a message, empty if they agree."""
+    misshaped = [name for name in expected if name in found and found[name] != expected[name]]
+    faults = {
+        "lacks": [name for name in expected if name not in found],
+        "has no place for": [name for name in found if name not in expected],
+        "has the wrong shape in": [f"{name} {found[name]} for {expected[name]}" for name in misshaped],
+    }
+    return [f"{verb} {len(names)}: {shorten(names)}" for verb, names in faults.items() if names]

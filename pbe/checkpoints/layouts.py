@@ -1,15 +1,32 @@
-"""Which names a checkpoint gives its tensors, and how they correspond to this library's.
+"""The layouts of checkpoints: which names each gives its tensors, and how they correspond to this library's.
 
 The library's modules hold the keys of the original checkpoints: CompVis names, and for CLIP Hugging Face's, as Paint by
-Example has them; guided diffusion's own for its network. Every other layout is one table of rules; a name that no rule
+Example has them; guided diffusion's own for its network. Every other layout is one list of rules; a name that no rule
 lists is an error, and a name that is dropped on purpose is listed with its reason.
 """
 
-import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
 
-from pbe.checkpoints.key_map import Rule, Table, prefixes, same
+from pbe.checkpoints import infer_config
+from pbe.checkpoints.infer_config import Hints, ModelSizes, Shapes
+from pbe.checkpoints.key_map import KeyMap, Rule, count, prefixes, renamed, same
+from pbe.models.adm import ADM
+from pbe.models.clip import CLIP
+from pbe.models.paint_by_example import PaintByExample
+from pbe.models.stable_diffusion import StableDiffusion
+
+Model = PaintByExample | StableDiffusion | CLIP | ADM
+
+POSITION_IDS = {r".*\.position_ids": "0, 1, 2, …"}
+TEXT_TOWER = ("embeddings", "encoder", "final_layer_norm")
+VISION_TOWER = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
+
+
+def unnamed_tower(ours: str, theirs: str, parts: Iterable[str]) -> list[Rule]:
+    """Aliases for the files of those releases of transformers that leave the tower's own name out."""
+    return renamed({part: part for part in parts}, f"{ours}.", f"{theirs}.", alias=True)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Original files: Paint by Example, Stable Diffusion v1
@@ -20,8 +37,8 @@ SCHEDULE_BUFFERS = (
     r"|(denoiser\.)?(log_)?sigmas"
 )
 ORIGINAL_DROPPED = {
+    **POSITION_IDS,
     SCHEDULE_BUFFERS: "the noise schedule, computed by pbe.sampling",
-    r".*\.position_ids": "0, 1, 2, …",
     r"scale_factor": "the latents' scale, which the autoencoder knows",
     r"(first_stage_model\.)?model_ema\..*": "averaged copies, which `pbe checkpoint extract-ema` puts in place",
     r"first_stage_model\.loss\..*": "the discriminator the autoencoder was trained with",
@@ -29,94 +46,90 @@ ORIGINAL_DROPPED = {
     r"embedding_manager\..*": "textual inversion's training state",
 }
 
-# some converters left the autoencoder's attention projections as the linear layers they had made of them
-ORIGINAL_VAE = (
+VAE_PROJECTIONS = [
+    f"first_stage_model.{net}.mid.attn_1.{name}"
+    for net in ("encoder", "decoder")
+    for name in ("q", "k", "v", "proj_out")
+]
+ORIGINAL_VAE = [
     *same("first_stage_model"),
-    *(
-        Rule((name,), (name,), "linear")
-        for net in ("encoder", "decoder")
-        for projection in ("q", "k", "v", "proj_out")
-        for name in [f"first_stage_model.{net}.mid.attn_1.{projection}"]
-    ),
-)
+    # some converters left the autoencoder's attention projections as the linear layers they had made of them
+    *renamed({name: name for name in VAE_PROJECTIONS}, form="linear"),
+]
 
-PAINT_BY_EXAMPLE = Table(
-    (*same("model.diffusion_model", "cond_stage_model", "proj_out", "learnable_vector"), *ORIGINAL_VAE),
+PAINT_BY_EXAMPLE = KeyMap(
+    [*same("model.diffusion_model", "cond_stage_model", "proj_out", "learnable_vector"), *ORIGINAL_VAE],
     ORIGINAL_DROPPED,
 )
 
 SD_TEXT_MODEL = "cond_stage_model.transformer.text_model"
-STABLE_DIFFUSION = Table(
-    (
+STABLE_DIFFUSION = KeyMap(
+    [
         *same("model.diffusion_model", SD_TEXT_MODEL),
+        *unnamed_tower(SD_TEXT_MODEL, "cond_stage_model.transformer", TEXT_TOWER),
         *ORIGINAL_VAE,
-        # some fine-tunes were saved by releases of transformers that left the tower's own name out
-        *(
-            Rule(
-                (f"cond_stage_model.transformer.text_model.{part}",),
-                (f"cond_stage_model.transformer.{part}",),
-                alias=True,
-            )
-            for part in ("embeddings", "encoder", "final_layer_norm")
-        ),
-    ),
+    ],
     ORIGINAL_DROPPED,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
 # CLIP files
 
-HF_CLIP = Table(
-    same("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale"),
-    {r".*\.position_ids": "0, 1, 2, …"},
+HF_CLIP = KeyMap(
+    same("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale"), POSITION_IDS
 )
 
+OPENAI_CLIP_MODULES = {
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "logit_scale": "logit_scale",
+}
+OPENAI_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
 
-def openai_clip(vision_layers: int, text_layers: int) -> Table:
+
+def openai_clip(names: Collection[str]) -> KeyMap:
     """OpenAI's own CLIP files, whose in-projections are fused and whose projections multiply from the right."""
-    rules = [
-        Rule(("vision_model.embeddings.class_embedding",), ("visual.class_embedding",)),
-        Rule(("vision_model.embeddings.patch_embedding",), ("visual.conv1",)),
-        Rule(("vision_model.embeddings.position_embedding.weight",), ("visual.positional_embedding",)),
-        Rule(("vision_model.pre_layrnorm",), ("visual.ln_pre",)),
-        Rule(("vision_model.post_layernorm",), ("visual.ln_post",)),
-        Rule(("visual_projection.weight",), ("visual.proj",), "transposed"),
-        Rule(("text_model.embeddings.token_embedding",), ("token_embedding",)),
-        Rule(("text_model.embeddings.position_embedding.weight",), ("positional_embedding",)),
-        Rule(("text_model.final_layer_norm",), ("ln_final",)),
-        Rule(("text_projection.weight",), ("text_projection",), "transposed"),
-        *same("logit_scale"),
-    ]
-    towers = (("vision_model", "visual.transformer", vision_layers), ("text_model", "transformer", text_layers))
-    for ours, theirs, layers in towers:
-        for i in range(layers):
+    rules = renamed(OPENAI_CLIP_MODULES)
+    projections = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+    rules += renamed(projections, form="transposed")
+    for ours, theirs in (("vision_model", "visual.transformer"), ("text_model", "transformer")):
+        for i in range(count(names, f"{theirs}.resblocks.*.")):
             a, b = f"{ours}.encoder.layers.{i}", f"{theirs}.resblocks.{i}"
-            rules += [
-                Rule((f"{a}.layer_norm1",), (f"{b}.ln_1",)),
-                Rule((f"{a}.layer_norm2",), (f"{b}.ln_2",)),
-                Rule((f"{a}.mlp.fc1",), (f"{b}.mlp.c_fc",)),
-                Rule((f"{a}.mlp.fc2",), (f"{b}.mlp.c_proj",)),
-                Rule((f"{a}.self_attn.out_proj",), (f"{b}.attn.out_proj",)),
-            ]
+            rules += renamed(OPENAI_CLIP_LAYER, f"{a}.", f"{b}.")
             for kind in ("weight", "bias"):
                 q_k_v = tuple(f"{a}.self_attn.{p}_proj.{kind}" for p in "qkv")
                 rules.append(Rule(q_k_v, (f"{b}.attn.in_proj_{kind}",)))
-    return Table(tuple(rules), {"input_resolution|context_length|vocab_size": "sizes, which the shapes tell"})
+    return KeyMap(rules, {"input_resolution|context_length|vocab_size": "sizes, which the shapes tell"})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # OpenAI's guided diffusion: the state dict of the UNet alone
 
-GUIDED_DIFFUSION = Table(same("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"))
+GUIDED_DIFFUSION = KeyMap(same("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # diffusers folders; names begin with the component's folder
 
-DIFFUSERS_DROPPED = {
-    r".*\.position_ids": "0, 1, 2, …",
-    r"safety_checker\..*": "no safety checker is built in",
+UNET_MODULES = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "middle_block.1": "mid_block.attentions.0",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
 }
-
 UNET_RESBLOCK = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -126,89 +139,8 @@ UNET_RESBLOCK = {
     "skip_connection": "conv_shortcut",
 }
 VAE_RESBLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
-
-
-def below(ours: str, theirs: str, children: Mapping[str, str]) -> list[Rule]:
-    """One rule for each child of a module."""
-    return [Rule((f"{ours}.{a}",), (f"{theirs}.{b}",)) for a, b in children.items()]
-
-
-def diffusers_unet(levels: int, num_res_blocks: int, attention_levels: Collection[int]) -> list[Rule]:
-    """CompVis numbers a UNet's blocks in the order they run; diffusers groups them by level."""
-    ours, theirs, n = "model.diffusion_model", "unet", num_res_blocks
-    rules = below(
-        ours,
-        theirs,
-        {
-            "time_embed.0": "time_embedding.linear_1",
-            "time_embed.2": "time_embedding.linear_2",
-            "input_blocks.0.0": "conv_in",
-            "middle_block.1": "mid_block.attentions.0",
-            "out.0": "conv_norm_out",
-            "out.2": "conv_out",
-        },
-    )
-    rules += below(f"{ours}.middle_block.0", f"{theirs}.mid_block.resnets.0", UNET_RESBLOCK)
-    rules += below(f"{ours}.middle_block.2", f"{theirs}.mid_block.resnets.1", UNET_RESBLOCK)
-    for level in range(levels):
-        for j in range(n):
-            a, b = f"{ours}.input_blocks.{1 + level * (n + 1) + j}", f"{theirs}.down_blocks.{level}"
-            rules += below(f"{a}.0", f"{b}.resnets.{j}", UNET_RESBLOCK)
-            if level in attention_levels:
-                rules.append(Rule((f"{a}.1",), (f"{b}.attentions.{j}",)))
-        if level < levels - 1:
-            a = f"{ours}.input_blocks.{(level + 1) * (n + 1)}.0.op"
-            rules.append(Rule((a,), (f"{theirs}.down_blocks.{level}.downsamplers.0.conv",)))
-    for up in range(levels):
-        has_attention = levels - 1 - up in attention_levels
-        for j in range(n + 1):
-            a, b = f"{ours}.output_blocks.{up * (n + 1) + j}", f"{theirs}.up_blocks.{up}"
-            rules += below(f"{a}.0", f"{b}.resnets.{j}", UNET_RESBLOCK)
-            if has_attention:
-                rules.append(Rule((f"{a}.1",), (f"{b}.attentions.{j}",)))
-        if up < levels - 1:
-            a = f"{ours}.output_blocks.{up * (n + 1) + n}.{2 if has_attention else 1}.conv"
-            rules.append(Rule((a,), (f"{theirs}.up_blocks.{up}.upsamplers.0.conv",)))
-    return rules
-
-
-def diffusers_vae(levels: int, num_res_blocks: int) -> list[Rule]:
-    """CompVis numbers the decoder's levels by resolution, diffusers in the order they run."""
-    ours, theirs, n = "first_stage_model", "vae", num_res_blocks
-    rules = [Rule((f"{ours}.{name}",), (f"{theirs}.{name}",)) for name in ("quant_conv", "post_quant_conv")]
-    for net in ("encoder", "decoder"):
-        a, b = f"{ours}.{net}", f"{theirs}.{net}"
-        rules += below(a, b, {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"})
-        rules += below(f"{a}.mid.block_1", f"{b}.mid_block.resnets.0", VAE_RESBLOCK)
-        rules += below(f"{a}.mid.block_2", f"{b}.mid_block.resnets.1", VAE_RESBLOCK)
-        rules.append(Rule((f"{a}.mid.attn_1.norm",), (f"{b}.mid_block.attentions.0.group_norm",)))
-        for mine, name, older_name in (
-            ("q", "to_q", "query"),
-            ("k", "to_k", "key"),
-            ("v", "to_v", "value"),
-            ("proj_out", "to_out.0", "proj_attn"),
-        ):
-            names = (f"{a}.mid.attn_1.{mine}",)
-            rules.append(Rule(names, (f"{b}.mid_block.attentions.0.{name}",), "linear"))
-            rules.append(Rule(names, (f"{b}.mid_block.attentions.0.{older_name}",), "linear", alias=True))
-    for level in range(levels):
-        for j in range(n):
-            a, b = f"{ours}.encoder.down.{level}.block.{j}", f"{theirs}.encoder.down_blocks.{level}.resnets.{j}"
-            rules += below(a, b, VAE_RESBLOCK)
-        a, b = (
-            f"{ours}.encoder.down.{level}.downsample.conv",
-            f"{theirs}.encoder.down_blocks.{level}.downsamplers.0.conv",
-        )
-        rules.append(Rule((a,), (b,)))
-        up = levels - 1 - level
-        for j in range(n + 1):
-            a, b = f"{ours}.decoder.up.{level}.block.{j}", f"{theirs}.decoder.up_blocks.{up}.resnets.{j}"
-            rules += below(a, b, VAE_RESBLOCK)
-        a, b = f"{ours}.decoder.up.{level}", f"{theirs}.decoder.up_blocks.{up}"
-        rules.append(Rule((f"{a}.upsample.conv",), (f"{b}.upsamplers.0.conv",)))
-    return rules
-
-
+VAE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+VAE_ATTENTION_ONCE = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}  # in older folders
 MAPPER_BLOCK = {
     "ln_1": "norm1",
     "attn.c_proj": "attn1.to_out.0",
@@ -218,114 +150,173 @@ MAPPER_BLOCK = {
 }
 
 
+def diffusers_unet(levels: int, num_res_blocks: int, attention_levels: Collection[int]) -> list[Rule]:
+    """CompVis numbers a UNet's blocks in the order they run; diffusers groups them by level."""
+    ours, theirs, n = "model.diffusion_model.", "unet.", num_res_blocks
+    rules = renamed(UNET_MODULES, ours, theirs)
+    rules += renamed(UNET_RESBLOCK, f"{ours}middle_block.0.", f"{theirs}mid_block.resnets.0.")
+    rules += renamed(UNET_RESBLOCK, f"{ours}middle_block.2.", f"{theirs}mid_block.resnets.1.")
+    for level in range(levels):
+        down, first = f"{theirs}down_blocks.{level}", 1 + level * (n + 1)
+        for j in range(n):
+            block = f"{ours}input_blocks.{first + j}"
+            rules += renamed(UNET_RESBLOCK, f"{block}.0.", f"{down}.resnets.{j}.")
+            if level in attention_levels:
+                rules += renamed({f"{block}.1": f"{down}.attentions.{j}"})
+        if level < levels - 1:
+            rules += renamed({f"{ours}input_blocks.{first + n}.0.op": f"{down}.downsamplers.0.conv"})
+    for level in range(levels):  # from the lowest resolution
+        up, first = f"{theirs}up_blocks.{level}", level * (n + 1)
+        has_attention = levels - 1 - level in attention_levels
+        for j in range(n + 1):
+            block = f"{ours}output_blocks.{first + j}"
+            rules += renamed(UNET_RESBLOCK, f"{block}.0.", f"{up}.resnets.{j}.")
+            if has_attention:
+                rules += renamed({f"{block}.1": f"{up}.attentions.{j}"})
+        if level < levels - 1:
+            upsample = f"{ours}output_blocks.{first + n}.{2 if has_attention else 1}.conv"
+            rules += renamed({upsample: f"{up}.upsamplers.0.conv"})
+    return rules
+
+
+def diffusers_vae(levels: int, num_res_blocks: int) -> list[Rule]:
+    """CompVis numbers the decoder's levels by resolution, diffusers in the order they run."""
+    ours, theirs, n = "first_stage_model.", "vae.", num_res_blocks
+    rules = renamed({name: name for name in ("quant_conv", "post_quant_conv")}, ours, theirs)
+    for net in ("encoder", "decoder"):
+        a, b = f"{ours}{net}.", f"{theirs}{net}."
+        rules += renamed({"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}, a, b)
+        rules += renamed({"mid.attn_1.norm": "mid_block.attentions.0.group_norm"}, a, b)
+        rules += renamed(VAE_RESBLOCK, f"{a}mid.block_1.", f"{b}mid_block.resnets.0.")
+        rules += renamed(VAE_RESBLOCK, f"{a}mid.block_2.", f"{b}mid_block.resnets.1.")
+        a, b = f"{a}mid.attn_1.", f"{b}mid_block.attentions.0."
+        rules += renamed(VAE_ATTENTION, a, b, "linear")
+        rules += renamed(VAE_ATTENTION_ONCE, a, b, "linear", alias=True)
+    for level in range(levels):
+        a, b = f"{ours}encoder.down.{level}.", f"{theirs}encoder.down_blocks.{level}."
+        for j in range(n):
+            rules += renamed(VAE_RESBLOCK, f"{a}block.{j}.", f"{b}resnets.{j}.")
+        rules += renamed({"downsample.conv": "downsamplers.0.conv"}, a, b)
+        a, b = f"{ours}decoder.up.{level}.", f"{theirs}decoder.up_blocks.{levels - 1 - level}."
+        for j in range(n + 1):
+            rules += renamed(VAE_RESBLOCK, f"{a}block.{j}.", f"{b}resnets.{j}.")
+        rules += renamed({"upsample.conv": "upsamplers.0.conv"}, a, b)
+    return rules
+
+
 def diffusers_image_encoder(mapper_layers: int) -> list[Rule]:
     """diffusers keeps the whole condition in one module, and splits the mapper's in-projection."""
     ours, theirs = "cond_stage_model", "image_encoder"
-    rules = [
-        Rule((f"{ours}.transformer.vision_model",), (f"{theirs}.model.vision_model",)),
-        # transformers 5 writes the tower without its own name, and reads both
-        *(
-            Rule((f"{ours}.transformer.vision_model.{part}",), (f"{theirs}.model.{part}",), alias=True)
-            for part in ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
-        ),
-        Rule((f"{ours}.final_ln",), (f"{theirs}.final_layer_norm",)),
-        Rule(("proj_out",), (f"{theirs}.proj_out",)),
-        Rule(("learnable_vector",), (f"{theirs}.uncond_vector",)),
-    ]
+    rules = renamed(
+        {
+            f"{ours}.transformer.vision_model": "model.vision_model",
+            f"{ours}.final_ln": "final_layer_norm",
+            "proj_out": "proj_out",
+            "learnable_vector": "uncond_vector",
+        },
+        theirs=f"{theirs}.",
+    )
+    rules += unnamed_tower(f"{ours}.transformer.vision_model", f"{theirs}.model", VISION_TOWER)
     for i in range(mapper_layers):
         a, b = f"{ours}.mapper.resblocks.{i}", f"{theirs}.mapper.blocks.{i}"
-        rules += below(a, b, MAPPER_BLOCK)
+        rules += renamed(MAPPER_BLOCK, f"{a}.", f"{b}.")
         rules.append(Rule((f"{a}.attn.c_qkv",), tuple(f"{b}.attn1.to_{p}" for p in "qkv")))
     return rules
 
 
+def diffusers_folder(names: Collection[str]) -> KeyMap:
+    """A diffusers folder of a Paint by Example or a Stable Diffusion, whose depth its tensors' names tell."""
+    unet_levels = count(names, "unet.down_blocks.*.")
+    unet_blocks = count(names, "unet.down_blocks.0.resnets.*.")
+    attention_levels = [i for i in range(unet_levels) if count(names, f"unet.down_blocks.{i}.attentions.*.")]
+    vae_levels, vae_blocks = (count(names, f"vae.encoder.down_blocks.{part}") for part in ("*.", "0.resnets.*."))
+    rules = [
+        *diffusers_unet(unet_levels, unet_blocks, attention_levels),
+        *diffusers_vae(vae_levels, vae_blocks),
+        *diffusers_image_encoder(count(names, "image_encoder.mapper.blocks.*.")),
+        *renamed({SD_TEXT_MODEL: "text_encoder.text_model"}),
+        *unnamed_tower(SD_TEXT_MODEL, "text_encoder", TEXT_TOWER),
+    ]
+    return KeyMap(rules, {**POSITION_IDS, r"safety_checker\..*": "no safety checker is built in"})
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Recognising a layout
+# All layouts
 
 
 class Layout(NamedTuple):
-    """A kind of checkpoint: what it is called, and names or modules that a file of this kind has, all of them."""
+    """A kind of checkpoint.
+
+    signature: names of tensors or modules that every file of this kind has.
+    model, infer: the class that it fills, and the function that tells the class's config from the tensors' shapes.
+    key_map: its names and ours; a function of the file's names where the depth of the networks decides.
+    """
 
     name: str
-    description: str
     signature: tuple[str, ...]
+    model: Callable[[Any], Model]
+    infer: Callable[[Shapes, Hints], ModelSizes]
+    key_map: KeyMap | Callable[[Collection[str]], KeyMap]
+
+    def key_map_of(self, names: Collection[str]) -> KeyMap:
+        """The key map of a file that holds tensors with these names."""
+        return self.key_map if isinstance(self.key_map, KeyMap) else self.key_map(names)
 
 
 LAYOUTS = (
     Layout(
-        "paint-by-example",
         "Paint by Example, original layout",
         ("learnable_vector", "model.diffusion_model", "first_stage_model", "cond_stage_model.mapper"),
+        PaintByExample,
+        infer_config.paint_by_example_config,
+        PAINT_BY_EXAMPLE,
     ),
     Layout(
-        "stable-diffusion",
         "Stable Diffusion v1, original layout",
         ("model.diffusion_model", "first_stage_model", "cond_stage_model.transformer"),
+        StableDiffusion,
+        infer_config.stable_diffusion_config,
+        STABLE_DIFFUSION,
     ),
-    Layout("diffusers-paint-by-example", "Paint by Example, diffusers folder", ("unet", "vae", "image_encoder")),
-    Layout("diffusers-stable-diffusion", "Stable Diffusion v1, diffusers folder", ("unet", "vae", "text_encoder")),
-    Layout("openai-clip", "CLIP, OpenAI's layout", ("visual.conv1", "visual.proj", "token_embedding")),
-    Layout("hf-clip", "CLIP, Hugging Face's layout", ("vision_model", "text_model", "visual_projection")),
     Layout(
-        "guided-diffusion",
+        "Paint by Example, diffusers folder",
+        ("unet", "vae", "image_encoder"),
+        PaintByExample,
+        infer_config.paint_by_example_config,
+        diffusers_folder,
+    ),
+    Layout(
+        "Stable Diffusion v1, diffusers folder",
+        ("unet", "vae", "text_encoder"),
+        StableDiffusion,
+        infer_config.stable_diffusion_config,
+        diffusers_folder,
+    ),
+    Layout(
+        "CLIP, OpenAI's layout",
+        ("visual.conv1", "visual.proj", "token_embedding"),
+        CLIP,
+        infer_config.clip_config,
+        openai_clip,
+    ),
+    Layout(
+        "CLIP, Hugging Face's layout",
+        ("vision_model", "text_model", "visual_projection"),
+        CLIP,
+        infer_config.clip_config,
+        HF_CLIP,
+    ),
+    Layout(
         "guided diffusion (ADM), OpenAI's layout",
         ("input_blocks", "middle_block.1.qkv", "output_blocks"),
+        ADM,
+        infer_config.adm_config,
+        GUIDED_DIFFUSION,
     ),
 )
 
 
-def recognise(names: Iterable[str]) -> Layout | None:
+def find_layout(names: Iterable[str]) -> Layout | None:
     """The layout of tensors with these names, or None."""
     have = {prefix for name in names for prefix in prefixes(name)}
     return next((layout for layout in LAYOUTS if have.issuperset(layout.signature)), None)
-
-
-def count(names: Iterable[str], template: str) -> int:
-    """How many different numbers stand in the place of `*` in names that begin like `template`."""
-    pattern = re.compile(re.escape(template).replace(r"\*", r"(\d+)"))
-    return len({m[1] for m in map(pattern.match, names) if m})
-
-
-def table_of(layout: Layout, names: Collection[str]) -> Table:
-    """The rules for a file of this layout that holds tensors with these names."""
-    if layout.name == "paint-by-example":
-        return PAINT_BY_EXAMPLE
-    if layout.name == "stable-diffusion":
-        return STABLE_DIFFUSION
-    if layout.name == "hf-clip":
-        return HF_CLIP
-    if layout.name == "guided-diffusion":
-        return GUIDED_DIFFUSION
-    if layout.name == "openai-clip":
-        return openai_clip(count(names, "visual.transformer.resblocks.*."), count(names, "transformer.resblocks.*."))
-    unet_levels = count(names, "unet.down_blocks.*.")
-    return table_of_diffusers(
-        unet_levels=unet_levels,
-        unet_blocks=count(names, "unet.down_blocks.0.resnets.*."),
-        attention_levels=[i for i in range(unet_levels) if count(names, f"unet.down_blocks.{i}.attentions.*.")],
-        vae_levels=count(names, "vae.encoder.down_blocks.*."),
-        vae_blocks=count(names, "vae.encoder.down_blocks.0.resnets.*."),
-        mapper_layers=count(names, "image_encoder.mapper.blocks.*."),
-    )
-
-
-def table_of_diffusers(
-    unet_levels: int,
-    unet_blocks: int,
-    attention_levels: Collection[int],
-    vae_levels: int,
-    vae_blocks: int,
-    mapper_layers: int,
-) -> Table:
-    """The rules for a diffusers folder of a Paint by Example or Stable Diffusion of this depth."""
-    rules = (
-        *diffusers_unet(unet_levels, unet_blocks, attention_levels),
-        *diffusers_vae(vae_levels, vae_blocks),
-        *diffusers_image_encoder(mapper_layers),
-        Rule((SD_TEXT_MODEL,), ("text_encoder.text_model",)),
-        *(
-            Rule((f"{SD_TEXT_MODEL}.{part}",), (f"text_encoder.{part}",), alias=True)
-            for part in ("embeddings", "encoder", "final_layer_norm")
-        ),
-    )
-    return Table(rules, DIFFUSERS_DROPPED)

@@ -1,39 +1,22 @@
 """From a file to a model: recognise, infer sizes, build on the meta device, fill tensor by tensor."""
 
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pbe.checkpoints import infer_config as sizes
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
-from pbe.checkpoints.key_map import Recipe, Table, UnlistedNames, shorten
-from pbe.checkpoints.layouts import LAYOUTS, Layout, recognise, table_of
+from pbe.checkpoints.infer_config import Hints, Shapes
+from pbe.checkpoints.key_map import KeyMap, TensorMapping, UnlistedNames, mismatches, shorten
+from pbe.checkpoints.layouts import LAYOUTS, Layout, Model, find_layout
 from pbe.checkpoints.meta_device import build_on_meta
-from pbe.models.adm import ADM
-from pbe.models.clip import CLIP
-from pbe.models.paint_by_example import PaintByExample
-from pbe.models.stable_diffusion import StableDiffusion
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-MODELS: Mapping[str, tuple[type[nn.Module], Callable]] = {
-    "paint-by-example": (PaintByExample, sizes.paint_by_example_config),
-    "diffusers-paint-by-example": (PaintByExample, sizes.paint_by_example_config),
-    "stable-diffusion": (StableDiffusion, sizes.stable_diffusion_config),
-    "diffusers-stable-diffusion": (StableDiffusion, sizes.stable_diffusion_config),
-    "openai-clip": (CLIP, sizes.clip_config),
-    "hf-clip": (CLIP, sizes.clip_config),
-    "guided-diffusion": (ADM, sizes.adm_config),
-}
 
-
-def load_model(
-    path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
-) -> PaintByExample | StableDiffusion | CLIP | ADM:
+def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Model:
     """The model that a checkpoint holds, in evaluation mode.
 
     `path` is a file or folder in any layout that `pbe.checkpoints.layouts` lists: the class follows from it; or "demo",
@@ -45,58 +28,52 @@ def load_model(
     What is not converted is memory-mapped on the CPU, not read: keep the file where it is while the model is in use.
     Otherwise tensors are converted one by one, so that the file's contents never stand in memory beside the model.
 
-    Raises `FileNotFoundError`, or `CheckpointError` where the file is none of these, is damaged, or does not fit.
+    Raises `FileNotFoundError`, or `CheckpointError` where the file has no known layout, is damaged, or does not fit;
+    `ValueError` for an unknown device or precision.
     """
     device = choose_device(device)
-    dtype = None if dtype == "stored" else choose_dtype(dtype, device)
-    source = open_source(path)
-    warn_of_averages(source)
-    model = build(source)
-    state = {name: source.tensor(name, device, dtype) for name in source.recipes}
+    converted = None if dtype == "stored" else choose_dtype(dtype, device)
+    checkpoint = open_recognised(path)
+    warn_of_averages(checkpoint.file)
+    model = build(checkpoint)
+    state = {name: checkpoint.tensor(name, device, converted) for name in checkpoint.mappings}
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def warn_of_averages(source: "Source") -> None:
+def warn_of_averages(file: Checkpoint) -> None:
     """Says of a file that training wrote that its averages, which validation and sample grids showed, are not used."""
-    entry = source.checkpoint.extras.get("pbe")
-    written_by_training = isinstance(entry, dict) and "config" in entry
-    if written_by_training and any(name.startswith("model_ema.") for name in source.checkpoint.names()):
+    written_by_training = "config" in file.entry
+    if written_by_training and any(name.startswith("model_ema.") for name in file.names()):
         warnings.warn(
-            f"{source.checkpoint.path}: its averaged weights are not used; "
-            "`tools/checkpoint.py extract-ema` puts them in the parameters' place",
+            f"{file.path}: its averaged weights are not used; "
+            "`pbe checkpoint extract-ema` puts them in the parameters' place",
             stacklevel=3,
         )
 
 
-def build(source: "Source") -> nn.Module:
-    """The model that a checkpoint fits, on the meta device; `CheckpointError` where its tensors do not fit together."""
-    model_class, infer = MODELS[source.layout.name]
-    try:
-        model = build_on_meta(model_class, infer(source.shapes, source.hints))
-    except CheckpointError:
-        raise
-    except (ValueError, IndexError, ZeroDivisionError) as error:  # shapes of too few or of no numbers
-        likeness = f"{source.checkpoint.path} looks like {source.layout.description}"
-        raise CheckpointError(f"{likeness}, but its sizes make no such model: {error}") from error
-    check_names_and_shapes(source, {name: tuple(p.shape) for name, p in model.state_dict().items()})
-    return model
+class RecognisedCheckpoint(NamedTuple):
+    """A checkpoint of a known layout, seen under our names.
 
+    mappings: by our name, how to make each tensor from the file's. shapes: the tensors' own, by our name.
+    hints: what the file says beside its tensors.
+    """
 
-class Source(NamedTuple):
-    """A checkpoint seen under our names."""
-
-    checkpoint: Checkpoint
+    file: Checkpoint
     layout: Layout
-    table: Table
-    recipes: dict[str, Recipe]
-    shapes: sizes.Shapes
-    hints: sizes.Hints
+    key_map: KeyMap
+    mappings: dict[str, TensorMapping]
+    shapes: Shapes
+    hints: Hints
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     def tensor(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor under our name; what was read of the file to convert it is given back to the system."""
-        recipe = self.recipes[name]
-        mapped = recipe.build(*(self.checkpoint.tensor(source) for source in recipe.sources))
+        mapping = self.mappings[name]
+        mapped = mapping.build(*(self.file.tensor(source) for source in mapping.sources))
         tensor = mapped.to(device=device, dtype=dtype).contiguous()
         if tensor.data_ptr() != mapped.data_ptr():
             self.release(name)
@@ -104,94 +81,77 @@ class Source(NamedTuple):
 
     def dtype(self, name: str) -> torch.dtype:
         """One tensor's dtype in the file, under our name."""
-        return self.checkpoint.dtype(self.recipes[name].sources[0])
+        return self.file.dtype(self.mappings[name].sources[0])
 
     def release(self, name: str) -> None:
         """Gives what was read of one tensor, under our name, back to the system."""
-        for source in self.recipes[name].sources:
-            self.checkpoint.release(source)
+        for source in self.mappings[name].sources:
+            self.file.release(source)
 
 
-def open_source(path: str | Path) -> Source:
-    """Opens a checkpoint of any known layout under our names; raises as `load_model` does."""
-    return view(open_checkpoint(path))
+def open_recognised(path: str | Path) -> RecognisedCheckpoint:
+    """Opens a checkpoint of any known layout; raises `FileNotFoundError` or `CheckpointError`."""
+    return recognise(open_checkpoint(path))
 
 
-def view(checkpoint: Checkpoint) -> Source:
-    """A checkpoint under our names; `CheckpointError` if it is of no known layout."""
-    path, names = checkpoint.path, list(checkpoint.names())
-    layout = recognise(names)
-    entry = checkpoint.extras.get("pbe")
-    if isinstance(entry, dict) and "lora" in entry:
-        raise CheckpointError(
-            f"{path} holds adapters alone; `pbe checkpoint merge-lora` makes them part of a checkpoint"
-        )
+def recognise(file: Checkpoint) -> RecognisedCheckpoint:
+    """A checkpoint under our names; `CheckpointError` if its layout is not known."""
+    path, names = file.path, list(file.names())
+    if "lora" in file.entry:
+        raise CheckpointError(f"{path} holds adapters alone; `pbe checkpoint merge-lora` adds them to a checkpoint")
+    layout = find_layout(names)
     if layout is None:
         if any(name.startswith("model_ema.") for name in names):
-            raise CheckpointError(f"{path} holds averaged copies without the parameters they stand for")
-        known = "; ".join(layout.description for layout in LAYOUTS)
+            raise CheckpointError(f"{path} holds averaged copies without the parameters that they average")
+        known = "; ".join(layout.name for layout in LAYOUTS)
         raise CheckpointError(
-            f"{path} is a {checkpoint.kind} of {len(names)} tensors ({shorten(names, 4)}), "
-            f"which fits no known model: {known}"
+            f"{path} is a {file.kind} of {len(names)} tensors ({shorten(names, 4)}), which fits no known model: {known}"
         )
-    table = table_of(layout, names)
+    key_map = layout.key_map_of(names)
     try:
-        recipes = table.to_ours(names)
+        mappings = key_map.to_ours(names)
     except UnlistedNames as error:
-        raise CheckpointError(f"{path} looks like {layout.description}, but has {error}") from None
-    missing = [s for recipe in recipes.values() for s in recipe.sources if s not in checkpoint.tensors]
+        raise CheckpointError(f"{path} looks like {layout.name}, but has {error}") from None
+    missing = [source for mapping in mappings.values() for source in mapping.sources if source not in file.tensors]
     if missing:
-        raise CheckpointError(f"{path} looks like {layout.description}, but lacks {shorten(missing)}")
-    shapes = sizes.Shapes(
-        path, {n: recipe.shape(*map(checkpoint.shape, recipe.sources)) for n, recipe in recipes.items()}
-    )
-    return Source(checkpoint, layout, table, recipes, shapes, hints_of(checkpoint))
+        raise CheckpointError(f"{path} looks like {layout.name}, but lacks {shorten(missing)}")
+    shapes = {name: mapping.shape(*map(file.shape, mapping.sources)) for name, mapping in mappings.items()}
+    return RecognisedCheckpoint(file, layout, key_map, mappings, Shapes(path, shapes), hints_of(file))
 
 
-def hints_of(checkpoint: Checkpoint) -> sizes.Hints:
-    entry = checkpoint.extras.get("pbe")
-    if isinstance(entry, dict):
-        try:
-            return sizes.Hints.from_entry(entry)
-        except CheckpointError as error:
-            raise CheckpointError(f"{checkpoint.path}: its entry 'pbe' says {error}") from None
-    configs = checkpoint.extras.get("configs", {})
-    whole = configs.get("", {})
-    towers = {"vision_config": whole.get("vision_config", {}), "text_config": whole.get("text_config", {})}
-    for name, tower in {**configs, **towers}.items():
-        if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} was trained with {tower['hidden_act']!r}, and only 'quick_gelu' is known"
-            )
+def hints_of(file: Checkpoint) -> Hints:
+    """What a checkpoint says beside its tensors; `CheckpointError` where that is impossible or not supported."""
+    where = "entry 'pbe'" if file.entry else "config.json"
     try:
-        return sizes.Hints.from_diffusers(configs)
+        return Hints.from_entry(file.entry) if file.entry else Hints.from_configs(file.extras.get("configs", {}))
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.path}: its config.json says {error}") from None
+        raise CheckpointError(f"{file.path}: its {where} says {error}") from None
 
 
-def check_names_and_shapes(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises one error that lists every missing, unexpected and mis-shaped tensor, and those that are no weights."""
-    missing = [name for name in expected if name not in source.shapes]
-    unexpected = [name for name in source.shapes if name not in expected]
-    misshaped = [
-        f"{name} {source.shapes[name]} for {shape}"
-        for name, shape in expected.items()
-        if name in source.shapes and source.shapes[name] != shape
-    ]
-    no_weights = [
-        f"{name} ({source.dtype(name)})"
-        for name in expected
-        if name in source.shapes and not source.dtype(name).is_floating_point
-    ]
-    faults = (
-        ("lacks", missing),
-        ("has no place for", unexpected),
-        ("has the wrong shape in", misshaped),
-        ("has other numbers than floats in", no_weights),
-    )
-    if any(names for _, names in faults):
-        text = "; ".join(f"{verb} {len(names)}: {shorten(names)}" for verb, names in faults if names)
-        raise CheckpointError(f"{source.checkpoint.path} looks like {source.layout.description}, but {text}")
+def build(checkpoint: RecognisedCheckpoint) -> Model:
+    """The model that a checkpoint fits, on the meta device; `CheckpointError` where its tensors do not fit together."""
+    layout = checkpoint.layout
+    try:
+        model = build_on_meta(layout.model, layout.infer(checkpoint.shapes, checkpoint.hints))
+    except CheckpointError:
+        raise
+    except (ValueError, IndexError, ZeroDivisionError) as error:  # shapes with too few numbers or with zeros
+        likeness = f"{checkpoint.path} looks like {layout.name}"
+        raise CheckpointError(f"{likeness}, but no such model has its sizes: {error}") from error
+    check_names_and_shapes(checkpoint, {name: tuple(p.shape) for name, p in model.state_dict().items()})
+    return model
+
+
+def check_names_and_shapes(checkpoint: RecognisedCheckpoint, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises one error that lists every missing, unexpected and mis-shaped tensor, and those that are not floats."""
+    faults = mismatches(checkpoint.shapes, expected)
+    dtypes = {name: checkpoint.dtype(name) for name in expected if name in checkpoint.shapes}
+    integers = [f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.is_floating_point]
+    if integers:
+        faults.append(f"has numbers other than floats in {len(integers)}: {shorten(integers)}")
+    if faults:
+        likeness = f"{checkpoint.path} looks like {checkpoint.layout.name}"
+        raise CheckpointError(f"{likeness}, but {'; '.join(faults)}")
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -202,7 +162,7 @@ def choose_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device={device!r} is not a device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', …") from None
+        raise ValueError(f"device={device!r} is not a device; choose auto, cpu, cuda, cuda:1, mps, …") from None
     if (chosen.index or 0) >= counts.get(chosen.type, 1):
         raise ValueError(f"device={str(device)!r} is not there: torch sees {counts[chosen.type]} of type {chosen.type}")
     return chosen
@@ -210,17 +170,14 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """A precision by name; "auto" is float16 on CUDA, bfloat16 on a CPU that computes in it, else float32."""
-    if isinstance(dtype, torch.dtype):
-        if dtype not in DTYPES.values():
-            raise ValueError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
-        return dtype
     if dtype == "auto":
         if device.type == "cuda":
             return torch.float16
         return torch.bfloat16 if device.type == "cpu" and has_native_bfloat16() else torch.float32
-    if dtype not in DTYPES:
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return chosen
 
 
 def has_native_bfloat16() -> bool:

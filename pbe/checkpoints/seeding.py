@@ -4,7 +4,6 @@ A picture they make shows the mechanics only.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor
 
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.meta_device import build_on_meta
+from pbe.checkpoints.writing import BETA_END, BETA_START, NUM_TIMESTEPS
 from pbe.models.clip import CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
-from pbe.sampling.schedule import NoiseSchedule
 
 CONFIGS = {
     "full": PaintByExampleConfig(),
@@ -59,17 +58,17 @@ def seeded_checkpoint(size: str, seed: int, dtype: torch.dtype = torch.float32) 
     config = CONFIGS[size]
     positions = config.exemplar.vision.num_positions
     state = seeded_state(config, seed, dtype)
-    state |= dict(schedule_buffers())
+    state |= schedule_buffers()
     state["cond_stage_model.transformer.vision_model.embeddings.position_ids"] = torch.arange(positions)[None]
     checkpoint = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "1.4.2", "state_dict": state}
     return checkpoint if size == "full" else {**checkpoint, "pbe": pbe_entry(config)}
 
 
-def schedule_buffers() -> Iterator[tuple[str, Tensor]]:
+def schedule_buffers() -> dict[str, Tensor]:
     """The noise schedule as the original code stores it with its weights, in float32."""
-    alpha_bar = NoiseSchedule.scaled_linear().alpha_bar
+    beta = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - beta, dim=0)
     alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    beta = 1 - alpha_bar / alpha_bar_prev
     variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)  # of q(x_{t-1} | x_t, x_0), DDPM eq. 7
     buffers = {
         "betas": beta,
@@ -85,5 +84,4 @@ def schedule_buffers() -> Iterator[tuple[str, Tensor]]:
         "posterior_mean_coef1": beta * alpha_bar_prev.sqrt() / (1 - alpha_bar),
         "posterior_mean_coef2": (1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar),
     }
-    for name, buffer in buffers.items():
-        yield name, buffer.float()
+    return {name: buffer.float() for name, buffer in buffers.items()}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbe.checkpoints.layouts import table_of_diffusers
+from pbe.checkpoints.key_map import KeyMap
+from pbe.checkpoints.layouts import diffusers_image_encoder, diffusers_unet, diffusers_vae
 from pbe.io.atomic import replacing
 from pbe.models.clip import CLIP_MEAN, CLIP_STD, CLIPVisionConfig
 from pbe.models.paint_by_example import PaintByExampleConfig
@@ -20,6 +21,8 @@ from pbe.models.vae import VAEConfig
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+# sqrt(beta_t) is linear in t (arXiv 2112.10752): pbe.sampling's schedule, as files describe it
+BETA_START, BETA_END, NUM_TIMESTEPS = 0.00085, 0.012, 1000
 
 
 def save_checkpoint(
@@ -47,7 +50,7 @@ def save_checkpoint(
 def check_suffix(path: Path) -> None:
     """Raises `ValueError` for a name that `save_checkpoint` does not write."""
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: a checkpoint's name ends in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path}: a checkpoint's name must end in {', '.join(SUFFIXES)}")
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -78,25 +81,23 @@ def save_diffusers(
     """
     folder = Path(folder).resolve()
     if folder.exists() and not (folder / "model_index.json").is_file():
-        raise FileExistsError(f"{folder} exists and is no diffusers folder; it is not replaced")
+        raise FileExistsError(f"{folder} exists and is not a diffusers folder; it is not replaced")
     configs = diffusers_configs(config)
-    table = table_of_diffusers(
-        unet_levels=len(config.unet.channel_mult),
-        unet_blocks=config.unet.num_res_blocks,
-        attention_levels=config.unet.attention_levels,
-        vae_levels=len(config.vae.channel_mult),
-        vae_blocks=config.vae.num_res_blocks,
-        mapper_layers=config.exemplar.mapper_layers,
-    )
-    recipes = table.to_theirs(tensors)
+    unet, vae = config.unet, config.vae
+    rules = [
+        *diffusers_unet(len(unet.channel_mult), unet.num_res_blocks, unet.attention_levels),
+        *diffusers_vae(len(vae.channel_mult), vae.num_res_blocks),
+        *diffusers_image_encoder(config.exemplar.mapper_layers),
+    ]
+    mappings = KeyMap(rules).to_theirs(tensors)
     with replacing(folder, overwrite) as part:
         for name, content in configs.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_text(json.dumps(content, indent=2) + "\n")
         for component, file in COMPONENT_FILES.items():
             weights = {
-                name.removeprefix(f"{component}."): compact(recipe.build(*map(tensors.__getitem__, recipe.sources)))
-                for name, recipe in recipes.items()
+                name.removeprefix(f"{component}."): compact(mapping.build(*map(tensors.__getitem__, mapping.sources)))
+                for name, mapping in mappings.items()
                 if name.startswith(f"{component}.")
             }
             save_safetensors(weights, part / component / file, {})
@@ -135,10 +136,10 @@ def diffusers_configs(config: PaintByExampleConfig) -> dict[str, dict[str, Any]]
         "image_encoder/config.json": image_encoder_json(exemplar.vision, config.unet.context_dim),
         "scheduler/scheduler_config.json": {
             "_class_name": "PNDMScheduler",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
+            "beta_start": BETA_START,
+            "beta_end": BETA_END,
             "beta_schedule": "scaled_linear",
-            "num_train_timesteps": 1000,
+            "num_train_timesteps": NUM_TIMESTEPS,
             "set_alpha_to_one": False,
             "skip_prk_steps": True,
             "steps_offset": 1,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer, get_model, list_models
 
 from pbe.checkpoints.formats.opening import CheckpointError, read_state_dict
-from pbe.checkpoints.key_map import Rule, Table, UnlistedNames, shorten
+from pbe.checkpoints.key_map import KeyMap, Rule, UnlistedNames, shorten
 from pbe.checkpoints.loading import load_model
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.evaluation.cocoee import centre, normalise, to_tensor
@@ -122,7 +122,7 @@ def _imagenet(image: Image.Image, size: int = 224, shorter: int = 256, bicubic: 
     return normalise(to_tensor(centre(image, size, shorter, bicubic)), IMAGENET_MEAN, IMAGENET_STD)
 
 
-def dino_table(layers: int) -> Table:
+def dino_table(layers: int) -> KeyMap:
     """The names of DINO's vision transformers (Caron et al. 2021, arXiv 2104.14294) as torchvision's."""
     rules = [
         Rule(("class_token",), ("cls_token",)),
@@ -141,7 +141,7 @@ def dino_table(layers: int) -> Table:
             Rule((f"{ours}.mlp.0",), (f"{theirs}.mlp.fc1",)),
             Rule((f"{ours}.mlp.3",), (f"{theirs}.mlp.fc2",)),
         ]
-    return Table(tuple(rules))
+    return KeyMap(rules)
 
 
 def _dino(path: Path, _: str) -> Parts:

@@ -201,7 +201,6 @@ def test_torchscript_archive(tmp_path: Path) -> None:
     assert context_length.dtype == checkpoint.dtype("context_length") == torch.int64
     assert context_length == 77
     assert_same(dict(sorted(state.items())), dict(sorted(expected.items())))
-    assert checkpoint.extras["attributes"]["visual.resblocks.0.num_heads"] == 2
 
 
 def test_safetensors_file(tmp_path: Path) -> None:
@@ -364,7 +363,7 @@ def test_optimizer_states_are_not_read(tmp_path: Path, monkeypatch: pytest.Monke
     original = torch.frombuffer
     monkeypatch.setattr(torch, "frombuffer", frombuffer)
     checkpoint = open_checkpoint(path)
-    assert checkpoint.has("optimizer_states")
+    assert "optimizer_states" in checkpoint.extras
     assert ranges == []
     for name in checkpoint.names():
         checkpoint.tensor(name)
@@ -587,7 +586,7 @@ def test_missing_and_plain_paths(tmp_path: Path) -> None:
         ({"state_dict": {}}, "holds no tensors"),
         ([torch.ones(1)], "holds a list; expected a dict of named tensors"),
         (nn.Linear(1, 1), "holds <placeholder for torch.nn.modules.linear.Linear>; expected a dict"),
-        ({3: torch.ones(1)}, "names a tensor by a int; expected text"),
+        ({3: torch.ones(1)}, "name of type int; expected text"),
         ({"w": torch.ones(1).expand(1000)}, "does not fit in its storage"),
     ],
 )

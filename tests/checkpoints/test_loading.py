@@ -22,7 +22,7 @@ from pbe.checkpoints.loading import (
     choose_dtype,
     has_native_bfloat16,
     hints_of,
-    view,
+    recognise,
 )
 from pbe.checkpoints.seeding import seeded_checkpoint, seeded_state
 from pbe.checkpoints.surgery import config_of
@@ -31,9 +31,11 @@ from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
 from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
+from pbe.sampling.schedule import NoiseSchedule
 
 MANIFESTS = Path(__file__).parents[3] / "shared" / "reference" / "manifests"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+POST_QUANT = "first_stage_model.post_quant_conv.weight"
 ATTENTION_NORM = "model.diffusion_model.input_blocks.1.1.norm.weight"
 VIT_B = {
     "vision": CLIPVisionConfig(width=768, num_layers=12, num_heads=12, patch_size=32, mlp_width=3072),
@@ -63,15 +65,19 @@ def fill(model_class, config, seed=5):
 @pytest.mark.parametrize(
     ("manifest", "layout", "config"),
     [
-        ("paint-by-example-model.ckpt", "paint-by-example", PaintByExampleConfig()),
-        ("stable-diffusion-v1-4.ckpt", "stable-diffusion", StableDiffusionConfig()),
-        ("stable-diffusion-v1-4-full-ema.ckpt", "stable-diffusion", StableDiffusionConfig()),
-        ("stable-diffusion-v1-5-inpainting.ckpt", "stable-diffusion", StableDiffusionConfig(unet=UNetConfig())),
-        ("openai-clip-ViT-L-14.pt", "openai-clip", CLIPConfig()),
-        ("openai-clip-ViT-B-32.pt", "openai-clip", CLIPConfig(**VIT_B)),
+        ("paint-by-example-model.ckpt", "Paint by Example, original layout", PaintByExampleConfig()),
+        ("stable-diffusion-v1-4.ckpt", "Stable Diffusion v1, original layout", StableDiffusionConfig()),
+        ("stable-diffusion-v1-4-full-ema.ckpt", "Stable Diffusion v1, original layout", StableDiffusionConfig()),
+        (
+            "stable-diffusion-v1-5-inpainting.ckpt",
+            "Stable Diffusion v1, original layout",
+            StableDiffusionConfig(unet=UNetConfig()),
+        ),
+        ("openai-clip-ViT-L-14.pt", "CLIP, OpenAI's layout", CLIPConfig()),
+        ("openai-clip-ViT-B-32.pt", "CLIP, OpenAI's layout", CLIPConfig(**VIT_B)),
         (
             "openai-clip-ViT-B-16.pt",
-            "openai-clip",
+            "CLIP, OpenAI's layout",
             CLIPConfig(**VIT_B | {"vision": CLIPVisionConfig(768, 12, 12, 16, mlp_width=3072)}),
         ),
     ],
@@ -83,9 +89,9 @@ def test_original_files_are_recognised_and_fit(manifest, layout, config):
         pytest.skip(f"{path} is not there")
     entries = json.loads(path.read_text()).items()
     tensors = {name: Described(torch.Size(shape), getattr(torch, dtype)) for name, (shape, dtype) in entries}
-    source = view(Checkpoint(path, "manifest", tensors, {}))
-    assert source.layout.name == layout
-    assert config_of(source) == config  # raises where a name or a shape does not fit
+    checkpoint = recognise(Checkpoint(path, "manifest", tensors, {}))
+    assert checkpoint.layout.name == layout
+    assert config_of(checkpoint) == config  # raises where a name or a shape does not fit
 
 
 def test_defaults_are_the_released_sizes():
@@ -104,6 +110,7 @@ def test_original_checkpoint_loads_with_the_same_numbers(tmp_path):
     assert not model.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, checkpoint["state_dict"][name]), name
+    assert torch.equal(checkpoint["state_dict"]["alphas_cumprod"], NoiseSchedule.scaled_linear().alpha_bar.float())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
@@ -174,9 +181,9 @@ def test_averages_alone_are_named_as_such(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"unet_heads": "8"}, "its entry 'pbe' says unet_heads='8' is not a positive whole number"),
+        ({"unet_heads": "8"}, "'pbe' says unet_heads='8' is not a positive whole number"),
         ({"unet_heads": -1}, "unet_heads=-1 is not a positive whole number"),
-        ({"unet_heads": 7}, "its sizes make no such model: .* do not divide into num_heads=7"),
+        ({"unet_heads": 7}, "sizes: .* do not divide into num_heads=7"),
         ({"resolution": 0}, "resolution=0 is not a positive whole number"),
         ({"latent_scale": [1]}, r"latent_scale=\[1\] is not a positive number"),
         ({"latent_scale": float("nan")}, "latent_scale=nan is not a positive number"),
@@ -212,8 +219,10 @@ def test_openai_clip_and_our_clip_agree(tmp_path):
     )
     ours = CLIP(config)
     ours.load_state_dict(fill(CLIP, config))
-    recipes = openai_clip(2, 3).to_theirs(ours.state_dict())
-    theirs = {name: r.build(*(ours.state_dict()[s] for s in r.sources)) for name, r in recipes.items()}
+    layers = [f"visual.transformer.resblocks.{i}.ln_1" for i in range(2)]
+    layers += [f"transformer.resblocks.{i}.ln_1" for i in range(3)]
+    mappings = openai_clip(layers).to_theirs(ours.state_dict())
+    theirs = {name: m.build(*(ours.state_dict()[s] for s in m.sources)) for name, m in mappings.items()}
     assert theirs["visual.transformer.resblocks.0.attn.in_proj_weight"].shape == (3 * 64, 64)
     assert theirs["visual.proj"].shape == (64, 40)
     torch.save(theirs | {"input_resolution": torch.tensor(224)}, tmp_path / "clip.pt")
@@ -245,9 +254,9 @@ def test_strictness_lists_every_fault(tmp_path):
         (lambda s: {k: v for k, v in s.items() if k != "model.diffusion_model.out.2.weight"}, "out.2.weight"),
         # by this one a block might be told to have no attention
         (lambda s: {k: v for k, v in s.items() if k != ATTENTION_NORM}, rf"lacks 1: {re.escape(ATTENTION_NORM)}$"),
-        (lambda s: s | {FIRST: torch.zeros(3)}, r"model\.ckpt looks like .* its sizes make no such model"),
-        (lambda s: s | {FIRST: torch.zeros(0, 9, 3, 3)}, "its sizes make no such model"),
-        (lambda s: s | {"first_stage_model.post_quant_conv.weight": torch.zeros(())}, "its sizes make no such model"),
+        (lambda s: s | {FIRST: torch.zeros(3)}, r"model\.ckpt looks like Paint by Example, .* sizes: "),
+        (lambda s: s | {FIRST: torch.zeros(0, 9, 3, 3)}, r"model\.ckpt looks like Paint by Example, .* sizes: "),
+        (lambda s: s | {POST_QUANT: torch.zeros(())}, r"model\.ckpt looks like Paint by Example, .* sizes: "),
         (lambda s: s | {"proj_out.bias": s["proj_out.bias"].to(torch.int8)}, r"in 1: proj_out\.bias \(torch\.int8\)"),
     ],
 )
@@ -317,10 +326,7 @@ def test_stored_precision_is_the_file_s_layer_by_layer(tmp_path):
 
 
 def test_shapes_that_contradict_each_other(tmp_path):
-    source = view(Checkpoint(tmp_path, "made up", {n: Described(t.shape, t.dtype) for n, t in fill_pbe().items()}, {}))
+    tensors = {name: Described(x.shape, x.dtype) for name, x in seeded_state(CONFIG, 0).items()}
+    checkpoint = recognise(Checkpoint(tmp_path, "made up", tensors, {}))
     with pytest.raises(CheckpointError, match="has no place for"):
-        check_names_and_shapes(source, {})
-
-
-def fill_pbe():
-    return seeded_state(CONFIG, 0)
+        check_names_and_shapes(checkpoint, {})

@@ -1,4 +1,4 @@
-"""Operations on checkpoints, as functions and through `tools/checkpoint.py`."""
+"""Operations on checkpoints, as functions and through `pbe checkpoint`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from golden_file import noise, parameter
 
 import pbe
 from pbe.checkpoints.infer_config import pbe_entry
-from pbe.checkpoints.loading import open_source
+from pbe.checkpoints.loading import open_recognised
 from pbe.checkpoints.seeding import seeded_state
 from pbe.checkpoints.surgery import FIRST_CONVOLUTION, expand
 from pbe.checkpoints.writing import save_checkpoint
@@ -62,7 +62,7 @@ def model(tmp_path):
 
 @torch.no_grad()
 def test_expanded_stable_diffusion_computes_what_it_did(sd):
-    tensors = expand(open_source(sd))
+    tensors = expand(open_recognised(sd))
     z_t, t, context = noise("z_t", 2, 4, 8, 8), torch.tensor([3, 600]), noise("c", 2, 5, 768)
     anything = 1e3 * noise("anything", 2, 5, 8, 8)
     before = unet_of(fill(StableDiffusion, SD), 4)(z_t, t, context)
@@ -76,7 +76,7 @@ def test_expanded_inpainting_model_takes_our_order_and_polarity(tmp_path):
     padding means "keep" to the one and "repaint" to the other."""
     inpainting = StableDiffusionConfig(unet=UNetConfig(**{**UNET.__dict__, "in_channels": 9}), vae=SD.vae, text=SD.text)
     state = fill(StableDiffusion, inpainting)
-    tensors = expand(open_source(write(tmp_path / "inpainting.ckpt", state)))
+    tensors = expand(open_recognised(write(tmp_path / "inpainting.ckpt", state)))
     z_t, z_masked = noise("z_t", 1, 4, 12, 12), noise("z_masked", 1, 4, 12, 12)
     repaint = (noise("mask", 1, 1, 12, 12) > 0).float()
     convolutions = []
@@ -119,9 +119,9 @@ def test_expand_with_clip_gives_a_model_to_train(sd, tmp_path):
 def test_slim_drops_all_but_the_networks(model, tmp_path):
     out = tmp_path / "slim.safetensors"
     assert main(["slim", str(model), "--out", str(out), "--dtype", "float16"]) == 0
-    slim = open_source(out)
-    assert {slim.dtype(name) for name in slim.recipes} == {torch.float16}
-    assert not slim.checkpoint.has("optimizer_states")
+    slim = open_recognised(out)
+    assert {slim.dtype(name) for name in slim.mappings} == {torch.float16}
+    assert "optimizer_states" not in slim.file.extras
     assert pbe.load_model(out, device="cpu").config == CONFIG
     assert out.stat().st_size < 0.55 * model.stat().st_size
 
@@ -151,7 +151,7 @@ def test_convert_is_bit_exact(model, tmp_path, suffix):
     out = tmp_path / f"converted{suffix}"
     assert main(["convert", str(model), "--out", str(out)]) == 0
     assert main(["diff", str(model), str(out)]) == 0
-    assert open_source(out).checkpoint.extras["pbe"] == pbe_entry(CONFIG)
+    assert open_recognised(out).file.extras["pbe"] == pbe_entry(CONFIG)
 
 
 def test_convert_refuses_what_diffusers_cannot_hold(model, tmp_path, capsys):
@@ -204,7 +204,7 @@ def test_merge(model, tmp_path, capsys):
         (["merge-lora", "model.ckpt", "model.ckpt", "--weight", "nan", "--out", "out.ckpt"], "got nan"),
         # before the checkpoint, which is not there, is opened
         (["expand", "none.ckpt", "--seed", "-1", "--out", "out.ckpt"], "--seed must be between 0 and"),
-        (["slim", "none.ckpt", "--out", "out.zip"], "out.zip: a checkpoint's name ends in .safetensors, .ckpt"),
+        (["slim", "none.ckpt", "--out", "out.zip"], "name must end in .safetensors, .ckpt"),
     ],
 )
 def test_wrong_values_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, command, message):
@@ -248,7 +248,7 @@ def test_merge_refuses_another_order_of_inputs(sd, tmp_path, capsys):
     assert main(["expand", str(sd), "--out", str(tmp_path / "expanded.ckpt")]) == 0
     paths = [str(tmp_path / name) for name in ("expanded.ckpt", "inpainting.ckpt", "merged.ckpt")]
     assert main(["merge", *paths[:2], "--weights", "0.5", "0.5", "--out", paths[2]]) == 2
-    assert "expand brings them into one order" in capsys.readouterr().err
+    assert "pbe checkpoint expand" in capsys.readouterr().err
 
 
 def test_folders_that_are_no_checkpoint_are_never_replaced(model, tmp_path, capsys):

@@ -15,7 +15,7 @@ from pbe.baselines.latent_blending import background, blended_ddim
 from pbe.baselines.learned_variance import learned_variance_ddpm, respaced
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError
 from pbe.checkpoints.infer_config import pbe_entry
-from pbe.checkpoints.loading import open_source, view
+from pbe.checkpoints.loading import open_recognised, recognise
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.checkpoints.seeding import draw
 from pbe.checkpoints.surgery import config_of, describe, entry_of, merge, network
@@ -135,8 +135,8 @@ def test_original_files_are_recognised_and_fit(manifest, config, millions):
     model = build_on_meta(ADM, config)
     assert {name: list(p.shape) for name, p in model.state_dict().items()} == {n: s for n, (s, _) in entries.items()}
     tensors = {n: Described(torch.Size(shape), getattr(torch, dtype)) for n, (shape, dtype) in entries.items()}
-    source = view(Checkpoint(path, "manifest", tensors, {}))
-    assert source.layout.name == "guided-diffusion"
+    source = recognise(Checkpoint(path, "manifest", tensors, {}))
+    assert source.layout.name == "guided diffusion (ADM), OpenAI's layout"
     assert config_of(source) == config
     facts = describe(source)
     assert not facts["not loaded"]
@@ -160,9 +160,9 @@ def test_a_file_of_the_original_layout_loads(tmp_path, small):
 
 def test_rewritten_files_hold_the_same(tmp_path):
     torch.save({**golden_state(), "pbe": pbe_entry(SMALL)}, tmp_path / "adm.pt")
-    source = open_source(tmp_path / "adm.pt")
+    source = open_recognised(tmp_path / "adm.pt")
     save_checkpoint(network(source), tmp_path / "slim.ckpt", entry_of(source))
-    again = open_source(tmp_path / "slim.ckpt")
+    again = open_recognised(tmp_path / "slim.ckpt")
     assert config_of(again) == SMALL
     mean = merge([source, again], [0.25, 0.75])
     assert torch.allclose(mean["out.2.weight"], golden_state()["out.2.weight"], atol=1e-6)

@@ -122,7 +122,7 @@ def test_adapters_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="adapters already"):
         load_lora(plain, tmp_path / "adapter.ckpt")
     save_checkpoint({"x.lora_up": torch.zeros(1)}, tmp_path / "later.ckpt", {"lora": {"rank": 2, "dropout": 0.1}})
-    with pytest.raises(CheckpointError, match=r"later\.ckpt: its entry 'lora' is not this library's: .*'dropout'"):
+    with pytest.raises(CheckpointError, match=r"later\.ckpt: its entry 'lora' .*'dropout'"):
         load_lora(make_model(), tmp_path / "later.ckpt")
     with pytest.raises(ValueError, match="no linear layer"):
         add_lora(make_model(), LoRAConfig(targets=["nothing"]), torch.Generator())

@@ -21,7 +21,7 @@ from PIL import Image
 import pbe
 from pbe.checkpoints.adapters import load_lora
 from pbe.checkpoints.formats.opening import CheckpointError
-from pbe.checkpoints.loading import open_source
+from pbe.checkpoints.loading import open_recognised
 from pbe.checkpoints.surgery import expand, extract_ema
 from pbe.cli.train import main, make_module
 from pbe.data.datamodule import ExampleDataModule
@@ -511,7 +511,7 @@ def test_adapters_train_alone(settings):
 
 
 def test_averages_are_in_the_checkpoint_and_extracted(finished):
-    source = open_source(finished / "checkpoints" / "step-00000010.ckpt")
+    source = open_recognised(finished / "checkpoints" / "step-00000010.ckpt")
     averaged, last = extract_ema(source), source.tensor
     saved = toy_run.checkpoint(finished, 10)["state_dict"]
     for name, x in averaged.items():
@@ -942,7 +942,7 @@ def test_prior_of_four_channels_trains_and_expands(toy):
     run = toy.parent / "prior"
     settings = ("model.size.unet.in_channels=4", "training.drop_exemplar=1", "training.train=[unet,null_context]")
     toy_run.run(toy, f"run={run}", *settings, "trainer.max_steps=2", "trainer.limit_val_batches=0")
-    source = open_source(run / "checkpoints" / "step-00000002.ckpt")
+    source = open_recognised(run / "checkpoints" / "step-00000002.ckpt")
     weight = expand(source)["model.diffusion_model.input_blocks.0.0.weight"]
     assert weight.shape[1] == 9
     assert weight[:, 4:].abs().max() == 0

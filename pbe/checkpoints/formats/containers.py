@@ -1,4 +1,4 @@
-"""The file formats of checkpoints: each function here opens one and returns an `Archive` of tensors not yet read."""
+"""The file formats of checkpoints: each `read_` function opens one, and reads no tensor before it is used."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pbe.checkpoints.formats.lazy_tensors import (
+    Checkpoint,
     CheckpointError,
     CompressedRecord,
     MappedFile,
     MappedRecord,
     StoredNumber,
     StoredTensor,
+    StoredTensors,
 )
 from pbe.checkpoints.formats.pickles import Placeholder, StorageRef, TensorRef, read_pickle
 
@@ -30,14 +31,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
 
-@dataclass(frozen=True)
-class Archive:
-    kind: str
-    tensors: dict[str, StoredTensor | StoredNumber]
-    extras: dict[Any, Any] = field(default_factory=dict)
-
-
-def read_zip(path: Path) -> Archive:
+def read_zip(path: Path) -> Checkpoint:
     """torch.save's zip archives and TorchScript's: `<root>/data.pkl` beside one member per storage."""
     file = MappedFile(path)
     try:
@@ -65,10 +59,10 @@ def read_zip(path: Path) -> Archive:
         if not 30 <= start <= file.size or file.memory[start - 30 : start - 26] != b"PK\3\4" or info.flag_bits & 1:
             raise CheckpointError(f"{path} is damaged: its member {name} has no readable header")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise CheckpointError(f"{path} is compressed in a way that is not supported; expected torch.save's own zip")
+            raise CheckpointError(f"{path} has an unsupported compression; expected a zip written by torch.save")
         start += sum(struct.unpack("<HH", file.memory[start - 4 : start]))
         if start + info.compress_size > file.size:
-            raise CheckpointError(f"{path} is damaged: its member {name} ends behind the end of the file")
+            raise CheckpointError(f"{path} is damaged: its member {name} ends after the end of the file")
         if info.compress_type != zipfile.ZIP_STORED:
             return CompressedRecord(path, name, info.file_size)
         return MappedRecord(file, start, info.compress_size)
@@ -89,11 +83,11 @@ def read_zip(path: Path) -> Archive:
         return record(f"{root}data/{storage.key}")
 
     if f"{root}constants.pkl" in members:
-        return _script_module(path, "TorchScript archive", top, locate)
+        return _script_module(path, top, locate)
     return _state_dict(path, "PyTorch zip checkpoint", top, locate)
 
 
-def read_legacy(path: Path) -> Archive:
+def read_legacy(path: Path) -> Checkpoint:
     """torch.save before 1.6: four pickles (magic, protocol, system, object), the storages' keys, then their bytes.
 
     Each storage is an 8-byte count of elements followed by the elements.
@@ -107,7 +101,7 @@ def read_legacy(path: Path) -> Archive:
         raise CheckpointError(f"{path} is damaged: its protocol is not {LEGACY_PROTOCOL}")
     system, _ = _read_pickle(path, file.memory)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise CheckpointError(f"{path} does not say that it is little-endian, which is expected")
+        raise CheckpointError(f"{path} was not written as little-endian; expected little-endian")
     top, storages = _read_pickle(path, file.memory)
     keys, _ = _read_pickle(path, file.memory)
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
@@ -152,7 +146,7 @@ SAFETENSORS_DTYPES = {
 }
 
 
-def read_safetensors(path: Path) -> Archive:
+def read_safetensors(path: Path) -> Checkpoint:
     """A safetensors file; its metadata are the extras, and the entry `pbe` among them is parsed from JSON.
 
     The library checks the header: sizes, overlaps and the file's length. The data are mapped here, since its own
@@ -175,7 +169,7 @@ def read_safetensors(path: Path) -> Archive:
 
     file = MappedFile(path)
     data = 8 + int.from_bytes(file.memory[:8], "little")
-    tensors = {}
+    tensors: StoredTensors = {}
     for name, entry in json.loads(file.memory[8:data]).items():
         if name == "__metadata__":
             continue
@@ -192,7 +186,7 @@ def read_safetensors(path: Path) -> Archive:
         tensors[name] = StoredTensor(record, 0, like.numel(), dtype, like.shape, like.stride())
     if not tensors:
         raise CheckpointError(f"{path} is a safetensors file that holds no tensors")
-    return Archive("safetensors file", tensors, extras)
+    return Checkpoint(path, "safetensors file", tensors, extras)
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -223,7 +217,7 @@ def _stored(path: Path, name: str, tensor: TensorRef, locate: Callable[[StorageR
     return StoredTensor(record, start, tensor.span, tensor.dtype, torch.Size(tensor.shape), tensor.stride)
 
 
-def _state_dict(path: Path, kind: str, top: Any, locate: Callable[[StorageRef], Any]) -> Archive:
+def _state_dict(path: Path, kind: str, top: Any, locate: Callable[[StorageRef], Any]) -> Checkpoint:
     """The weights are `top["state_dict"]`, or else the tensors of `top` itself; the rest are extras."""
     if not isinstance(top, dict):
         what = repr(top) if isinstance(top, Placeholder) else f"a {type(top).__name__}"
@@ -232,10 +226,11 @@ def _state_dict(path: Path, kind: str, top: Any, locate: Callable[[StorageRef], 
     if isinstance(top.get("state_dict"), dict):
         weights = top["state_dict"]
         extras = {key: value for key, value in top.items() if key != "state_dict"}
-    tensors, others = {}, {}
+    tensors: StoredTensors = {}
+    others = {}
     for name, value in weights.items():
         if isinstance(value, TensorRef) and not isinstance(name, str):
-            raise CheckpointError(f"{path} names a tensor by a {type(name).__name__}; expected text")
+            raise CheckpointError(f"{path} has a tensor with a name of type {type(name).__name__}; expected text")
         if isinstance(value, TensorRef):
             tensors[name] = _stored(path, name, value, locate)
         else:
@@ -250,17 +245,15 @@ def _state_dict(path: Path, kind: str, top: Any, locate: Callable[[StorageRef], 
         extras = others
     elif others:
         extras["state_dict"] = others
-    return Archive(kind, tensors, extras)
+    return Checkpoint(path, kind, tensors, extras)
 
 
-def _script_module(path: Path, kind: str, top: Any, locate: Callable[[StorageRef], Any]) -> Archive:
+def _script_module(path: Path, top: Any, locate: Callable[[StorageRef], Any]) -> Checkpoint:
     """The tensor attributes of a module tree under their dotted names, as `state_dict` names them.
 
-    Integers of the top module (OpenAI CLIP's `context_length`) become tensors too; those of inner modules are
-    constructor arguments such as `num_heads` and are listed in the extra `attributes`.
+    Integers of the top module (OpenAI CLIP's `context_length`) become tensors too.
     """
-    tensors: dict[str, StoredTensor | StoredNumber] = {}
-    attributes: dict[str, Any] = {}
+    tensors: StoredTensors = {}
     seen = 0
 
     def walk(module: Placeholder, prefix: str, depth: int) -> None:
@@ -270,7 +263,7 @@ def _script_module(path: Path, kind: str, top: Any, locate: Callable[[StorageRef
             raise CheckpointError(f"{path} is damaged: its modules contain each other without end")
         for key, value in module.state.items():
             if not isinstance(key, str):
-                raise CheckpointError(f"{path} is damaged: it names an attribute by a {type(key).__name__}")
+                raise CheckpointError(f"{path} is damaged: an attribute has a name of type {type(key).__name__}")
             name = prefix + key
             if isinstance(value, TensorRef):
                 tensors[name] = _stored(path, name, value, locate)
@@ -278,12 +271,10 @@ def _script_module(path: Path, kind: str, top: Any, locate: Callable[[StorageRef
                 walk(value, f"{name}.", depth + 1)
             elif type(value) is int and not prefix and abs(value) < 2**63:
                 tensors[name] = StoredNumber(value)
-            elif type(value) in (int, float, str):
-                attributes[name] = value
 
     if not isinstance(top, Placeholder) or not isinstance(top.state, dict):
-        raise CheckpointError(f"{path} is a {kind} that does not hold a module")
+        raise CheckpointError(f"{path} is a TorchScript archive that does not hold a module")
     walk(top, "", 0)
     if not any(isinstance(tensor, StoredTensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{path} is a {kind} that holds no tensors")
-    return Archive(kind, tensors, {"attributes": attributes})
+        raise CheckpointError(f"{path} is a TorchScript archive that holds no tensors")
+    return Checkpoint(path, "TorchScript archive", tensors, {})

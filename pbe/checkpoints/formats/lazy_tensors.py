@@ -1,4 +1,4 @@
-"""Tensors that stay in their file until they are wanted.
+"""Tensors that stay in their file until they are used, and the checkpoints that they make.
 
 Data are mapped into memory where the file keeps them as they are. The mapping is private: a change to a tensor stays in
 memory and never reaches the file. A file must not be overwritten in place while it is open.
@@ -11,14 +11,16 @@ import mmap
 import sys
 import zipfile
 import zlib
+from collections.abc import KeysView
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-# 3.13 names this flag. Without it Linux refuses to map a file that is larger than the whole memory.
+# Python 3.13 names this flag. Without it Linux refuses to map a file that is larger than the whole memory.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 # Where files lie in memory: the first byte's address, for as long as a tensor or a `MappedFile` needs them.
@@ -26,7 +28,7 @@ _mapped: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
 
 class CheckpointError(ValueError):
-    """A file is not the checkpoint it should be; the message names it, says what it is and what was expected."""
+    """A file is not the expected checkpoint; the message names it, says what it is and what was expected."""
 
 
 class MappedFile:
@@ -43,12 +45,9 @@ class MappedFile:
         self.size = len(self.memory)
         _mapped[ctypes.addressof(ctypes.c_char.from_buffer(self.memory))] = self.memory
 
-    def release(self, start: int, end: int) -> None:
-        """Give the pages that lie wholly inside these bytes back to the system; what was written to them is lost."""
-        release_pages(self.memory, start, end)
-
 
 def release_pages(memory: mmap.mmap, start: int, end: int) -> None:
+    """Give the pages that lie wholly inside these bytes back to the system; what was written to them is lost."""
     start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     end = end // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start and hasattr(mmap, "MADV_DONTNEED"):
@@ -83,11 +82,11 @@ class MappedRecord:
         # Pre-zip files align nothing, and kernels may rely on aligned elements.
         nbytes = numel * dtype.itemsize
         data = torch.frombuffer(self.file.memory, dtype=torch.uint8, count=nbytes, offset=start).clone()
-        self.file.release(start, start + nbytes)
+        release_pages(self.file.memory, start, start + nbytes)
         return data.view(dtype)
 
     def release(self, start: int, nbytes: int) -> None:
-        self.file.release(self.start + start, self.start + start + nbytes)
+        release_pages(self.file.memory, self.start + start, self.start + start + nbytes)
 
 
 @dataclass(frozen=True)
@@ -150,3 +149,60 @@ class StoredNumber:
 
     def release(self) -> None:
         """Nothing is held."""
+
+
+StoredTensors = dict[str, StoredTensor | StoredNumber]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint.
+
+    path: the file or folder.
+    kind: what it is, in words ("PyTorch zip checkpoint", "diffusers folder").
+    tensors: the weights by name; entries know their `shape` and `dtype` and read nothing before `load()`.
+    extras: whatever else it holds, as plain containers in which unread tensors are `TensorRef` and objects of other
+        classes `Placeholder`: a Lightning checkpoint's `epoch` or `optimizer_states`, a safetensors file's metadata,
+        a folder's parsed `configs` by component ("" for the folder itself), and this library's entry `pbe`.
+    """
+
+    path: Path
+    kind: str
+    tensors: StoredTensors
+    extras: dict[Any, Any]
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What this library wrote beside the weights, its entry `pbe`; empty in a file of anyone else's."""
+        entry = self.extras.get("pbe")
+        return entry if isinstance(entry, dict) else {}
+
+    def names(self) -> KeysView[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor on the CPU, mapped from the file where its layout there allows it.
+
+        Changing a mapped tensor in place changes memory only, for everyone who has this tensor or one that shares its
+        storage; the file stays as it is.
+        """
+        return self._entry(name).load()
+
+    def release(self, name: str) -> None:
+        """Give the tensor's memory back to the system, after it has been copied or converted.
+
+        A mapped tensor stays valid: it is read from the file again when it is used, and changes made to it in place
+        are gone.
+        """
+        self._entry(name).release()
+
+    def _entry(self, name: str) -> StoredTensor | StoredNumber:
+        if name not in self.tensors:
+            raise KeyError(f"{self.path} holds no tensor named {name!r}")
+        return self.tensors[name]

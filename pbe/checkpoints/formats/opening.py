@@ -6,16 +6,13 @@ Nothing in a file is ever executed; see `pickles.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import KeysView
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pbe.checkpoints.formats.containers import Archive, parse_json, read_legacy, read_safetensors, read_zip
-from pbe.checkpoints.formats.lazy_tensors import CheckpointError, StoredNumber, StoredTensor
+from pbe.checkpoints.formats.containers import parse_json, read_legacy, read_safetensors, read_zip
+from pbe.checkpoints.formats.lazy_tensors import Checkpoint, CheckpointError, StoredTensors
 
 __all__ = ["Checkpoint", "CheckpointError", "find_checkpoint", "open_checkpoint", "read_state_dict"]
 
@@ -36,8 +33,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 
-# What people hand over instead of a checkpoint, by how it begins (lower case).
-IMPOSTORS = {
+# Files that are taken for a checkpoint, by how they begin (lower case).
+OTHER_FORMATS = {
     b"version https://git-lfs": "is a Git LFS pointer: the weights themselves were not fetched (git lfs pull)",
     b"<!doctype html": "is an HTML page: a download of the web page instead of the file",
     b"<html": "is an HTML page: a download of the web page instead of the file",
@@ -58,61 +55,6 @@ IMPOSTORS = {
     b"\x93numpy": "is a NumPy array",
     b"gguf": "is a GGUF file",
 }
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """An open checkpoint.
-
-    path: the file or folder.
-    kind: what it is, in words ("PyTorch zip checkpoint", "diffusers folder").
-    tensors: the weights by name; entries know their `shape` and `dtype` and read nothing before `load()`.
-    extras: whatever else it holds, as plain containers in which unread tensors are `TensorRef` and objects of other
-        classes `Placeholder`: a Lightning checkpoint's `epoch` or `optimizer_states`, a safetensors file's metadata,
-        a folder's parsed `configs` by component ("" for the folder itself), and this library's entry `pbe`.
-    """
-
-    path: Path
-    kind: str
-    tensors: dict[str, StoredTensor | StoredNumber]
-    extras: dict[Any, Any]
-
-    def names(self) -> KeysView[str]:
-        return self.tensors.keys()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def has(self, extra: str) -> bool:
-        """Whether the file holds this entry beside the weights, such as "optimizer_states"."""
-        return extra in self.extras
-
-    def shape(self, name: str) -> torch.Size:
-        return self._entry(name).shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._entry(name).dtype
-
-    def tensor(self, name: str) -> Tensor:
-        """The tensor on the CPU, mapped from the file where its layout there allows it.
-
-        Changing a mapped tensor in place changes memory only, for everyone who has this tensor or one that shares its
-        storage; the file stays as it is.
-        """
-        return self._entry(name).load()
-
-    def release(self, name: str) -> None:
-        """Give the tensor's memory back to the system, after it has been copied or converted.
-
-        A mapped tensor stays valid: it is read from the file again when it is used, and changes made to it in place
-        are gone.
-        """
-        self._entry(name).release()
-
-    def _entry(self, name: str) -> StoredTensor | StoredNumber:
-        if name not in self.tensors:
-            raise KeyError(f"{self.path} holds no tensor named {name!r}")
-        return self.tensors[name]
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -138,8 +80,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _open_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}; {EXPECTED}")
-    archive = _read_file(path)
-    return Checkpoint(path, archive.kind, archive.tensors, archive.extras)
+    return _read_file(path)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -148,7 +89,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {name: checkpoint.tensor(name) for name in checkpoint.names()}
 
 
-def _read_file(path: Path) -> Archive:
+def _read_file(path: Path) -> Checkpoint:
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(512)
@@ -166,7 +107,7 @@ def _read_file(path: Path) -> Archive:
 
 def _describe(head: bytes, size: int) -> str:
     text = head.lstrip().lower()
-    for magic, description in IMPOSTORS.items():
+    for magic, description in OTHER_FORMATS.items():
         if text.startswith(magic) or head.lower().startswith(magic):
             return description
     if head[257:262] == b"ustar":
@@ -182,23 +123,23 @@ def _open_folder(path: Path) -> Checkpoint:
         components = [name for name in COMPONENTS if _is_listed(index, name)]
         if not components:
             raise CheckpointError(f"{path / 'model_index.json'} lists none of {', '.join(COMPONENTS)}")
-        archives = {f"{name}.": _read_component(path / name) for name in components}
+        parts = {f"{name}.": _read_component(path / name) for name in components}
         kind, extras = "diffusers folder", {"model_index": index}
     elif (path / "config.json").is_file():
-        archives = {"": _read_component(path)}
+        parts = {"": _read_component(path)}
         kind, extras = "Hugging Face model folder", {}
     else:
         raise CheckpointError(
             f"{path} is a folder with neither model_index.json (diffusers) nor config.json (a Hugging Face model); "
             f"{EXPECTED}"
         )
-    tensors = {}
+    tensors: StoredTensors = {}
     extras["configs"] = {}
-    for prefix, archive in archives.items():
+    for prefix, part in parts.items():
         component = prefix.removesuffix(".")
         extras["configs"][component] = _read_json(path / component / "config.json")
-        tensors |= {prefix + name: tensor for name, tensor in archive.tensors.items()}
-        extras |= {"pbe": archive.extras["pbe"]} if "pbe" in archive.extras else {}
+        tensors |= {prefix + name: tensor for name, tensor in part.tensors.items()}
+        extras |= {"pbe": part.extras["pbe"]} if "pbe" in part.extras else {}
     return Checkpoint(path, kind, tensors, extras)
 
 
@@ -208,7 +149,7 @@ def _is_listed(index: dict[str, Any], component: str) -> bool:
     return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
 
 
-def _read_component(folder: Path) -> Archive:
+def _read_component(folder: Path) -> Checkpoint:
     """The weights in one folder: one file, or the shards that an index lists."""
     for variant in ("", ".fp16"):  # hubs offer both; the full precision where both were fetched
         for name in WEIGHT_FILES:
@@ -221,7 +162,7 @@ def _read_component(folder: Path) -> Archive:
     raise CheckpointError(f"{folder} holds no weights; expected one of {', '.join(WEIGHT_FILES)}, or its .index.json")
 
 
-def _read_shards(index: Path) -> Archive:
+def _read_shards(index: Path) -> Checkpoint:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and file == Path(file).name for file in weight_map.values()
@@ -236,7 +177,8 @@ def _read_shards(index: Path) -> Archive:
     if missing:
         raise CheckpointError(f"{index} lists {missing[0]!r} in {weight_map[missing[0]]}, which does not hold it")
     tensors = {name: shards[file].tensors[name] for name, file in weight_map.items()}
-    return Archive("sharded weights", tensors, {key: value for s in shards.values() for key, value in s.extras.items()})
+    extras = {key: value for shard in shards.values() for key, value in shard.extras.items()}
+    return Checkpoint(index, "sharded weights", tensors, extras)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

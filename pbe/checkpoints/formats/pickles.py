@@ -27,7 +27,7 @@ class Sealed:
     """Base of what a pickle is given to hold: a state set from the file is refused."""
 
     def __setstate__(self, state: object) -> None:
-        raise pickle.UnpicklingError(f"a {type(self).__name__} takes no state")
+        raise pickle.UnpicklingError(f"the file sets attributes on a {type(self).__name__}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,8 @@ class TensorRef(Sealed):
 
 
 class _PlaceholderType(type):
+    name: str
+
     def __repr__(cls) -> str:
         return cls.name
 
@@ -74,6 +76,9 @@ class Placeholder(metaclass=_PlaceholderType):
     """
 
     name: ClassVar[str] = ""
+    args: tuple[Any, ...]
+    state: Any
+    items: list[Any]
 
     def __new__(cls, *args: object, **kwargs: object) -> Placeholder:  # NEWOBJ_EX passes keywords
         self = super().__new__(cls)
@@ -120,7 +125,10 @@ class _Function(Sealed):
         return self.function(*args)
 
 
-def _tensor(storage: object, offset: object, size: object, stride: object, dtype: object = None) -> TensorRef:
+# The functions that a pickle may call; it may give anything for their parameters.
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None) -> TensorRef:
     if not isinstance(storage, StorageRef) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise pickle.UnpicklingError("a tensor is not described by a storage, a size and a stride")
     dtype = storage.dtype if dtype is None else dtype
@@ -141,28 +149,13 @@ def _tensor(storage: object, offset: object, size: object, stride: object, dtype
 
 
 def _tensor_v2(
-    storage: object,
-    offset: object,
-    size: object,
-    stride: object,
-    requires_grad: object,
-    hooks: object,
-    metadata: object = None,
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
 ) -> TensorRef:
-    if metadata:
-        raise pickle.UnpicklingError("a tensor is a conjugate or negative view, which is not supported")
-    return _tensor(storage, offset, size, stride)
+    return _tensor_v3(storage, offset, size, stride, requires_grad, hooks, None, metadata)
 
 
 def _tensor_v3(
-    storage: object,
-    offset: object,
-    size: object,
-    stride: object,
-    requires_grad: object,
-    hooks: object,
-    dtype: object,
-    metadata: object = None,
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> TensorRef:
     if metadata:
         raise pickle.UnpicklingError("a tensor is a conjugate or negative view, which is not supported")
@@ -200,10 +193,7 @@ GLOBALS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v3"): _Function(_tensor_v3),
     ("torch._utils", "_rebuild_parameter"): _Function(_first),
     ("torch._utils", "_rebuild_parameter_with_state"): _Function(_first),
-    ("torch.jit._pickle", "build_intlist"): _Function(_first),
-    ("torch.jit._pickle", "build_doublelist"): _Function(_first),
-    ("torch.jit._pickle", "build_boollist"): _Function(_first),
-    ("torch.jit._pickle", "build_tensorlist"): _Function(_first),
+    **{("torch.jit._pickle", f"build_{kind}list"): _Function(_first) for kind in ("int", "double", "bool", "tensor")},
     ("torch.jit._pickle", "restore_type_tag"): _Function(_first),
     ("torch.storage", "UntypedStorage"): torch.uint8,
     **{("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()},
@@ -215,7 +205,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")  # the encoding is for text written by Python 2
         self.storages: dict[str, StorageRef] = {}
-        self.placeholders: dict[tuple[str, str], type[Placeholder]] = {}
+        self.placeholders: dict[tuple[str, str], _PlaceholderType] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in GLOBALS:
@@ -262,6 +252,8 @@ def _check_opcodes(stream: BinaryIO) -> None:
     start = stream.tell()
     stack: list[Any] = []
     memo: dict[int, int] = {}
+    arg: Any
+    position: Any
     for opcode, arg, position in pickletools.genops(stream):
         name = opcode.name
         if name in _REFUSED:
