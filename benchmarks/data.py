@@ -22,8 +22,9 @@ from torchvision.transforms.v2 import functional as T
 
 from benchmarks.arguments import check_counts, check_out
 from benchmarks.report import about, markdown, write_json
+from pbe.data.augment import augment_exemplar
 from pbe.data.example import Example, make_generator
-from pbe.data.recipe import Plan, augment_exemplar, draw_plan, make_example
+from pbe.data.recipe import Geometry, draw_geometry, make_example
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import Record
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
@@ -37,29 +38,29 @@ def plain_example(record: Record, config: RecipeConfig, generator: torch.Generat
     """
     with Image.open(record.image) as file:
         photo = file.convert("RGB")
-    plan = draw_plan(record, (photo.height, photo.width), config, generator)
+    geometry = draw_geometry(record, (photo.height, photo.width), config, generator)
     to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     image = T.normalize(to_tensor(photo), [0.5] * 3, [0.5] * 3)
-    mask = to_tensor(plain_mask(plan, photo))
+    mask = to_tensor(plain_mask(geometry, photo))
     masked = image * mask
 
     def crop(picture: torch.Tensor) -> torch.Tensor:
-        window = plan.window
+        window = geometry.window
         picture = T.crop(picture, window.y0, window.x0, window.height, window.width)
         return T.resize(picture, [config.resolution] * 2, antialias=config.antialias)
 
-    reference = to_tensor(photo.crop(plan.reference))
-    exemplar = T.resize(reference, [config.exemplar_size] * 2, antialias=config.antialias)
+    exemplar = to_tensor(photo.crop(geometry.exemplar_box))
+    exemplar = T.resize(exemplar, [config.exemplar_size] * 2, antialias=config.antialias)
     if config.augment:
         exemplar = augment_exemplar(exemplar, config, generator)
     exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
     return Example(crop(image), crop(masked), crop(mask), exemplar, torch.tensor(0), str(record.image))
 
 
-def plain_mask(plan: Plan, photo: Image.Image) -> Image.Image:
+def plain_mask(geometry: Geometry, photo: Image.Image) -> Image.Image:
     """The mask of the whole photo, white = keep."""
     mask = Image.new("L", photo.size, 255)
-    ImageDraw.Draw(mask).polygon([tuple(point) for point in plan.outline.tolist()], fill=0)
+    ImageDraw.Draw(mask).polygon([tuple(point) for point in geometry.outline.tolist()], fill=0)
     return mask
 
 

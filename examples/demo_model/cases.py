@@ -53,12 +53,12 @@ def read_cases(dataset: ExampleDataset, count: int) -> Cases:
     if not 2 <= count <= len(dataset):
         raise ValueError(f"{dataset.source.name} has {len(dataset)} photos that fit; {count} were asked for")
     stages = [dataset.stages(i) for i in range(count)]
-    labels = [s.record.labels[s.plan.object] if s.record.labels else "" for s in stages]
+    labels = [s.record.labels[s.geometry.object] if s.record.labels else "" for s in stages]
     return Cases(
         image=torch.stack([s.example.image for s in stages]),
         mask=torch.stack([s.example.mask for s in stages]),
-        reference=torch.stack([(to_unit_range(s.pixels.reference) + 1) / 2 for s in stages]),
-        place=[s.plan.place for s in stages],
+        reference=torch.stack([(to_unit_range(s.pixels.exemplar_crop) + 1) / 2 for s in stages]),
+        place=[s.geometry.content for s in stages],
         kind=[kind_of(s.record.image.parts) for s in stages],
         label=labels,
     )

@@ -24,7 +24,7 @@ from examples.demo_model.measures import (
     slopes,
 )
 from examples.demo_model.statistics import Estimate
-from pbe.data.recipe import augment_exemplar
+from pbe.data.augment import augment_exemplar
 from pbe.data.recipe_config import RecipeConfig
 from pbe.models.paint_by_example import PaintByExample
 from pbe.sampling import SPACINGS, NoiseSchedule, ddim, get_sampler, guided_eps, leading, make_generators, randn

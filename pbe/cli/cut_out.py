@@ -13,6 +13,7 @@ from pbe.cli.errors import one_line_errors
 if TYPE_CHECKING:
     from pbe.data.records import Record
 
+Row = dict[str, str | float]
 COLUMNS = ("image", "mask", "label", "x0", "y0", "x1", "y1")
 SIDE = 512  # long side at which masks are drawn; GrabCut takes seconds for a whole photo
 
@@ -22,8 +23,8 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog=prog,
         description=__doc__,
         epilog="OUT gets masks/ and the manifest objects.csv, for data.donors. Objects that were not found whole are "
-        "left out: their masks fill too little of their boxes, or all, or do not reach their sides. Rows that have "
-        "a mask keep it. Needs OpenCV: pip install -e .[masks]",
+        "left out: their masks fill too little or all of their boxes, or do not reach the boxes' sides. Rows with a "
+        "mask keep it. Needs OpenCV: pip install -e .[masks]",
     )
     p.add_argument("manifests", type=Path, nargs="+", help="CSV or JSONL with boxes, as training reads them")
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
@@ -45,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     from pbe.io.atomic import replacing
 
     sources = [Manifest(path) for path in args.manifests]
-    total, rows, problems = 0, [], []
+    rows: list[Row] = []
+    problems: list[UnusablePicture] = []
+    total = 0
     with replacing(args.out, args.force) as folder:
         (folder / "masks").mkdir(parents=True)
         with tqdm(total=sum(map(len, sources)), unit=" photos") as bar:
@@ -71,16 +74,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def rows_of(record: Record, folder: Path, out: Path, first: int) -> list[dict[str, str | float]]:
-    """The manifest's rows for those of a record's objects that have a mask, or now get one in `folder`/masks.
+def rows_of(record: Record, folder: Path, out: Path, first: int) -> list[Row]:
+    """The manifest's rows for the objects of a record that have a mask, or get one in `folder`/masks here.
 
-    Their paths are relative to `out`, which `folder` becomes; `first` is the number of the first of them.
+    Paths are relative to `out`, which `folder` is renamed to; `first` is the number of the first row.
     """
     from PIL import Image
 
     from pbe.data.crop import Photo, to_pixels
     from pbe.data.records import MaskFile
-    from pbe.images.grabcut import cut_out, is_whole
+    from pbe.images.grabcut import is_whole, segment
     from pbe.images.saving import save_picture
     from pbe.images.windows import Box
 
@@ -89,14 +92,14 @@ def rows_of(record: Record, folder: Path, out: Path, first: int) -> list[dict[st
         scale = min(1, SIDE / max(height, width))
         size = max(1, round(height * scale)), max(1, round(width * scale))
         (pixels,) = photo.read([Box(0, 0, width, height)], [size], antialias=True)
-    rows = []
+    rows: list[Row] = []
     for k, corners in enumerate(record.boxes):
         given = record.masks[k] if record.masks else None
         if isinstance(given, MaskFile):
             mask = os.path.relpath(given.path, out)
         else:
             box = to_pixels(corners, size)
-            drawn = given.draw(size) if given else cut_out(pixels.permute(1, 2, 0).contiguous().numpy(), box)
+            drawn = given.draw(size) if given else segment(pixels.permute(1, 2, 0).contiguous().numpy(), box)
             if not (given or is_whole(drawn, box)):
                 continue
             mask = f"masks/{first + len(rows):06}_{record.image.stem}.png"

@@ -1,4 +1,4 @@
-"""`pbe index-boxes`: turn OpenImages' CSV of boxes into the index that training reads."""
+"""`pbe index-boxes`: convert OpenImages' CSV of boxes to the index that training reads."""
 
 import argparse
 from pathlib import Path

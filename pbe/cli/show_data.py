@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pbe.data.recipe import Stages
     from pbe.images.windows import Box
 
-STAGES = ("photo", "window", "mask", "masked", "reference", "exemplar", "target")
-COLOURS = {"box": (230, 30, 30), "grown": (255, 170, 0), "reference": (30, 160, 60), "window": (30, 90, 255)}
+STAGES = ("photo", "window", "mask", "masked", "crop", "exemplar", "target")
+COLOURS = {"box": (230, 30, 30), "grown": (255, 170, 0), "exemplar_box": (30, 160, 60), "window": (30, 90, 255)}
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -25,9 +25,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         nargs="+",
         help="YAML files and settings as for training, such as data.source.path=boxes.csv",
     )
-    p.add_argument("--out", type=Path, required=True, help="folder for grid.png and a picture a stage and example")
+    p.add_argument("--out", type=Path, required=True, help="folder for grid.png and one picture per stage and example")
     p.add_argument("-n", type=int, default=16, help="how many examples (default 16)")
-    p.add_argument("--epoch", type=int, default=0, help="whose draws are shown (default 0)")
+    p.add_argument("--epoch", type=int, default=0, help="the epoch whose examples are shown (default 0)")
     split = p.add_mutually_exclusive_group()
     split.add_argument("--val", action="store_true", help="show validation examples")
     split.add_argument("--test", action="store_true", help="show test examples")
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 
 def write(samples: list[Stages], out: Path) -> None:
-    """Writes `grid.png`, a row an example, and each of its pictures as `<number>_<stage>.png`."""
+    """Writes `grid.png`, with one row per example, and each of its pictures as `<number>_<stage>.png`."""
     from pbe.images.grids import grid
     from pbe.images.saving import save_picture
 
@@ -67,8 +67,7 @@ def write(samples: list[Stages], out: Path) -> None:
         for stage, picture in zip(STAGES, row, strict=True):
             save_picture(picture, out / f"{number:02}_{stage}.png")
     captions = [captions_of(stages) for stages in samples]
-    labels = [f"{name}" for name in STAGES]
-    save_picture(grid(rows, captions, column_labels=labels, cell_height=224), out / "grid.png")
+    save_picture(grid(rows, captions, column_labels=STAGES, cell_height=224), out / "grid.png")
 
 
 def stage_pictures(stages: Stages) -> list[Image.Image]:
@@ -83,19 +82,19 @@ def stage_pictures(stages: Stages) -> list[Image.Image]:
     tinted = source + (1 - example.mask) * 0.5 * (torch.tensor([1.0, 0.2, 0.2])[:, None, None] - source)
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     exemplar = (example.exemplar * std + mean).clamp(0, 1)
-    tensors = (source, tinted, masked, stages.pixels.reference, exemplar, target)
+    tensors = (source, tinted, masked, stages.pixels.exemplar_crop, exemplar, target)
     return [photo_with_boxes(stages), *map(to_pil_image, tensors)]
 
 
 def photo_with_boxes(stages: Stages, side: int = 640) -> Image.Image:
-    """The whole photo with the boxes and the outline of the plan drawn in."""
+    """The whole photo with the geometry's boxes and outline drawn in."""
     from PIL import ImageDraw
     from torchvision.transforms.v2.functional import to_pil_image
 
     from pbe.data.crop import Photo
     from pbe.images.windows import Box
 
-    plan = stages.plan
+    geometry = stages.geometry
     with Photo(stages.record.image) as photo:
         height, width = photo.size
         scale = side / max(height, width)
@@ -108,27 +107,27 @@ def photo_with_boxes(stages: Stages, side: int = 640) -> Image.Image:
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=3)
 
     for name, colour in COLOURS.items():
-        if name != "reference" or plan.donor is None:  # a donor's is part of another photo
-            frame(getattr(plan, name), colour)
-    if plan.outline is not None:
-        points = [tuple(point) for point in (plan.outline * scale).tolist()]
+        if name != "exemplar_box" or geometry.donor is None:  # a donor's is part of another photo
+            frame(getattr(geometry, name), colour)
+    if geometry.outline is not None:
+        points = [tuple(point) for point in (geometry.outline * scale).tolist()]
         draw.line([*points, points[0]], fill=(255, 255, 255), width=2)
     return picture
 
 
 def captions_of(stages: Stages) -> list[str]:
     """What is worth saying about each of STAGES."""
-    record, plan = stages.record, stages.plan
-    label = record.labels[plan.object] if record.labels else record.image.name
-    shape = "object" if plan.outline is None else "box" if len(plan.outline) == 4 else "Bezier"
+    record, geometry = stages.record, stages.geometry
+    label = record.labels[geometry.object] if record.labels else record.image.name
+    shape = "object" if geometry.outline is None else "box" if len(geometry.outline) == 4 else "Bezier"
     repainted = 1 - stages.example.mask.mean().item()
-    elsewhere = plan.donor.image if plan.donor is not None else record.reference
+    elsewhere = geometry.donor.image if geometry.donor is not None else record.exemplar
     return [
         label,
-        f"{plan.window.width}x{plan.window.height} at {plan.window.x0},{plan.window.y0}",
+        f"{geometry.window.width}x{geometry.window.height} at {geometry.window.x0},{geometry.window.y0}",
         f"{shape}, {repainted:.0%}",
         "",
-        f"{plan.reference.width}x{plan.reference.height}" if elsewhere is None else elsewhere.name,
+        f"{geometry.exemplar_box.width}x{geometry.exemplar_box.height}" if elsewhere is None else elsewhere.name,
         "",
         "" if record.target is None else record.target.name,
     ]

@@ -6,6 +6,7 @@ centres of the border pixels. `Recoloring` is not the paper's: it changes the ob
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -15,42 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
-from pbe.data.example import draw_integers, draw_uniform, happens
+from pbe.data.example import draw_bernoulli, draw_integers, draw_uniform
+from pbe.data.recipe_config import RecipeConfig
 from pbe.images.windows import Box
 
+EXEMPLAR_SIDE = 224  # of the exemplars that the recipe's numbers in pixels are given for
 
-def augment(
-    exemplar: Tensor,
-    generator: torch.Generator,
-    *,
-    flip: float,
-    rotation: float,
-    rotation_degrees: float,
-    blur: float,
-    blur_kernels: tuple[int, int],
-    warp: float,
-    warp_shift: float,
-) -> Tensor:
-    """Each step in its turn, with its probability.
 
-    Args:
-        exemplar: (3, S, S).
-        flip, rotation, blur, warp: probabilities of a horizontal flip, a rotation, a box blur, an affine warp.
-        rotation_degrees: the largest angle, to either side.
-        blur_kernels: the smallest and largest side of the box in pixels of this exemplar, odd; all odd sides between
-            them are as likely.
-        warp_shift: how far each of the warp's corner points may move in x and y, as a share of S.
-    """
-    if happens(flip, generator):
+def augment_exemplar(exemplar: Tensor, recipe: RecipeConfig, generator: torch.Generator) -> Tensor:
+    """Applies the recipe's flip, rotation, blur and warp to an exemplar (3, S, S), each with its probability."""
+    px = exemplar.shape[-1] / EXEMPLAR_SIDE
+    if draw_bernoulli(recipe.flip, generator):
         exemplar = T.horizontal_flip(exemplar)
-    if happens(rotation, generator):
-        exemplar = rotate(exemplar, draw_uniform(-rotation_degrees, rotation_degrees, generator))
-    if happens(blur, generator):
-        smallest, largest = blur_kernels
-        (step,) = draw_integers([(largest - smallest) // 2], generator)
+    if draw_bernoulli(recipe.rotation, generator):
+        exemplar = rotate(exemplar, draw_uniform(-recipe.rotation_degrees, recipe.rotation_degrees, generator))
+    if draw_bernoulli(recipe.blur, generator):
+        smallest, largest = (1 + 2 * round((kernel - 1) / 2 * px) for kernel in recipe.blur_kernels)
+        (step,) = draw_integers([(largest - smallest) // 2], generator)  # all odd kernels between them are as likely
         exemplar = box_blur(exemplar, smallest + 2 * step)
-    if happens(warp, generator):
-        exemplar = affine_warp(exemplar, draw_warp(warp_shift, generator))
+    if draw_bernoulli(recipe.warp, generator):
+        exemplar = affine_warp(exemplar, draw_warp(recipe.warp_shift / EXEMPLAR_SIDE, generator))
     return exemplar
 
 
@@ -64,8 +49,8 @@ def box_blur(exemplar: Tensor, kernel: int) -> Tensor:
     """The mean over kernel x kernel pixels; `kernel` is odd, 1 changes nothing."""
     radius, size = kernel // 2, exemplar.shape[-1]
     padded = F.pad(exemplar, [radius] * 4, mode="reflect")
-    across = sum(padded[..., i : i + size] for i in range(kernel))
-    return sum(across[..., i : i + size, :] for i in range(kernel)) / kernel**2
+    across = functools.reduce(torch.add, (padded[..., i : i + size] for i in range(kernel)))
+    return functools.reduce(torch.add, (across[..., i : i + size, :] for i in range(kernel))) / kernel**2
 
 
 def draw_warp(shift: float, generator: torch.Generator) -> np.ndarray:
@@ -92,7 +77,7 @@ def affine_warp(exemplar: Tensor, matrix: np.ndarray) -> Tensor:
 
 # --- of the object, in photo and exemplar alike ---------------------------------------------------------------
 
-FADE = 0.35  # of half the box: over so much of its outer part a change of colours fades out
+FADE = 0.35  # share of half the box, at its edge, over which a change of colours fades out
 SATURATION = (0.5, 1.5)
 TINT = 0.35  # the least that a tint leaves of a channel
 LARGEST_GAMMA = 2.0
@@ -102,8 +87,8 @@ LARGEST_GAMMA = 2.0
 class Recoloring:
     """Other colours for an object: rgb' = (M rgb)^gamma, where M turns hues about the axis of the grays and tints.
 
-    Around an object in its own photo there is much that tells its colours (more of its kind, the light, what people
-    put together), so that a small model can do without the exemplar. Once they are changed in both, it cannot.
+    What surrounds an object in its own photo tells much of its colours (similar objects, the light, matching things),
+    so that a small model can do without the exemplar. Once the colours are changed in both, it cannot.
     """
 
     matrix: Tensor  # (3, 3)
@@ -112,11 +97,11 @@ class Recoloring:
     def __call__(self, picture: Tensor, box: Box, region: Box) -> Tensor:
         """A picture (3, h, w) in [0, 1] of a photo's `region` with the object in `box` recoloured."""
         colours = torch.einsum("ij,jhw->ihw", self.matrix, picture).clamp(0, 1) ** self.gamma
-        return torch.lerp(picture, colours, inside_weights(box, region, picture.shape[-2:]))
+        return torch.lerp(picture, colours, inside_weights(box, region, (picture.shape[-2], picture.shape[-1])))
 
 
 def draw_recoloring(generator: torch.Generator) -> Recoloring:
-    """Any hue, a saturation times 1/2 to 3/2, a tint, which colours white things too, and a gamma of 1/2 to 2."""
+    """Draws any hue, a saturation factor of 1/2 to 3/2, a tint, which colours white too, and a gamma of 1/2 to 2."""
     angle = draw_uniform(-math.pi, math.pi, generator)
     saturation = draw_uniform(*SATURATION, generator)
     tint = TINT + (1 - TINT) * torch.rand(3, generator=generator)

@@ -15,8 +15,8 @@ from pbe.data.records import (
     DataWarning,
     MaskArray,
     MaskSource,
+    PackedStrings,
     Record,
-    Texts,
     check_shape,
     clip_boxes,
     in_area,
@@ -42,16 +42,15 @@ class Polygons(NamedTuple):
 def decode_counts(text: str) -> np.ndarray:
     """The run lengths (N,) int64 of a compressed RLE, as in the COCO API's `rleFrString`.
 
-    A number is one to several characters of 5 bits each, the lowest first: character - 48 = bits, + 32 if more
-    characters follow; bit 16 of the last is the sign. From the fourth number on each is a difference to the last but
-    one. ValueError for another text.
+    A number is one or more characters of 5 bits each, the lowest first: character - 48 = bits, + 32 if more
+    characters follow; bit 16 of the last is the sign. From the fourth number on, each is the difference to the number
+    two before it. ValueError for another text.
     """
     codes = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(codes < 32) + 1
-    if ((codes < 0) | (codes > 63)).any() or not len(ends) or ends[-1] != len(codes):
-        raise ValueError(f"{text[:40]!r} is not a compressed RLE")
     starts = np.append(0, ends[:-1])
-    if (ends - starts).max() > 7:  # 35 bits; no picture has so many pixels
+    whole = ((codes >= 0) & (codes <= 63)).all() and len(ends) and ends[-1] == len(codes)
+    if not whole or (ends - starts).max() > 7:  # 35 bits; no picture has that many pixels
         raise ValueError(f"{text[:40]!r} is not a compressed RLE")
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts))
     numbers = np.add.reduceat((codes & 31) << shifts, starts)
@@ -62,8 +61,8 @@ def decode_counts(text: str) -> np.ndarray:
 
 
 def decode_rle(rle: dict[str, Any]) -> np.ndarray:
-    """bool (h, w) of an RLE {"size": [h, w], "counts": list or compressed text}: lengths of runs down the columns, of
-    pixels outside and inside the object by turns. ValueError if they do not fill the size."""
+    """bool (h, w) of an RLE {"size": [h, w], "counts": list or compressed text}: lengths of runs down the columns,
+    alternately outside and inside the object. ValueError if they do not fill the size."""
     height, width = rle["size"]
     counts = rle["counts"]
     counts = decode_counts(counts) if isinstance(counts, str) else np.array(counts, dtype=np.int64)
@@ -94,7 +93,7 @@ def check_segmentation(segmentation: Any) -> None:
 
 
 def check_numbers(values: list[Any], what: str) -> None:
-    """ValueError, which begins with `what`, naming the first value that is no finite number."""
+    """ValueError, which begins with `what`, naming the first value that is not a finite number."""
     for value in values:
         if type(value) not in (int, float) or not abs(value) < math.inf:
             raise ValueError(f"{what} {repr(value)[:40]}, not a number")
@@ -109,7 +108,8 @@ def read_segmentation(segmentation: Any, size: tuple[int, int]) -> MaskSource:
 
 NUMBER, TEXT, ID = ((int, float), "a number"), ((str,), "a text"), ((int, str), "a number or a text")
 LIST = ((list,), "a list")
-FIELDS: dict[str, dict[str, tuple[tuple[type, ...], str]]] = {
+Fields = dict[str, tuple[tuple[type, ...], str]]  # types and what they are called, by name
+FIELDS: dict[str, Fields] = {
     "images": {"id": ID, "file_name": TEXT, "width": NUMBER, "height": NUMBER},
     "categories": {"id": ID, "name": TEXT},
     "annotations": {"image_id": ID, "category_id": ID, "bbox": LIST},
@@ -117,7 +117,7 @@ FIELDS: dict[str, dict[str, tuple[tuple[type, ...], str]]] = {
 
 
 def read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The content of an annotation file. ValueError naming the file and the first entry that is not as it should be."""
+    """The content of an annotation file. ValueError naming the file and the first entry that is wrong."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -127,17 +127,14 @@ def read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
             raise ValueError(f"{path} has no list {part!r}, as COCO's files of instances have")
         for k, entry in enumerate(content[part]):
             try:
-                check_fields(entry, fields)
-                if part == "images":
-                    check_image(entry)
-                if part == "annotations":
-                    check_annotation(entry)
+                check_entry(entry, part, fields)
             except ValueError as error:
                 raise ValueError(f"{path}: {part}[{k}]: {error}") from None
     return content
 
 
-def check_fields(entry: Any, fields: dict[str, tuple[tuple[type, ...], str]]) -> None:
+def check_entry(entry: Any, part: str, fields: Fields) -> None:
+    """ValueError for an entry of `part` without one of the fields, or with a value that cannot be."""
     if not isinstance(entry, dict):
         raise ValueError(f"it is {str(entry)[:40]}, not an object")
     for name, (kinds, expected) in fields.items():
@@ -145,28 +142,22 @@ def check_fields(entry: Any, fields: dict[str, tuple[tuple[type, ...], str]]) ->
             raise ValueError(f"it has no {name}")
         if not isinstance(entry[name], kinds):
             raise ValueError(f"{name} is {str(entry[name])[:40]}, not {expected}")
-
-
-def check_image(image: dict[str, Any]) -> None:
-    if not (image["width"] > 0 and image["height"] > 0):
-        raise ValueError(f"its size is {image['width']}x{image['height']} (width x height)")
-
-
-def check_annotation(annotation: dict[str, Any]) -> None:
-    box = annotation["bbox"]
-    if len(box) != 4 or not all(isinstance(number, (int, float)) for number in box):
-        raise ValueError(f"bbox is {box}, not [x, y, width, height]")
-    if annotation.get("segmentation") and not annotation.get("iscrowd"):
-        check_segmentation(annotation["segmentation"])
+    if part == "images" and not (entry["width"] > 0 and entry["height"] > 0):
+        raise ValueError(f"its size is {entry['width']}x{entry['height']} (width x height), not above 0")
+    if part == "annotations":
+        box = entry["bbox"]
+        if len(box) != 4 or not all(isinstance(number, (int, float)) for number in box):
+            raise ValueError(f"bbox is {box}, not [x, y, width, height]")
+        if entry.get("segmentation") and not entry.get("iscrowd"):
+            check_segmentation(entry["segmentation"])
 
 
 class Coco:
     """The pictures of an annotation file that have a box within `area` (least and most share of the picture).
 
     annotations: such as `instances_train2017.json`; read whole at the start. images: the folder of its `file_name`s.
-    Crowds (`iscrowd`) are no single objects and left out. Records have masks where every object of a picture has a
-    segmentation. ValueError or FileNotFoundError where the file is no such file, naming the first entry that is not
-    as it should be, or where none of its pictures is there.
+    Crowds (`iscrowd`) are not single objects and are left out. Records have masks where every object of a picture has a
+    segmentation. ValueError naming the first wrong entry; FileNotFoundError where none of the pictures is found.
     """
 
     def __init__(self, annotations: str | Path, images: str | Path, area: tuple[float, float] = (0.0, 1.0)) -> None:
@@ -185,7 +176,7 @@ class Coco:
 
         files, sizes, boxes, labels, segmentations, ends, bad = [], [], [], [], [], [0], []
         for image in content["images"]:
-            # Taken out one by one, so that the parsed file and what is made of it never stand in memory together.
+            # Removed one by one, so that the parsed file and what is made of it are never in memory together.
             found = objects.pop(image["id"], [])
             x, y, w, h = np.array([annotation["bbox"] for annotation in found], dtype=np.float64).reshape(-1, 4).T
             corners = np.stack([x, y, x + w, y + h], axis=1) / np.tile([image["width"], image["height"]], 2)
@@ -215,11 +206,11 @@ class Coco:
             raise ValueError(f"{path}: no picture has a box of {area[0]:g} to {area[1]:g} of its area")
         if not any((self._images / file).is_file() for file in files):
             raise FileNotFoundError(f"none of the {len(files)} pictures of {path}, such as {files[0]}, is in {images}")
-        self._files, self._sizes, self._ends = Texts(files), np.array(sizes), np.array(ends)
-        self._boxes, self._labels = np.concatenate(boxes), Texts(labels)
+        self._files, self._sizes, self._ends = PackedStrings(files), np.array(sizes), np.array(ends)
+        self._boxes, self._labels = np.concatenate(boxes), PackedStrings(labels)
         self.photos = number_photos(files)
-        # As texts and not as objects: those of COCO's 860,000 objects would take some gigabytes in every worker.
-        self._segmentations = Texts(segmentations)
+        # As JSON text: the parsed segmentations of COCO's 860,000 objects would take gigabytes in every worker.
+        self._segmentations = PackedStrings(segmentations)
 
     def __len__(self) -> int:
         return len(self._files)

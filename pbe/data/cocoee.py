@@ -1,4 +1,4 @@
-"""COCOEE, the benchmark of Paint by Example (arXiv 2211.13227, section 4.1): 3,500 edits with given exemplars."""
+"""COCOEE, the test set of Paint by Example (arXiv 2211.13227, section 4.1): 3,500 edits with given exemplars."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class CocoEE:
     """A folder of `GT_3500/<id>_GT.png`, `Ref_3500/<id>_ref.png`, `Mask_bbox_3500/<id>_mask.png` and `id_list.npy`.
 
     The ids are zero-filled to 12 digits; masks are white where to repaint. Each record is fixed, with one box and the
-    mask it was taken from. FileNotFoundError where any file is missing: results on a part of it compare with none.
+    mask it was taken from. FileNotFoundError where any file is missing: results on a part of it cannot be compared.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.name, self._folder = str(folder), Path(folder)
         listed = self._folder / "id_list.npy"
         if not listed.is_file():
-            raise FileNotFoundError(f"{listed}: there is no such file, and COCOEE has it")
+            raise FileNotFoundError(f"{listed}: there is no such file; a folder of COCOEE has one")
         try:
             ids = np.load(listed, allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -37,12 +37,15 @@ class CocoEE:
         return len(self._ids)
 
     def __getitem__(self, i: int) -> Record:
-        image, reference, mask_file = self._paths(i)
+        image, exemplar, mask_file = self._paths(i)
         mask = MaskFile(mask_file).read()
-        return Record(image, mask.box(), (mask,), reference, repaint_masks=True, fixed=True)
+        return Record(image, mask.box(), (mask,), exemplar, repaint_masks=True, fixed=True)
 
     def _paths(self, i: int) -> tuple[Path, Path, Path]:
-        name = f"{self._ids[i]:012d}"
-        parts = (("GT_3500", "GT"), ("Ref_3500", "ref"), ("Mask_bbox_3500", "mask"))
-        image, reference, mask = (self._folder / folder / f"{name}_{end}.png" for folder, end in parts)
-        return image, reference, mask
+        """The files of image, exemplar and mask."""
+        name, folder = f"{self._ids[i]:012d}", self._folder
+        return (
+            folder / f"GT_3500/{name}_GT.png",
+            folder / f"Ref_3500/{name}_ref.png",
+            folder / f"Mask_bbox_3500/{name}_mask.png",
+        )

@@ -33,7 +33,7 @@ class UnusablePicture(ValueError):
 
 @contextmanager
 def usable(name: str | Path) -> Iterator[None]:
-    """Whatever goes wrong while a picture is read becomes an UnusablePicture that names it."""
+    """Turns every error of reading a picture into an UnusablePicture that names it."""
     try:
         yield
     except UnusablePicture:
@@ -52,7 +52,7 @@ def usable(name: str | Path) -> Iterator[None]:
 def paper_window(
     grown: Box, size: tuple[int, int], shrink: float, only_one: bool, generator: torch.Generator
 ) -> Box | None:
-    """The paper's window around a grown box in a photo of `size` (height, width); None where no square holds the box.
+    """The paper's crop window around a grown box in a photo of `size` (height, width); None where no square holds it.
 
     A square photo is taken whole. Else it is a square of the short side, placed at random along the long one, then
     shrunk on all four sides by one random amount: 0 to int(shrink x its smallest margin around the grown box).
@@ -93,7 +93,7 @@ def coverage_window(
     return Box(first_x + right, first_y + down, first_x + right + side, first_y + down + side)
 
 
-def place(window: Box, resolution: int, fit: Literal["squash", "letterbox"]) -> Box:
+def content_box(window: Box, resolution: int, fit: Literal["squash", "letterbox"]) -> Box:
     """Where a window goes in the example's square: all of it ("squash"), or the middle, in its own shape, so that
     its long side fills the square ("letterbox")."""
     if fit == "squash" or window.width == window.height:
@@ -125,10 +125,10 @@ class Photo:
     """A picture file: its size at once, its pixels where and as large as they are wanted. Use it in a `with`."""
 
     def __init__(self, path: Path):
-        """UnusablePicture if the file is missing or no picture."""
+        """UnusablePicture if the file is missing or not a picture."""
         self.path = path
         with usable(path), ExitStack() as opened:
-            # Not by its path: Pillow would map uncompressed TIFFs into memory, and garbles those that are turned.
+            # Not by its path: Pillow would map uncompressed TIFFs into memory, and garbles those that EXIF rotates.
             self._image = Image.open(opened.enter_context(path.open("rb")))
             self.size = upright_size_of(self._image)  # (height, width)
             self._close = opened.pop_all().close
@@ -142,10 +142,10 @@ class Photo:
     def read(
         self, regions: Sequence[Box], sizes: Sequence[tuple[int, int]], antialias: bool = False, draft: bool = True
     ) -> list[Tensor]:
-        """Each region as uint8 (3, h, w), resampled bilinearly to its size (h, w). To be called once.
+        """Each region as uint8 (3, h, w), resampled bilinearly to its size (h, w). Call it once.
 
-        draft: a JPEG is decoded at 1/2, 1/4 or 1/8 if each region still has at least the size asked of it. Edges of
-            the regions are then rounded to whole pixels of that, which are no larger than a pixel asked for.
+        draft: a JPEG is decoded at 1/2, 1/4 or 1/8 if each region still has at least its size. Edges of the regions
+            are then rounded to whole pixels of the smaller picture, which are no larger than those of the result.
 
         UnusablePicture if the pixels are damaged.
         """
@@ -181,6 +181,7 @@ def _crop(image: Image.Image, box: Box) -> Tensor:
     """The pixels of a box as uint8 (3, h, w)."""
     if image.mode in DEEP_MODES:
         rgb = read_picture(image).rgb()[0]
-        return ((rgb + 1) * 127.5).round().to(torch.uint8)[(..., *box.slices)]
+        rows, columns = box.slices
+        return ((rgb + 1) * 127.5).round().to(torch.uint8)[:, rows, columns]
     # Crop, then convert: gray, CMYK and palettes cost their conversion for the region alone.
     return T.pil_to_tensor(image.crop(box).convert("RGB"))

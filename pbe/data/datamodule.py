@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pbe.data.dataset import ExampleDataset, hold_out
-from pbe.data.example import collate, make_generator
-from pbe.data.recipe_config import RecipeConfig, changed
+from pbe.data.dataset import ExampleDataset, train_val_split
+from pbe.data.example import Example, collate, make_generator
+from pbe.data.recipe_config import RecipeConfig, override_recipe
 from pbe.data.records import Source
 from pbe.data.sources import SourceConfig, open_source
 
@@ -22,49 +22,51 @@ _SHUFFLE = 3  # beside the purposes of a hash in dataset.py
 
 @dataclass
 class DataConfig:
-    """Where examples come from, and how they are loaded.
-
-    source: the training pictures. val_source: those of validation; without it, `val_size` photos held out of `source`
-        with all their objects, always the same ones; 0: no validation. test_source: those of the test.
-    donors: objects with masks, of all sizes, for `recipe.transplant`.
-    recipe: how training examples are made. val_recipe: what is different for validation and test; they are never
-        augmented unless it says `augment: true`. What COCOEE fixes is taken as it is, whatever the recipe.
-    batch_size: examples a step and process (a GPU has one).
-    workers: processes that make examples, beside each process that trains; 0: none.
-    seed: of all that is random about the examples and their order.
-    """
+    """Where examples come from, and how they are loaded."""
 
     source: SourceConfig = field(default_factory=SourceConfig)
+    """The training pictures."""
     val_source: SourceConfig | None = None
+    """Those of validation."""
     test_source: SourceConfig | None = None
+    """Those of the test."""
     donors: SourceConfig | None = None
+    """Objects with masks, of all sizes, for `recipe.transplant`."""
     val_size: int = 0
+    """Without a `val_source`: the number of photos of `source` to validate on, with all their objects, always the same
+    ones, which are not trained on; 0: no validation."""
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    """How training examples are made."""
     val_recipe: dict[str, Any] = field(default_factory=dict)
+    """What is different for validation and test, which are augmented only if it says `augment: true`. What COCOEE fixes
+    is taken as it is, whatever the recipe."""
     batch_size: int = 4
+    """Examples per step and process (one process per GPU)."""
     workers: int = 4
+    """Processes that make examples, beside each process that trains; 0: none."""
     seed: int = 0
+    """Decides all that is random about the examples and their order."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
-        if self.workers < 0:
-            raise ValueError(f"data.workers must be 0 or more, got {self.workers}")
-        if self.val_size < 0:
-            raise ValueError(f"data.val_size must be 0 or more, got {self.val_size}")
-        for key, recipe in (("data.recipe", self.recipe), ("data.val_recipe", self.recipe_for_validation())):
-            if recipe.needs_donors and self.donors is None:
-                raise ValueError(f"{key}.transplant needs data.donors: a source of objects with masks")
+        for name, least in (("batch_size", 1), ("workers", 0), ("val_size", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
+        for key, recipe in self.recipes().items():
+            recipe.check_donors(self.donors, key)
+
+    def recipes(self) -> dict[str, RecipeConfig]:
+        """The recipe of training, and that of validation and test, by their keys in the config."""
+        return {"data.recipe": self.recipe, "data.val_recipe": self.recipe_for_validation()}
 
     def recipe_for_validation(self) -> RecipeConfig:
         """How examples of validation and test are made. ValueError for a wrong name or value in `val_recipe`."""
-        return changed(self.recipe, {"augment": False, **self.val_recipe}, "data.val_recipe")
+        return override_recipe(self.recipe, {"augment": False, **self.val_recipe}, "data.val_recipe")
 
 
 def check_sizes(config: DataConfig, multiple: int, exemplar_size: int) -> None:
     """ValueError unless all examples suit a model whose pictures have sides of a `multiple` of pixels, and whose
     exemplars are of `exemplar_size`."""
-    for key, recipe in (("data.recipe", config.recipe), ("data.val_recipe", config.recipe_for_validation())):
+    for key, recipe in config.recipes().items():
         if recipe.resolution % multiple:
             raise ValueError(
                 f"{key}.resolution must be a multiple of {multiple} for this model, got {recipe.resolution}"
@@ -74,14 +76,16 @@ def check_sizes(config: DataConfig, multiple: int, exemplar_size: int) -> None:
 
 
 class ExampleSampler(DistributedSampler):
-    """The order of training: a permutation by seed and epoch, cut into global batches, one slice of each a process.
+    """The order of training: a permutation by seed and epoch, cut into global batches of one slice per process.
 
     Global batch g is permutation[g B : (g + 1) B] with B = batch_size x processes, and process r takes the r-th
-    `batch_size` of it: any number of processes sees the same order, and the same batches where B is the same. What
-    is left at the end and fills no global batch is left out.
+    `batch_size` of it: any number of processes sees the same order, and the same batches where B is the same. The
+    last examples, which do not fill a global batch, are left out.
 
-    It is a DistributedSampler so that Lightning keeps it as it is, and tells it the epoch.
+    It is a DistributedSampler so that Lightning keeps it, and tells it the epoch.
     """
+
+    dataset: ExampleDataset
 
     def __init__(self, dataset: ExampleDataset, batch_size: int, seed: int = 0, rank: int = 0, processes: int = 1):
         """ValueError if the dataset is too small for one global batch."""
@@ -125,21 +129,6 @@ class ExampleSampler(DistributedSampler):
         return len(self.dataset) // self.global_batch * self.batch_size
 
 
-class InOrder(DistributedSampler):
-    """Pictures in their order, dealt out to the processes; each gets as many, so a few at the end may come twice.
-
-    It leaves the dataset's epoch alone: validation sees the same examples in each.
-    """
-
-    def __init__(self, dataset: ExampleDataset, rank: int = 0, processes: int = 1):
-        super().__init__(dataset, num_replicas=processes, rank=rank, shuffle=False)
-
-
-def open_for(recipe: RecipeConfig, source: SourceConfig) -> Source:
-    """A source of the pictures that have a box for this recipe, as far as is known without opening them."""
-    return open_source(source, (recipe.min_area, recipe.max_area))
-
-
 class ExampleDataModule(lightning.LightningDataModule):
     """Train, validation and test loaders of `Example` batches.
 
@@ -160,37 +149,41 @@ class ExampleDataModule(lightning.LightningDataModule):
         config = self.config
         val_recipe = config.recipe_for_validation()
         if stage in ("fit", "validate") and self.train is None:
-            source, val = open_for(config.recipe, config.source), None
+            source, val = self._open(config.source, config.recipe), None
             if config.val_source is not None:
-                val = open_for(val_recipe, config.val_source)
+                val = self._open(config.val_source, val_recipe)
             elif config.val_size:
-                source, val = hold_out(source, config.val_size)
+                source, val = train_val_split(source, config.val_size)
             self.train = self._dataset(source, config.recipe)
             self.val = self._dataset(val, val_recipe) if val is not None else None
         if stage == "test" and self.test is None:
             if config.test_source is None:
                 raise ValueError("data.test_source is not set: there is nothing to test on")
-            self.test = self._dataset(open_for(val_recipe, config.test_source), val_recipe)
+            self.test = self._dataset(self._open(config.test_source, val_recipe), val_recipe)
+
+    def _open(self, source: SourceConfig, recipe: RecipeConfig) -> Source:
+        return open_source(source, (recipe.min_area, recipe.max_area))
 
     def _dataset(self, source: Source, recipe: RecipeConfig) -> ExampleDataset:
-        donors = open_source(self.config.donors) if recipe.needs_donors else None
+        donors = open_source(self.config.donors) if self.config.donors and recipe.needs_donors else None
         return ExampleDataset(source, recipe, self.config.seed, donors)
 
     def set_position(self, epoch: int, consumed_samples: int) -> None:
         """Training loaders made from now on carry on in this epoch after `consumed_samples` of all processes."""
         self._position = (epoch, consumed_samples)
 
-    def train_dataloader(self) -> DataLoader:
-        rank, processes = self._processes()
-        sampler = ExampleSampler(self.train, self.config.batch_size, self.config.seed, rank, processes)
+    def train_dataloader(self) -> DataLoader[Example]:
+        assert self.train is not None, "setup comes first"
+        sampler = ExampleSampler(self.train, self.config.batch_size, self.config.seed, *self._rank_of_processes())
         sampler.set_position(*self._position)
         return self._loader(self.train, sampler)
 
-    def val_dataloader(self) -> DataLoader | list:
-        return self._loader(self.val, InOrder(self.val, *self._processes())) if self.val is not None else []
+    def val_dataloader(self) -> DataLoader[Example] | list:
+        return self._in_order(self.val) if self.val is not None else []
 
-    def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test, InOrder(self.test, *self._processes()))
+    def test_dataloader(self) -> DataLoader[Example]:
+        assert self.test is not None, "setup comes first"
+        return self._in_order(self.test)
 
     @property
     def skipped(self) -> dict[str, dict[str, int]]:
@@ -199,11 +192,16 @@ class ExampleDataModule(lightning.LightningDataModule):
         datasets = {"train": self.train, "val": self.val, "test": self.test}
         return {split: dataset.skipped for split, dataset in datasets.items() if dataset is not None}
 
-    def _processes(self) -> tuple[int, int]:
+    def _rank_of_processes(self) -> tuple[int, int]:
         """(rank, number of processes)"""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
-    def _loader(self, dataset: ExampleDataset, sampler: DistributedSampler) -> DataLoader:
+    def _in_order(self, dataset: ExampleDataset) -> DataLoader[Example]:
+        """Each process has the same number of examples, so a few at the end may come twice."""
+        rank, processes = self._rank_of_processes()
+        return self._loader(dataset, DistributedSampler(dataset, processes, rank, shuffle=False))
+
+    def _loader(self, dataset: ExampleDataset, sampler: DistributedSampler) -> DataLoader[Example]:
         workers = self.config.workers
         return DataLoader(
             dataset,

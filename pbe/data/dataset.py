@@ -1,4 +1,4 @@
-"""Examples of a source by index, each the same wherever and whenever it is made."""
+"""Examples of a source by index: the same example in every process and run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pbe.data.records import Record, Source
 
 REASONS = ("missing", "unreadable", "no box")
 MAX_ATTEMPTS = 100  # pictures in a row that cannot be used before it is an error
-MAX_WARNINGS = 20  # a process; the counts go on
+MAX_WARNINGS = 20  # per process; the counts go on
 _MAX_WORKERS = 256
 _EXAMPLE, _STEP, _REPLACEMENT = range(3)  # what a hash is for
 
@@ -26,11 +26,12 @@ class UnusablePictureWarning(UserWarning):
     """Another picture was taken in place of one that is missing, unreadable or without a fitting box."""
 
 
-class ExampleDataset(Dataset):
-    """One example a record of the source and epoch.
+class ExampleDataset(Dataset[Example]):
+    """One example per record of the source and epoch.
 
     All that is random about example `i` follows from `seed`, the epoch and `i`. Where its picture cannot be used,
-    one that these numbers choose takes its place; that is counted (`skipped`), and warned of once a file and process.
+    another one, which these numbers choose, takes its place. That is counted (`skipped`), with one warning per file and
+    process.
 
     `set_epoch` also reaches workers that are already running.
     """
@@ -40,11 +41,10 @@ class ExampleDataset(Dataset):
         for needed in (source, donors):
             if needed is not None and not len(needed):
                 raise ValueError(f"{needed.name} holds no picture")
-        if recipe.needs_donors and donors is None:
-            raise ValueError("recipe.transplant needs data.donors: a source of objects with masks")
+        recipe.check_donors(donors)
         self.source, self.recipe, self.seed, self.donors = source, recipe, seed, donors
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        # A row a worker, since workers cannot add to one number at once.
+        # One row per worker, since workers cannot add to one number at once.
         self._skipped = torch.zeros(_MAX_WORKERS, len(REASONS), dtype=torch.int64).share_memory_()
         self._warned: set[str] = set()
 
@@ -99,7 +99,7 @@ class ExampleDataset(Dataset):
         warnings.warn(f"{problem}; another picture takes its place{last}", UnusablePictureWarning, stacklevel=3)
 
 
-class Part:
+class Subset:
     """Some of a source's records, as a source: a share held out for validation, or the rest."""
 
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray, name: str):
@@ -117,8 +117,9 @@ class Part:
         return self.source[int(self._indices[i])]
 
 
-def hold_out(source: Source, n: int) -> tuple[Source, Source]:
-    """(the rest, all records of n photos) of a source, chosen at random but always the same ones.
+def train_val_split(source: Source, n: int) -> tuple[Source, Source]:
+    """(training, validation): the records of n photos of a source, chosen at random but always the same ones, are
+    held out for validation.
 
     ValueError unless n is above 0 and less than the number of photos.
     """
@@ -130,6 +131,6 @@ def hold_out(source: Source, n: int) -> tuple[Source, Source]:
     chosen[torch.randperm(count, generator=make_generator(count))[:n].numpy()] = True
     held = chosen[photos]  # (N,)
     return (
-        Part(source, np.flatnonzero(~held), f"{source.name} (training)"),
-        Part(source, np.flatnonzero(held), f"{source.name} (held out)"),
+        Subset(source, np.flatnonzero(~held), f"{source.name} (training)"),
+        Subset(source, np.flatnonzero(held), f"{source.name} (held out)"),
     )

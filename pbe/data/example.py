@@ -1,4 +1,4 @@
-"""One training example, batches of them, and the numbers that make each one reproducible."""
+"""One training example, batches of them, and the random numbers that make each one reproducible."""
 
 from __future__ import annotations
 
@@ -13,20 +13,14 @@ _64_BITS = (1 << 64) - 1
 
 
 class Example(NamedTuple):
-    """A photo with a region to repaint and the exemplar to repaint it as; in a batch each tensor has B in front.
+    """A photo with a region to repaint and the exemplar to repaint it as; in a batch each tensor has B in front."""
 
-    image: (3, H, W) float32 in [-1, 1], what the edit should give. source: (3, H, W), the photo to edit; it is the same
-    tensor as `image` unless there is a target picture. mask: (1, H, W) in {0, 1}, 1 = keep. exemplar: (3, S, S),
-    CLIP-normalised. seed: int64 (), for the draws of the training step (timestep, noise, posterior, dropped exemplar).
-    file: for messages; a list in a batch.
-    """
-
-    image: Tensor
-    source: Tensor
-    mask: Tensor
-    exemplar: Tensor
-    seed: Tensor
-    file: str | list[str]
+    image: Tensor  # (3, H, W) float32 in [-1, 1], what the edit should give
+    source: Tensor  # (3, H, W), the photo to edit; the same tensor as `image` unless there is a target picture
+    mask: Tensor  # (1, H, W) in {0, 1}, 1 = keep
+    exemplar: Tensor  # (3, S, S), CLIP-normalised
+    seed: Tensor  # int64 (), of the training step's draws (timestep, noise, posterior, dropped exemplar)
+    file: str | list[str]  # for messages; a list in a batch
 
     @property
     def masked_image(self) -> Tensor:
@@ -39,15 +33,15 @@ class Example(NamedTuple):
 
 def collate(examples: Sequence[Example]) -> Example:
     """A batch of examples: tensors stacked, files in a list; image and source are one tensor if they are in each."""
-    images, sources, masks, exemplars, seeds, files = zip(*examples, strict=True)
+    images, sources, masks, exemplars, seeds, files = map(list, zip(*examples, strict=True))
     image = default_collate(images)
     shared = all(a is b for a, b in zip(images, sources, strict=True))
     source = image if shared else default_collate(sources)
-    return Example(image, source, default_collate(masks), default_collate(exemplars), default_collate(seeds), [*files])
+    return Example(image, source, default_collate(masks), default_collate(exemplars), default_collate(seeds), files)
 
 
 def hash64(*values: int) -> int:
-    """A well-mixed number in [0, 2^64) of some integers in their order: the same everywhere and always.
+    """A well-mixed number in [0, 2^64) from a sequence of integers: the same on every machine and in every version.
 
     Each is XORed into the state of SplitMix64 (Steele, Lea and Flood 2014), which then takes a step.
     """
@@ -77,6 +71,6 @@ def draw_uniform(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
-def happens(probability: float, generator: torch.Generator) -> bool:
+def draw_bernoulli(probability: float, generator: torch.Generator) -> bool:
     """True with this probability."""
     return draw_uniform(0, 1, generator) < probability

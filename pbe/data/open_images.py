@@ -13,7 +13,6 @@ from pbe.data.open_images_index import (
     ARRAYS,
     FLAGS,
     LEVELS,
-    ROWS,
     check_folder,
     contains,
     ids_in,
@@ -21,6 +20,9 @@ from pbe.data.open_images_index import (
     sub_folders,
 )
 from pbe.data.records import DataWarning, Record, in_area
+from pbe.io.suggest import did_you_mean
+
+ROWS = 1 << 18  # boxes of an index looked at in one step
 
 
 class OpenImages:
@@ -30,9 +32,15 @@ class OpenImages:
     in the id's first digit, as the official archives (`train_0` to `train_f`) make them. exclude: names of FLAGS whose
     boxes are left out. area: the least and most share of the picture that a box takes.
 
-    Every instance, also one sent to a worker process, maps the arrays anew and holds 4 bytes a picture itself.
-    FileNotFoundError or ValueError where the index, or any of its pictures, is not to be found.
+    Every instance, also one sent to a worker process, maps the arrays again and itself holds 4 bytes per picture.
+    FileNotFoundError or ValueError where the index is not found, or none of its pictures is.
     """
+
+    _ids: np.ndarray  # the arrays of the index, as `pbe.data.open_images_index` describes them
+    _offsets: np.ndarray
+    _boxes: np.ndarray
+    _labels: np.ndarray
+    _flags: np.ndarray
 
     def __init__(
         self,
@@ -43,7 +51,7 @@ class OpenImages:
     ) -> None:
         unknown = [flag for flag in exclude if flag not in FLAGS]
         if unknown:
-            raise ValueError(f"exclude: {unknown[0]!r} is no flag of OpenImages; choose from {', '.join(FLAGS)}")
+            raise ValueError(f"exclude: OpenImages has no flag {unknown[0]!r}{did_you_mean(unknown[0], FLAGS)}")
         self.name = str(index)
         self._index, self._images, self._area = Path(index), Path(images), area
         self._excluded = sum(1 << FLAGS.index(flag) for flag in set(exclude))
@@ -78,19 +86,14 @@ class OpenImages:
 
     def _map(self) -> None:
         images, boxes = self._facts.images, self._facts.boxes
-        shapes = {
-            "ids": (images,),
-            "offsets": (images + 1,),
-            "boxes": (boxes, 4),
-            "labels": (boxes,),
-            "flags": (boxes,),
-        }
+        shapes: dict[str, tuple[int, ...]] = {"ids": (images,), "offsets": (images + 1,), "boxes": (boxes, 4)}
         for name, dtype in ARRAYS.items():
             path = self._index / name
-            size = int(np.prod(shapes[name])) * np.dtype(dtype).itemsize
+            shape = shapes.get(name, (boxes,))
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             if not path.is_file() or path.stat().st_size != size:
-                raise ValueError(f"{path} is not the file of {size} bytes that meta.json tells of; index again")
-            setattr(self, f"_{name}", np.asarray(np.memmap(path, dtype, mode="r", shape=shapes[name])))
+                raise ValueError(f"{path} must have {size} bytes by meta.json; run `pbe index-boxes` again")
+            setattr(self, f"_{name}", np.asarray(np.memmap(path, dtype, mode="r", shape=shape)))
 
     def _usable(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes start to end, (N, 4) float32 fractions, and which of them (N,) may be drawn."""

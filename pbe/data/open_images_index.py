@@ -1,7 +1,7 @@
-"""The index of OpenImages' boxes: their CSV, turned once into arrays that every worker process maps into memory.
+"""The index of OpenImages' boxes: their CSV, converted once to arrays that every worker process maps into memory.
 
 The training file lists 14.6 million boxes (https://storage.googleapis.com/openimages/web/download_v7.html). Its index
-is a folder of `meta.json` and plain arrays, with a row a picture or a row a box:
+is a folder of `meta.json` and plain arrays, with one row per picture or per box:
 
     ids      uint64 (pictures,)      the 16 hexadecimal digits of ImageID, ascending
     offsets  uint32 (pictures + 1,)  the boxes of picture i are offsets[i] to offsets[i + 1]
@@ -9,7 +9,7 @@ is a folder of `meta.json` and plain arrays, with a row a picture or a row a box
     labels   uint16 (boxes,)         places in the list `labels` of meta.json
     flags    uint8 (boxes,)          bit k is FLAGS[k]
 
-It holds every box: which areas are allowed is a value of the training run, and is applied when the index is opened.
+It holds every box: which areas are allowed is a setting of the training run, applied when the index is opened.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ ARRAYS = {"ids": "<u8", "offsets": "<u4", **ROW_ARRAYS}
 VERSION = 1
 LEVELS = 65535  # a step is 0.15 px of a picture 10,000 px wide
 BLOCK = 1 << 22  # bytes of CSV parsed at a time, about 50,000 rows
-ROWS = 1 << 18  # boxes of an index handled at a time
 
 
 @dataclass
 class IndexFacts:
-    """`meta.json` of an index: what it holds, and what of the CSV it does not."""
+    """`meta.json` of an index: what it holds, and what of the CSV it leaves out."""
 
     csv: str
     csv_bytes: int
@@ -59,14 +58,14 @@ def read_facts(index: Path) -> IndexFacts:
     """`meta.json` of an index. FileNotFoundError or ValueError if there is none or one of another version."""
     path = index / "meta.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{index} is no index of boxes: it has no meta.json; `pbe index-boxes` writes one")
+        raise FileNotFoundError(f"{index} is not an index of boxes: it has no meta.json; `pbe index-boxes` writes one")
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; index again") from None
+        raise ValueError(f"{path} is not JSON: {error}; run `pbe index-boxes` again") from None
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
-        raise ValueError(f"{path} has version {version}, this library reads {VERSION}; index again")
+        raise ValueError(f"{path} has version {version}, this library reads {VERSION}; run `pbe index-boxes` again")
     return IndexFacts(**{**values, "labels": tuple(values["labels"])})
 
 
@@ -145,8 +144,8 @@ def _check_rows(rows: np.ndarray, sound_ids: np.ndarray, corners: np.ndarray, pa
     if (i := _first(~sound_ids)) is not None:
         name = rows["ImageID"][i].decode()
         raise ValueError(f"{path}, line {line + i}: ImageID {name!r} is not 16 hexadecimal digits, as OpenImages' are")
-    far = ~((corners >= -EDGE_TOLERANCE) & (corners <= 1 + EDGE_TOLERANCE)).all(axis=1)  # also NaN
-    if (i := _first(far)) is not None:
+    near = ((corners >= -EDGE_TOLERANCE) & (corners <= 1 + EDGE_TOLERANCE)).all(axis=1)  # False for NaN
+    if (i := _first(np.logical_not(near))) is not None:
         values = ", ".join(f"{name} {value:g}" for name, value in zip(COORDINATES, corners[i], strict=True))
         raise ValueError(f"{path}, line {line + i}: {values}: not fractions of the picture's width and height")
     if (i := _first(np.char.str_len(rows["LabelName"]) > 32)) is not None:
@@ -157,7 +156,7 @@ def _read_classes(path: Path) -> dict[str, str]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = [row for row in csv.reader(file) if row]
     if any(len(row) < 2 for row in rows):
-        raise ValueError(f"{path} must have rows of a class's code and name, as class-descriptions-boxable.csv")
+        raise ValueError(f"{path} must have rows of a class's code and name, as class-descriptions-boxable.csv has")
     return {row[0]: row[1] for row in rows}
 
 
@@ -245,7 +244,7 @@ def index_boxes(
             labels = labels.astype(ARRAYS["labels"])
             flags = np.zeros(len(rows), dtype=np.uint8)
             for bit, name in enumerate(FLAGS):
-                if name in rows.dtype.names:
+                if name in (rows.dtype.names or ()):
                     flags |= (rows[name] == 1).astype(np.uint8) << bit  # -1 is "unknown"
             facts.boxes += int(np.count_nonzero(keep))
             for name, values in (("rows", ids), ("boxes", boxes), ("labels", labels), ("flags", flags)):
@@ -262,31 +261,17 @@ def index_boxes(
 
 
 def _group_rows(folder: Path) -> int:
-    """Replaces the list of every box's picture by the pictures and where their boxes start; returns their number."""
+    """Replaces the ids of the boxes' pictures by one id per picture and where its boxes start; returns their number."""
     rows = folder / "rows"
-    ids, starts = _runs(rows)
-    if not (ids[1:] > ids[:-1]).all():
-        order = np.argsort(np.fromfile(rows, dtype=ARRAYS["ids"]), kind="stable")
-        for name, dtype in {"rows": ARRAYS["ids"], **ROW_ARRAYS}.items():
+    ids: np.ndarray = np.memmap(rows, ARRAYS["ids"], mode="r")  # a file, whose pages the system can take back
+    if (ids[1:] < ids[:-1]).any():
+        order = np.argsort(ids, kind="stable")
+        ids = ids[order]
+        for name, dtype in ROW_ARRAYS.items():
             values = np.fromfile(folder / name, dtype).reshape(len(order), -1)
             values[order].tofile(folder / name)
-        ids, starts = _runs(rows)
-    ids.tofile(folder / "ids")
-    boxes = rows.stat().st_size // ids.itemsize
-    np.append(starts, boxes).astype(ARRAYS["offsets"]).tofile(folder / "offsets")
+    starts = np.append(0, np.flatnonzero(ids[1:] != ids[:-1]) + 1)
+    ids[starts].tofile(folder / "ids")
+    np.append(starts, len(ids)).astype(ARRAYS["offsets"]).tofile(folder / "offsets")
     rows.unlink()
-    return len(ids)
-
-
-def _runs(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The runs of equal ids in a file of ids: the ids, and the places where they start."""
-    ids, starts, place = [], [], 0
-    with open(path, "rb") as file:
-        while len(block := np.fromfile(file, dtype=ARRAYS["ids"], count=ROWS)):
-            before = np.append(ids[-1][-1:] if ids else ~block[:1], block[:-1])
-            new = np.flatnonzero(block != before)
-            if new.size:
-                ids.append(block[new])
-                starts.append(new + place)
-            place += len(block)
-    return np.concatenate(ids), np.concatenate(starts)
+    return len(starts)

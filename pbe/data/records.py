@@ -1,12 +1,12 @@
-"""What a source of training pictures gives: records, and the boxes, masks and texts they are made of.
+"""What a source of training pictures gives: records, and the boxes, masks and strings they are made of.
 
-Boxes are (N, 4) float32 x0, y0, x1, y1 as fractions of the width and height of the upright picture (its EXIF
+Boxes are (N, 4) float32 x0, y0, x1, y1 as fractions of the width and height of the upright picture (with its EXIF
 orientation applied), so that they fit the picture at any size it is decoded to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -29,23 +29,21 @@ class MaskSource(Protocol):
 
 
 class Record(NamedTuple):
-    """One picture with its objects.
-
-    boxes: (N, 4) float32, fractions. masks: one a box, or None where only boxes are known. reference: a picture to
-    take as the exemplar in place of the crop. target: what the edited picture should be, in place of itself.
-    labels: one a box, or None. repaint_masks: the masks are what to repaint, and do not only tell where objects are;
-    a recipe's `object_mask` comes before it. fixed: a benchmark's edit, with one box, its mask and a reference: the
-    whole picture, this mask and this reference are taken as they are, whatever the recipe.
-    """
+    """One picture with its objects."""
 
     image: Path
-    boxes: np.ndarray
-    masks: tuple[MaskSource, ...] | None = None
-    reference: Path | None = None
-    target: Path | None = None
-    labels: tuple[str, ...] | None = None
-    repaint_masks: bool = False
-    fixed: bool = False
+    boxes: np.ndarray  # (N, 4) float32, fractions
+    masks: tuple[MaskSource, ...] | None = None  # one per box, or None where only boxes are known
+    exemplar: Path | None = None  # a picture to take as the exemplar in place of the object's crop
+    target: Path | None = None  # what the edited picture should be, in place of the image itself
+    labels: tuple[str, ...] | None = None  # one per box
+    repaint_masks: bool = False  # the masks say what to repaint, not only where objects are, unless the recipe decides
+    fixed: bool = False  # the edit of a test set: the whole picture, its one mask and its exemplar, whatever the recipe
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the exemplar or the target is another picture than `image`."""
+        return self.exemplar is not None or self.target is not None
 
 
 class Source(Protocol):
@@ -105,10 +103,11 @@ def upright_size(path: Path) -> tuple[int, int]:
 def upright_size_of(image: Image.Image) -> tuple[int, int]:
     """(height, width) of an opened picture, whose pixels are not loaded, once its EXIF orientation is applied."""
     # Pillow decodes a whole PNG to look for EXIF behind its pixels, where next to none has any.
-    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+    exif: Mapping[int, int] = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
     width, height = image.size
     if image.format == "TIFF":  # Pillow turns these itself, some releases already their size
-        width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
     return (width, height) if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else (height, width)
 
 
@@ -130,24 +129,30 @@ def _same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 
 class MaskArray(NamedTuple):
-    """A mask at hand: bool (h, w) of the whole picture at any scale, True = object."""
+    """A mask in memory: bool (h, w) of the whole picture at any scale, True = object."""
 
     mask: np.ndarray
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)"""
+        height, width = self.mask.shape
+        return height, width
+
     def draw(self, size: tuple[int, int]) -> np.ndarray:
-        if not _same_shape(size, self.mask.shape):
+        if not _same_shape(size, self.size):
             raise ValueError(
-                f"a mask of {self.mask.shape[1]}x{self.mask.shape[0]} does not fit a picture of "
-                f"{size[1]}x{size[0]} (width x height)"
+                f"a mask of {self.size[1]}x{self.size[0]} does not fit a picture of {size[1]}x{size[0]} "
+                "(width x height)"
             )
         # Nearest: the source pixel under each target pixel's centre.
-        rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, self.mask.shape, strict=True))
+        rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, self.size, strict=True))
         return self.mask[rows[:, None], columns]
 
     def box(self) -> np.ndarray:
         """(1, 4) float32: the object's bounding box. ValueError if the mask is empty."""
-        height, width = self.mask.shape
-        return np.array([mask_bounding_box(self.mask)], dtype=np.float32) / np.float32([width, height, width, height])
+        height, width = self.size
+        return np.array([mask_bounding_box(self.mask)], dtype=np.float32) / np.array([width, height] * 2, np.float32)
 
 
 class MaskFile(NamedTuple):
@@ -166,14 +171,14 @@ class MaskFile(NamedTuple):
             raise ValueError(f"{self.path}: {error}") from error
 
 
-# --- texts ------------------------------------------------------------------------------------------------
+# --- strings ----------------------------------------------------------------------------------------------
 
 
-class Texts(Sequence):
-    """A list of strings in two arrays: worker processes share them, where touching a list's items would copy them."""
+class PackedStrings:
+    """Strings in two arrays, which worker processes share; to touch the items of a list would copy them."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        encoded = [text.encode() for text in texts]
+    def __init__(self, strings: Sequence[str]) -> None:
+        encoded = [string.encode() for string in strings]
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
 
@@ -182,5 +187,5 @@ class Texts(Sequence):
 
     def __getitem__(self, i: int) -> str:
         if not 0 <= i < len(self):
-            raise IndexError(f"text {i} of {len(self)}")
+            raise IndexError(f"string {i} of {len(self)}")
         return self._bytes[self._ends[i] : self._ends[i + 1]].tobytes().decode()

@@ -1,14 +1,14 @@
 """Another photo's object in place of a photo's own: `data.recipe.transplant`, which is not the paper's.
 
 In training the exemplar is the photo's own object, and what surrounds it tells much of it: a stalk that it is a flower,
-a hanger that it is a shirt. A small model then hardly needs the exemplar, and where there are few photos it learns
-them by heart. In another photo nothing but the exemplar tells what to paint, and some thousands of objects and of
-places make millions of pairs.
+a hanger that it is a shirt. A small model then hardly needs the exemplar, and memorises the photos if they are few. In
+another photo nothing but the exemplar tells what to paint, and thousands of objects and photos make millions of pairs.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,9 +44,9 @@ def draw_donor(donors: Source, generator: torch.Generator) -> Donor:
     return Donor(record.image, record.masks[k], size, to_pixels(record.boxes[k], size))
 
 
-def placed(donor: Donor, box: Box, size: tuple[int, int]) -> Box:
-    """Where the donor's object goes in a photo of `size` (height, width) in place of what is in `box`: as large and at
-    the same centre, but in its own shape and inside the photo."""
+def donor_box(donor: Donor, box: Box, size: tuple[int, int]) -> Box:
+    """Where the donor's object goes in a photo of `size` (height, width), in place of what is in `box`: it has the
+    area and centre of `box`, but its own aspect ratio, and lies inside the photo."""
     height, width = size
     scale = math.sqrt(box.area / donor.box.area)
     scale = min(scale, height / donor.box.height, width / donor.box.width)
@@ -60,30 +60,30 @@ class CutOut(NamedTuple):
     """An object at the size at which it is pasted."""
 
     picture: Tensor  # uint8 (3, h, w)
-    cover: Tensor  # (1, h, w) in [0, 1]: how much of each pixel the object covers
+    alpha: Tensor  # (1, h, w) in [0, 1]: how much of each pixel the object covers
 
 
 def read_donor(
-    donor: Donor, reference: Box, sizes: tuple[tuple[int, int], tuple[int, int]], *, antialias: bool, draft: bool
+    donor: Donor, exemplar_box: Box, sizes: Sequence[tuple[int, int]], *, antialias: bool, draft: bool
 ) -> tuple[CutOut, Tensor]:
-    """The object, and the part `reference` of its photo as uint8 (3, S, S), at these sizes (height, width).
+    """The object, and the part `exemplar_box` of its photo as uint8 (3, S, S), at these two sizes (height, width).
 
     UnusablePicture if the photo or the mask is unreadable, or the mask has nothing in the box.
     """
     with Photo(donor.image) as photo:
-        picture, seen = photo.read([donor.box, reference], sizes, antialias=antialias, draft=draft)
+        picture, crop = photo.read([donor.box, exemplar_box], sizes, antialias=antialias, draft=draft)
     with usable(f"the mask of {donor.image}"):
         mask = torch.from_numpy(donor.mask.draw(donor.size)[donor.box.slices])
     if not mask.any():
         raise UnusablePicture("no box", f"the mask of {donor.image} is empty in its box")
     # Antialiased whatever the config: a hard edge would tell the model where something was pasted.
-    return CutOut(picture, T.resize(mask[None].float(), list(sizes[0]), antialias=True).clamp(0, 1)), seen
+    return CutOut(picture, T.resize(mask[None].float(), list(sizes[0]), antialias=True).clamp(0, 1)), crop
 
 
 def paste(cut_out: CutOut, picture: Tensor, place: Box) -> Tensor:
     """A picture (3, h, w) with the object over it at `place`, which has the object's size."""
+    rows, columns = place.slices
     result = picture.clone()
-    under = picture[(..., *place.slices)].float()
-    over = torch.lerp(under, cut_out.picture.float(), cut_out.cover)
-    result[(..., *place.slices)] = over.round().to(torch.uint8)
+    pasted = torch.lerp(picture[..., rows, columns].float(), cut_out.picture.float(), cut_out.alpha)
+    result[..., rows, columns] = pasted.round().to(torch.uint8)
     return result

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import pbe.data.augment as module
 from pbe.data.augment import (
     affine_warp,
-    augment,
+    augment_exemplar,
     box_blur,
     draw_recoloring,
     draw_warp,
@@ -19,33 +19,37 @@ from pbe.data.augment import (
     turned_hues,
 )
 from pbe.data.example import make_generator
-from pbe.data.recipe import augment_exemplar
 from pbe.data.recipe_config import RecipeConfig
 from pbe.images.windows import Box
 
 OFF = {"flip": 0.0, "rotation": 0.0, "blur": 0.0, "warp": 0.0}
-SETTINGS = {"rotation_degrees": 20.0, "blur_kernels": (3, 7), "warp_shift": 50 / 224}
 
 
 def picture(size=9, seed=0):
     return torch.rand(3, size, size, generator=make_generator(seed))
 
 
+def augment(exemplar, generator, **probabilities):
+    """All changes off but those given; blurs of 3 to 7 pixels of this exemplar."""
+    kernels = [1 + 2 * round(radius * 224 / exemplar.shape[-1]) for radius in (1, 3)]
+    return augment_exemplar(exemplar, RecipeConfig(**{**OFF, **probabilities}, blur_kernels=kernels), generator)
+
+
 def test_all_switched_off_changes_nothing():
-    torch.testing.assert_close(augment(picture(), make_generator(0), **OFF, **SETTINGS), picture(), rtol=0, atol=0)
+    torch.testing.assert_close(augment(picture(), make_generator(0)), picture(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name, probability", [("flip", 0.5), ("rotation", 0.5), ("blur", 0.3), ("warp", 0.3)])
 def test_each_change_has_its_probability(name, probability):
     g, x, n = make_generator(3), picture(), 2000
-    changed = sum(not torch.equal(augment(x, g, **{**OFF, name: probability}, **SETTINGS), x) for _ in range(n))
+    changed = sum(not torch.equal(augment(x, g, **{name: probability}), x) for _ in range(n))
     # 4 standard deviations of a binomial count
     assert abs(changed - n * probability) < 4 * (n * probability * (1 - probability)) ** 0.5
 
 
 def test_flip_is_horizontal():
     x = picture()
-    torch.testing.assert_close(augment(x, make_generator(0), **{**OFF, "flip": 1.0}, **SETTINGS), x.flip(-1))
+    torch.testing.assert_close(augment(x, make_generator(0), flip=1.0), x.flip(-1))
 
 
 def test_rotation_is_counter_clockwise():
@@ -66,7 +70,7 @@ def test_angles_and_kernels_are_uniform(monkeypatch):
     monkeypatch.setattr(module, "box_blur", lambda x, kernel: kernels.append(kernel) or x)
     g = make_generator(4)
     for _ in range(3000):
-        augment(picture(3), g, **{**OFF, "rotation": 1.0, "blur": 1.0}, **SETTINGS)
+        augment(picture(3), g, rotation=1.0, blur=1.0)
     assert -20 <= min(angles) < -19.8
     assert 19.8 < max(angles) <= 20
     assert abs(np.mean(angles)) < 4 * 40 / 12**0.5 / 3000**0.5
@@ -107,12 +111,16 @@ def test_warp_mirrors_at_the_centres_of_border_pixels():
 
 
 def test_numbers_in_pixels_follow_the_exemplars_size(monkeypatch):
-    seen = []
-    monkeypatch.setattr("pbe.data.recipe.augment", lambda x, g, **settings: seen.append(settings) or x)
-    for size in (224, 112, 448, 28):
-        augment_exemplar(picture(size), RecipeConfig(), make_generator(0))
-    assert [s["blur_kernels"] for s in seen] == [(3, 7), (1, 5), (5, 13), (1, 1)]  # 1 + 2 round((k - 1) / 2 x share)
-    assert {s["warp_shift"] for s in seen} == {50 / 224}  # a share of the side
+    kernels, shifts = [], []
+    monkeypatch.setattr(module, "box_blur", lambda x, kernel: kernels.append(kernel) or x)
+    monkeypatch.setattr(module, "draw_warp", lambda shift, g: shifts.append(shift) or np.eye(2, 3))
+    g, recipe = make_generator(0), RecipeConfig(blur=1.0, warp=1.0)
+    for size, smallest, largest in ((224, 3, 7), (112, 1, 5), (448, 5, 13), (28, 1, 1)):
+        kernels.clear()
+        for _ in range(50):
+            augment_exemplar(picture(size), recipe, g)
+        assert set(kernels) == set(range(smallest, largest + 1, 2))  # of 1 + 2 round((k - 1) / 2 x share)
+    assert set(shifts) == {50 / 224}  # a share of the side
 
 
 # --- other colours ----------------------------------------------------------------------------------------

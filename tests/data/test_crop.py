@@ -8,10 +8,10 @@ from PIL import Image, ImageOps
 from pbe.data.crop import (
     Photo,
     UnusablePicture,
+    content_box,
     coverage_window,
     draft_scale,
     paper_window,
-    place,
     scaled,
 )
 from pbe.data.example import make_generator
@@ -83,10 +83,10 @@ def test_coverage_window_where_the_photo_or_the_box_sets_limits():
 
 
 def test_place():
-    assert place(Box(0, 0, 200, 100), 64, "squash") == Box(0, 0, 64, 64)
-    assert place(Box(0, 0, 200, 100), 64, "letterbox") == Box(0, 16, 64, 48)
-    assert place(Box(50, 0, 150, 300), 90, "letterbox") == Box(30, 0, 60, 90)
-    assert place(Box(50, 50, 150, 150), 64, "letterbox") == Box(0, 0, 64, 64)
+    assert content_box(Box(0, 0, 200, 100), 64, "squash") == Box(0, 0, 64, 64)
+    assert content_box(Box(0, 0, 200, 100), 64, "letterbox") == Box(0, 16, 64, 48)
+    assert content_box(Box(50, 0, 150, 300), 90, "letterbox") == Box(30, 0, 60, 90)
+    assert content_box(Box(50, 50, 150, 150), 64, "letterbox") == Box(0, 0, 64, 64)
 
 
 def test_enlarge_stops_at_the_edges():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pbe.data.datamodule import DataConfig, ExampleDataModule, ExampleSampler, InOrder, check_sizes
+from pbe.data.datamodule import DataConfig, ExampleDataModule, ExampleSampler, check_sizes
 from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.sources import SourceConfig
@@ -95,11 +96,18 @@ def test_too_few_pictures_for_a_batch(dataset):
         ExampleSampler(dataset, 8, rank=0, processes=3)
 
 
-def test_validation_is_dealt_out_in_order(dataset):
-    ranks = [list(InOrder(dataset, rank, 4)) for rank in range(4)]
+def test_validation_is_dealt_out_in_order(manifest):
+    source = SourceConfig(path=manifest)
+    data = ExampleDataModule(DataConfig(source, val_source=source, recipe=RECIPE, workers=0))
+    data.setup("fit")
+    alone = list(data.val_dataloader().sampler)
+    ranks = []
+    for rank in range(4):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=4)
+        ranks.append(list(data.val_dataloader().sampler))
     assert len({len(rank) for rank in ranks}) == 1  # else one would wait for the other
     assert set(flatten(ranks)) == set(range(N))
-    assert list(InOrder(dataset)) == list(range(N))
+    assert alone == list(range(N))
 
 
 def test_loaders(manifest):
@@ -208,8 +216,8 @@ def test_sizes_that_a_model_does_not_take(manifest):
     "options, message",
     [
         ({"batch_size": 0}, "data.batch_size must be at least 1"),
-        ({"workers": -1}, "data.workers must be 0 or more"),
-        ({"val_size": -1}, "data.val_size must be 0 or more, got -1"),
+        ({"workers": -1}, "data.workers must be at least 0, got -1"),
+        ({"val_size": -1}, "data.val_size must be at least 0, got -1"),
         ({"val_recipe": {"grwo": 0}}, "data.val_recipe.grwo: a recipe has no 'grwo'; did you mean 'grow'"),
     ],
 )
@@ -313,7 +321,7 @@ def test_settings_reach_the_recipes(manifest):
             "samples.every_n_steps=null",
         ]
     ).data
-    assert (data.recipe.coverage, data.recipe.fit) == ([0.1, 0.5], "letterbox")
+    assert (data.recipe.coverage, data.recipe.fit) == ((0.1, 0.5), "letterbox")
     val = data.recipe_for_validation()
     assert val == replace(data.recipe, augment=False, min_area=0, object_mask=1, coverage=[0.2, 0.3])
     assert replace(data, val_recipe={"augment": True}).recipe_for_validation() == data.recipe

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pbe.cli import show_data
-from pbe.data.dataset import ExampleDataset, UnusablePictureWarning, hold_out
+from pbe.data.dataset import ExampleDataset, UnusablePictureWarning, train_val_split
 from pbe.data.example import collate
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import Record, number_photos
@@ -187,7 +187,7 @@ def test_errors_of_the_code_are_not_taken_for_bad_pictures(source, monkeypatch):
     def broken(*_):
         raise ValueError("a bug")
 
-    monkeypatch.setattr("pbe.data.recipe.draw_plan", broken)
+    monkeypatch.setattr("pbe.data.recipe.draw_geometry", broken)
     with pytest.raises(ValueError, match=r"^a bug$"):
         ExampleDataset(source, SMALL)[0]
 
@@ -200,28 +200,28 @@ def test_empty_source_and_wrong_index(source):
 
 
 def test_hold_out_parts_the_source_the_same_way_each_time(source):
-    rest, held = hold_out(source, 2)
+    rest, held = train_val_split(source, 2)
 
     def files(part):
         return [part[i].image for i in range(len(part))]
 
     assert (len(rest), len(held)) == (4, 2)
     assert sorted(files(rest) + files(held)) == sorted(files(source))
-    assert files(hold_out(source, 2)[1]) == files(held)
+    assert files(train_val_split(source, 2)[1]) == files(held)
     with pytest.raises(ValueError, match=r"6 pictures \(data.val_size\) cannot be held out of the 6 of listed"):
-        hold_out(source, 6)
+        train_val_split(source, 6)
 
 
 def test_hold_out_keeps_the_records_of_a_photo_together(source):
     records = [record for record in source.records for _ in range(3)]
-    rest, held = hold_out(Listed(records), 2)
+    rest, held = train_val_split(Listed(records), 2)
     assert (len(rest), len(held)) == (12, 6)
     photos = [{part[i].image for i in range(len(part))} for part in (rest, held)]
     assert not photos[0] & photos[1]
     assert len(photos[1]) == 2
     assert len(np.unique(rest.photos)) == rest.photos.max() + 1 == 4
     with pytest.raises(ValueError, match=r"6 pictures \(data.val_size\) cannot be held out of the 6 of listed"):
-        hold_out(Listed(records), 6)
+        train_val_split(Listed(records), 6)
 
 
 def test_hold_out_of_millions_is_cheap():
@@ -230,7 +230,7 @@ def test_hold_out_of_millions_is_cheap():
         photos = np.arange(1_900_000, dtype=np.uint32)
 
     start = time.perf_counter()
-    rest, held = hold_out(Index(), 2048)
+    rest, held = train_val_split(Index(), 2048)
     assert time.perf_counter() - start < 2  # a tenth of that on an idle machine
     assert (len(rest), len(held)) == (1_900_000 - 2048, 2048)
     # chosen at random: the mean of 2048 uniform numbers is off by 0.006 of their range, as a standard deviation
@@ -249,7 +249,7 @@ def test_show_data_writes_every_stage(source, tmp_path):
     torch.testing.assert_close(shown, expected, rtol=0, atol=1)
     with Image.open(tmp_path / "out" / "00_photo.png") as photo:
         assert photo.size == (640, 480)
-        box = dataset.stages(0).plan.box
+        box = dataset.stages(0).geometry.box
         colours = {photo.getpixel((round(box.x0 * 8) + 1, y)) for y in range(box.y0 * 8, box.y1 * 8)}
     assert colours & set(show_data.COLOURS.values())
 

@@ -75,7 +75,7 @@ def test_rows_that_are_not_utf8_are_named(tmp_path, line):
 @pytest.mark.parametrize("content, message", [("{", "is not JSON"), ("[1]", "has version None")])
 def test_broken_meta_is_named(index, content, message):
     (index / "meta.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"meta\.json {message}.*; index again"):
+    with pytest.raises(ValueError, match=rf"meta\.json {message}.*`pbe index-boxes`"):
         read_facts(index)
 
 
@@ -153,7 +153,6 @@ def test_blocks_do_not_show(tmp_path, monkeypatch, ordered):
     index_boxes(path, tmp_path / "whole")
     monkeypatch.setattr(open_images_index, "BLOCK", 200)
     monkeypatch.setattr(open_images, "ROWS", 5)
-    monkeypatch.setattr(open_images_index, "ROWS", 5)
     read = []
     index_boxes(path, tmp_path / "pieces", progress=read.append)
     assert len(read) > 10
@@ -244,7 +243,7 @@ def test_flags_exclude_boxes(tmp_path, index):
     ):
         assert [len(record.boxes) for record in OpenImages(index, images, exclude=[flag])] == left, flag
     assert [len(record.boxes) for record in OpenImages(index, images, exclude=FLAGS)] == [1, 1]
-    with pytest.raises(ValueError, match="'IsGroup' is no flag"):
+    with pytest.raises(ValueError, match=r"'IsGroup'.*'IsGroupOf'"):
         OpenImages(index, images, exclude=["IsGroup"])
 
 
@@ -293,10 +292,10 @@ def test_copies_for_workers_are_small_and_equal(tmp_path):
 
 def test_wrong_indexes(tmp_path, index):
     images = pictures(tmp_path / "images")
-    with pytest.raises(FileNotFoundError, match="images is no index of boxes"):
+    with pytest.raises(FileNotFoundError, match=r"images is not an index of boxes.*meta\.json"):
         OpenImages(images, images)
     (index / "boxes").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"boxes is not the file of 40 bytes .*index again"):
+    with pytest.raises(ValueError, match=r"boxes must have 40 bytes .*`pbe index-boxes`"):
         OpenImages(index, images)
     meta = json.loads((index / "meta.json").read_text())
     (index / "meta.json").write_text(json.dumps({**meta, "version": 0}))

@@ -10,8 +10,8 @@ from PIL import Image
 from benchmarks.data import main, measure, plain_example
 from pbe.data.crop import UnusablePicture
 from pbe.data.example import draw_integers, hash64, make_generator
-from pbe.data.recipe import choose_box, draw_plan, make_example
-from pbe.data.recipe_config import RecipeConfig, changed
+from pbe.data.recipe import choose_box, draw_geometry, make_example
+from pbe.data.recipe_config import RecipeConfig, override_recipe
 from pbe.data.records import MaskArray, MaskFile, Record
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
@@ -104,7 +104,7 @@ def test_example_has_the_networks_ranges(photo):
 def plans(n=1500, size=(768, 1024), boxes=BOX, masks=None, repaint_masks=False, **options):
     record = Record(Path("photo.jpg"), boxes, masks, repaint_masks=repaint_masks)
     g = make_generator(7)
-    return [draw_plan(record, size, RecipeConfig(**options), g) for _ in range(n)]
+    return [draw_geometry(record, size, RecipeConfig(**options), g) for _ in range(n)]
 
 
 def share_of(plans, outline_points):
@@ -157,17 +157,17 @@ def test_boxes_out_of_bounds_are_not_used():
 @pytest.mark.parametrize("side, margin, jitter", [(1024, 10, 5), (512, 5, 2.5), (2048, 20, 10)])
 def test_numbers_in_photo_pixels_follow_the_photos_size(side, margin, jitter):
     some = plans(50, size=(side // 2, side), grow=0, arbitrary_mask=1)
-    box, reference = some[0].box, some[0].reference
-    assert tuple(np.array(reference) - np.array(box)) == (-margin, -margin, margin, margin)
+    box, exemplar_box = some[0].box, some[0].exemplar_box
+    assert tuple(np.array(exemplar_box) - np.array(box)) == (-margin, -margin, margin, margin)
     beyond = max(max(box.x0 - p.outline[:, 0].min(), p.outline[:, 1].max() - box.y1) for p in some)
     assert beyond == pytest.approx(jitter, rel=0.15)
 
 
 def test_coverage_and_fit():
     wide = np.float32([[0.05, 0.3, 0.95, 0.6]])
-    assert all(p.window == (0, 0, 1024, 512) and p.place == (0, 0, 512, 512) for p in plans(20, (512, 1024), wide))
+    assert all(p.window == (0, 0, 1024, 512) and p.content == (0, 0, 512, 512) for p in plans(20, (512, 1024), wide))
     boxed = plans(20, (512, 1024), wide, fit="letterbox")
-    assert all(p.window == (0, 0, 1024, 512) and p.place == (0, 128, 512, 384) for p in boxed)
+    assert all(p.window == (0, 0, 1024, 512) and p.content == (0, 128, 512, 384) for p in boxed)
     for p in plans(200, coverage=[0.2, 0.4], grow=0.1):
         assert p.window.width == p.window.height
         assert 0.19 < p.grown.area / p.window.area < 0.41
@@ -193,7 +193,7 @@ def test_object_mask_is_what_is_repainted(photo):
     mask[40:70, 60:90] = True
     record = Record(photo, np.float32([[0.3, 0.3, 0.6, 0.65]]), (MaskArray(mask),))
     stages = example(record, object_mask=1.0, resolution=256, grow=0)
-    window, scale = stages.plan.window, 256 / stages.plan.window.width
+    window, scale = stages.geometry.window, 256 / stages.geometry.window.width
     rows, columns = (stages.example.mask[0] == 0).any(1).nonzero(), (stages.example.mask[0] == 0).any(0).nonzero()
     edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     expected = [
@@ -209,10 +209,10 @@ def test_object_mask_is_what_is_repainted(photo):
 
 
 def test_pairs(photo, tmp_path):
-    target, reference = tmp_path / "target.png", tmp_path / "reference.png"
+    target, exemplar = tmp_path / "target.png", tmp_path / "exemplar.png"
     Image.new("RGB", (1600, 1200), (255, 0, 0)).save(target)
-    Image.new("RGB", (50, 70), (0, 0, 255)).save(reference)
-    record = Record(photo, BOX, reference=reference, target=target)
+    Image.new("RGB", (50, 70), (0, 0, 255)).save(exemplar)
+    record = Record(photo, BOX, exemplar=exemplar, target=target)
     ours, alone = example(record).example, example(Record(photo, BOX)).example
     assert (ours.image == torch.tensor([1.0, -1, -1])[:, None, None]).all()
     torch.testing.assert_close(ours.source, alone.source, rtol=0, atol=2 / 255)  # a rounded level
@@ -236,15 +236,15 @@ def test_fixed_edits_are_taken_as_they_are(photo, tmp_path):
     mask = np.zeros((1200, 1600), dtype=bool)
     mask[100:220, 150:310] = True  # 1 % of the photo: less than the recipe's boxes
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    Image.fromarray(natural_photo(64, 64, seed=5)).save(tmp_path / "reference.png")
+    Image.fromarray(natural_photo(64, 64, seed=5)).save(tmp_path / "exemplar.png")
     masks = (MaskFile(tmp_path / "mask.png"),)
     boxes = masks[0].read().box()
-    record = Record(photo, boxes, masks, tmp_path / "reference.png", repaint_masks=True, fixed=True)
+    record = Record(photo, boxes, masks, tmp_path / "exemplar.png", repaint_masks=True, fixed=True)
     # All that would change something is on.
     options = {"coverage": [0.1, 0.2], "object_mask": 0.0, "object_mask_margin": 30.0, "flip": 1.0, "rotation": 1.0}
     stages = [example(record, seed, resolution=160, exemplar_size=64, antialias=True, **options) for seed in range(3)]
     for one in stages:
-        assert one.plan.window == (0, 0, 1600, 1200)
+        assert one.geometry.window == (0, 0, 1600, 1200)
         torch.testing.assert_close(one.example[:4], stages[0].example[:4], rtol=0, atol=0)
     repainted = torch.zeros(160, 160, dtype=torch.bool)
     repainted[13:30, 15:31] = True  # rows 100 to 220 of 1200 and columns 150 to 310 of 1600: all pixels touched
@@ -265,7 +265,7 @@ def test_recoloring_is_of_the_object_in_photo_and_exemplar_alike(photo):
     off = {"flip": 0.0, "rotation": 0.0, "blur": 0.0, "warp": 0.0, "arbitrary_mask": 0.0, "resolution": 128}
     before = example(Record(photo, BOX), **off)
     after = example(Record(photo, BOX), **off, recolor=1.0)
-    assert after.plan.window == before.plan.window
+    assert after.geometry.window == before.geometry.window
     kept = before.example.mask.bool().expand(3, -1, -1)
     torch.testing.assert_close(after.example.image[kept], before.example.image[kept], rtol=0, atol=0)
     assert after.example.source is after.example.image
@@ -273,7 +273,7 @@ def test_recoloring_is_of_the_object_in_photo_and_exemplar_alike(photo):
     # The middle of the object has the same colours in both.
     std, mean = (torch.tensor(values)[:, None, None] for values in (CLIP_STD, CLIP_MEAN))
     middle = (after.example.exemplar * std + mean)[:, 92:132, 92:132].mean((1, 2))
-    box, window = after.plan.reference, after.plan.window
+    box, window = after.geometry.exemplar_box, after.geometry.window
     left, right = (int((box.x0 + box.width * i / 224 - window.x0) * 128 / window.width) for i in (92, 132))
     top, bottom = (int((box.y0 + box.height * i / 224 - window.y0) * 128 / window.height) for i in (92, 132))
     in_photo = (after.example.image[:, top:bottom, left:right].mean((1, 2)) + 1) / 2
@@ -296,8 +296,8 @@ def test_recoloring_has_its_probability_and_leaves_others_as_they_were(photo, tm
     after = [example(Record(photo, BOX), seed, **options, recolor=0.5).example for seed in range(60)]
     changed = sum(not torch.equal(one.image, other.image) for one, other in zip(before, after, strict=True))
     assert abs(changed - 30) < 4 * 15**0.5  # 4 standard deviations
-    Image.new("RGB", (50, 70), (0, 0, 255)).save(tmp_path / "reference.png")
-    pair = Record(photo, BOX, reference=tmp_path / "reference.png")
+    Image.new("RGB", (50, 70), (0, 0, 255)).save(tmp_path / "exemplar.png")
+    pair = Record(photo, BOX, exemplar=tmp_path / "exemplar.png")
     for record, others in ((pair, {}), (Record(photo, BOX), {"augment": False})):
         recolored = example(record, **options, **others, recolor=1.0).example
         torch.testing.assert_close(recolored[:4], example(record, **options, **others).example[:4], rtol=0, atol=0)
@@ -315,10 +315,10 @@ def test_antialias_smooths(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"flip": 1.5}, "recipe.flip must be between 0 and 1, got 1.5"),
-        ({"grow": -0.1}, "recipe.grow must be between 0 and 1"),
-        ({"jitter": -1.0}, "recipe.jitter must be 0 or more"),
-        ({"resolution": 0}, "recipe.resolution must be at least 8"),
+        ({"flip": 1.5}, "recipe.flip must be a number from 0 to 1, got 1.5"),
+        ({"grow": -0.1}, "recipe.grow must be a number from 0 to 1, got -0.1"),
+        ({"jitter": -1.0}, "recipe.jitter must be a number of at least 0, got -1.0"),
+        ({"resolution": 0}, "recipe.resolution must be a whole number of at least 8, got 0"),
         ({"min_area": 0.9}, "recipe.min_area 0.9 must be below max_area 0.8"),
         ({"coverage": [0.5, 0.1]}, "recipe.coverage must be"),
         ({"coverage": [0.5]}, "recipe.coverage must be"),
@@ -333,30 +333,32 @@ def test_bad_values_are_named(options, message):
 
 def test_changes_of_a_recipe():
     recipe = RecipeConfig(resolution=64, coverage=[0.1, 0.5], fit="letterbox")
-    other = changed(recipe, {"augment": False, "coverage": None, "min_area": 0}, "data.val_recipe")
+    other = override_recipe(recipe, {"augment": False, "coverage": None, "min_area": 0}, "data.val_recipe")
     assert (other.augment, other.coverage, other.min_area) == (False, None, 0)
     assert (other.resolution, other.fit) == (64, "letterbox")
-    assert changed(recipe, {"coverage": [0.2, 0.3], "object_mask": 0.5, "fit": "squash"}, "").coverage == [0.2, 0.3]
+    other = override_recipe(recipe, {"coverage": [0.2, 0.3], "object_mask": 0.5, "fit": "squash"}, "")
+    assert (other.coverage, other.object_mask, other.fit) == ((0.2, 0.3), 0.5, "squash")
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"flipp": 0.5}, r"data\.val_recipe\.flipp: a recipe has no 'flipp'; did you mean 'flip'\?"),
-        ({"batch": 4}, r"data\.val_recipe\.batch: a recipe has no 'batch'; it has resolution, "),
-        ({"flip": "often"}, r"data\.val_recipe\.flip must be float, got 'often'"),
-        ({"flip": True}, r"data\.val_recipe\.flip must be float, got True"),
-        ({"flip": None}, r"data\.val_recipe\.flip must be float, got None"),
-        ({"resolution": 64.0}, r"data\.val_recipe\.resolution must be int, got 64\.0"),
-        ({"coverage": ["a", "b"]}, r"data\.val_recipe\.coverage must be list\[float\] \| None, got \['a', 'b'\]"),
-        ({"fit": "stretch"}, r"data\.val_recipe\.fit must be Literal.*, got 'stretch'"),
-        ({"flip": 1.5}, r"data\.val_recipe\.flip must be between 0 and 1, got 1\.5"),
+        ({"batch": 4}, r"data\.val_recipe\.batch: a recipe has no 'batch'; .*resolution, "),
+        ({"reference_margin": 3.0}, r"data\.val_recipe\.reference_margin .*'exemplar_margin'"),
+        ({"flip": "often"}, r"data\.val_recipe\.flip must be a number from 0 to 1, got 'often'"),
+        ({"flip": True}, r"data\.val_recipe\.flip must be a number from 0 to 1, got True"),
+        ({"flip": None}, r"data\.val_recipe\.flip must be a number from 0 to 1, got None"),
+        ({"resolution": 64.0}, r"data\.val_recipe\.resolution must be a whole number of at least 8, got 64\.0"),
+        ({"coverage": ["a", "b"]}, r"data\.val_recipe\.coverage must be \[least, most\] .*, got \['a', 'b'\]"),
+        ({"fit": "stretch"}, r"data\.val_recipe\.fit must be 'squash' or 'letterbox', got 'stretch'"),
+        ({"flip": 1.5}, r"data\.val_recipe\.flip must be a number from 0 to 1, got 1\.5"),
         ({"min_area": 0.9}, r"data\.val_recipe\.min_area 0\.9 must be below max_area 0\.8"),
     ],
 )
 def test_wrong_changes_name_the_key(changes, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        changed(RecipeConfig(), changes, "data.val_recipe")
+        override_recipe(RecipeConfig(), changes, "data.val_recipe")
 
 
 # --- numbers ----------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from pbe.cli import show_data
 from pbe.data.crop import UnusablePicture, in_window
 from pbe.data.dataset import ExampleDataset, UnusablePictureWarning
 from pbe.data.example import make_generator
-from pbe.data.recipe import draw_plan, make_example
+from pbe.data.recipe import draw_geometry, make_example
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import MaskArray, MaskFile, Record, number_photos
-from pbe.data.transplant import CutOut, Donor, draw_donor, paste, placed
+from pbe.data.transplant import CutOut, Donor, donor_box, draw_donor, paste
 from pbe.images.windows import Box
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.training.config import load_config
@@ -70,7 +70,7 @@ def donor_of(width, height):
 @pytest.mark.parametrize(("width", "height"), [(200, 200), (90, 300), (300, 90), (3, 7)])
 def test_a_donor_goes_where_the_object_was_in_its_own_shape_and_as_large(width, height):
     box = Box(300, 200, 380, 300)
-    place = placed(donor_of(width, height), box, (700, 900))
+    place = donor_box(donor_of(width, height), box, (700, 900))
     assert place.area == pytest.approx(box.area, rel=0.03)  # whole pixels
     assert place.width / place.height == pytest.approx(width / height, rel=0.03)
     assert abs(place.x0 + place.x1 - 680) <= 1
@@ -80,16 +80,16 @@ def test_a_donor_goes_where_the_object_was_in_its_own_shape_and_as_large(width, 
 def test_a_donor_stays_inside_the_photo():
     for donor in (donor_of(400, 20), donor_of(20, 400), donor_of(50, 50)):
         for box in (Box(0, 0, 100, 100), Box(0, 60, 40, 100), Box(99, 0, 100, 100)):
-            place = placed(donor, box, (100, 100))
+            place = donor_box(donor, box, (100, 100))
             assert 0 <= place.x0 < place.x1 <= 100
             assert 0 <= place.y0 < place.y1 <= 100
 
 
 def test_the_margin_of_an_exemplar_follows_its_own_photo():
     donor = donor_of(200, 100)._replace(size=(2048, 512))
-    config = RecipeConfig(reference_margin=5)
-    plan = draw_plan(Record(Path("photo.jpg"), BOX), (256, 256), config, make_generator(0), donor)
-    assert plan.reference == donor.box.grown(10, donor.size)  # 5 pixels of a photo of 1024
+    config = RecipeConfig(exemplar_margin=5)
+    geometry = draw_geometry(Record(Path("photo.jpg"), BOX), (256, 256), config, make_generator(0), donor)
+    assert geometry.exemplar_box == donor.box.grown(10, donor.size)  # 5 pixels of a photo of 1024
 
 
 def test_a_box_in_the_pixels_of_a_window():
@@ -108,7 +108,7 @@ def test_pasting_mixes_by_cover_and_leaves_the_rest():
 
 def test_the_object_is_in_the_photo_and_the_exemplar(host, donors):
     stages = transplanted(host, donors)
-    example, place = stages.example, in_window(stages.plan.box, stages.plan.window, (64, 64))
+    example, place = stages.example, in_window(stages.geometry.box, stages.geometry.window, (64, 64))
     image = (example.image + 1) / 2
     # A disc fills its box to pi / 4; all that is not the disc is the host's, black and blue, and nothing is green but
     # for pixels on the disc's edge: half of them is covered, by what is half green.
@@ -124,13 +124,13 @@ def test_the_object_is_in_the_photo_and_the_exemplar(host, donors):
     torch.testing.assert_close(exemplar[:, 16, 16], torch.tensor([1.0, 0, 0]), rtol=0, atol=1e-5)
     torch.testing.assert_close(exemplar[:, 0, 0], torch.tensor([0.0, 1, 0]), rtol=0, atol=1e-5)
     assert example.source is example.image
-    assert stages.plan.donor.image == donors[0].image
+    assert stages.geometry.donor.image == donors[0].image
 
 
 def test_the_mask_is_the_recipes_not_that_of_the_photos_own_object(host, donors):
     with_mask = host._replace(masks=(MaskArray(np.ones((160, 160), dtype=bool)),), repaint_masks=True)
-    assert transplanted(with_mask, donors).plan.outline is not None
-    assert transplanted(with_mask, donors, transplant=0.0).plan.outline is None
+    assert transplanted(with_mask, donors).geometry.outline is not None
+    assert transplanted(with_mask, donors, transplant=0.0).geometry.outline is None
 
 
 def test_what_is_transplanted_keeps_its_colours(host, donors):
@@ -140,12 +140,12 @@ def test_what_is_transplanted_keeps_its_colours(host, donors):
 
 def test_it_has_its_probability_and_leaves_others_as_they_were(host, donors, tmp_path):
     stages = [transplanted(host, donors, seed, transplant=0.5) for seed in range(60)]
-    assert abs(sum(one.plan.donor is not None for one in stages) - 30) < 4 * 15**0.5  # 4 standard deviations
+    assert abs(sum(one.geometry.donor is not None for one in stages) - 30) < 4 * 15**0.5  # 4 standard deviations
     Image.new("RGB", (50, 70), (0, 0, 255)).save(tmp_path / "blue.png")
     Image.new("RGB", (160, 160)).save(tmp_path / "target.png")
-    for record in (host._replace(reference=tmp_path / "blue.png"), host._replace(target=tmp_path / "target.png")):
-        assert transplanted(record, donors).plan.donor is None
-    assert transplanted(host, donors, augment=False).plan.donor is None
+    for record in (host._replace(exemplar=tmp_path / "blue.png"), host._replace(target=tmp_path / "target.png")):
+        assert transplanted(record, donors).geometry.donor is None
+    assert transplanted(host, donors, augment=False).geometry.donor is None
     # Where it is off, examples are what they were before there was such a thing.
     off, without = (
         make_example(host, RecipeConfig(**SMALL), make_generator(1), donors=given).example for given in (donors, None)
@@ -186,7 +186,7 @@ def test_a_data_set_of_transplants(host, donors, tmp_path):
     for i in range(20):
         for a, b in zip(dataset[i][:5], again[i][:5], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert {dataset.stages(i).plan.donor is None for i in range(20)} == {True, False}
+    assert {dataset.stages(i).geometry.donor is None for i in range(20)} == {True, False}
 
     gone = Listed(donors[0], donors[0]._replace(image=tmp_path / "gone.png"))
     dataset = ExampleDataset(source, recipe, 3, gone)
@@ -207,7 +207,7 @@ def test_from_a_config(host, donors, tmp_path, capsys):
     settings = [f"data.source.path={tmp_path / 'hosts.csv'}", "data.recipe.transplant=1", "samples.every_n_steps=null"]
     with pytest.raises(ValueError, match=r"data\.recipe\.transplant needs data\.donors"):
         load_config(settings)
-    with pytest.raises(ValueError, match=r"transplant must be between 0 and 1, got 2"):
+    with pytest.raises(ValueError, match=r"transplant must be a number from 0 to 1, got 2"):
         load_config([*settings, "data.recipe.transplant=2"])
     settings.append(f"data.donors.path={tmp_path / 'donors.csv'}")
     assert show_data.main(["--out", str(tmp_path / "shown"), *settings, "-n", "2", "data.recipe.grow=0"]) == 0
