@@ -27,9 +27,9 @@ class DataConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     """The training pictures."""
     val_source: SourceConfig | None = None
-    """Those of validation."""
+    """The pictures of validation."""
     test_source: SourceConfig | None = None
-    """Those of the test."""
+    """The pictures of the test."""
     donors: SourceConfig | None = None
     """Objects with masks, of all sizes, for `recipe.transplant`."""
     val_size: int = 0
@@ -174,7 +174,7 @@ class ExampleDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Example]:
         assert self.train is not None, "setup comes first"
-        sampler = ExampleSampler(self.train, self.config.batch_size, self.config.seed, *self._rank_of_processes())
+        sampler = ExampleSampler(self.train, self.config.batch_size, self.config.seed, *self._rank_and_world_size())
         sampler.set_position(*self._position)
         return self._loader(self.train, sampler)
 
@@ -192,13 +192,13 @@ class ExampleDataModule(lightning.LightningDataModule):
         datasets = {"train": self.train, "val": self.val, "test": self.test}
         return {split: dataset.skipped for split, dataset in datasets.items() if dataset is not None}
 
-    def _rank_of_processes(self) -> tuple[int, int]:
-        """(rank, number of processes)"""
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        """Of the trainer; a process of its own without one."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _in_order(self, dataset: ExampleDataset) -> DataLoader[Example]:
         """Each process has the same number of examples, so a few at the end may come twice."""
-        rank, processes = self._rank_of_processes()
+        rank, processes = self._rank_and_world_size()
         return self._loader(dataset, DistributedSampler(dataset, processes, rank, shuffle=False))
 
     def _loader(self, dataset: ExampleDataset, sampler: DistributedSampler) -> DataLoader[Example]:

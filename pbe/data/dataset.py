@@ -16,7 +16,7 @@ from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import Record, Source
 
 REASONS = ("missing", "unreadable", "no box")
-MAX_ATTEMPTS = 100  # pictures in a row that cannot be used before it is an error
+MAX_ATTEMPTS = 100  # this many unusable pictures in a row are an error
 MAX_WARNINGS = 20  # per process; the counts go on
 _MAX_WORKERS = 256
 _EXAMPLE, _STEP, _REPLACEMENT = range(3)  # what a hash is for

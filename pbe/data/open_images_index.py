@@ -49,7 +49,7 @@ class IndexFacts:
     boxes: int = 0
     clipped: int = 0  # boxes that reached over the edge, by up to EDGE_TOLERANCE
     empty: int = 0  # boxes without area, left out
-    missing: int | None = None  # pictures without a file, left out; None: nobody looked
+    missing: int | None = None  # pictures without a file, left out; None: not looked for
     labels: tuple[str, ...] = ()
     version: int = VERSION
 
@@ -208,8 +208,8 @@ def index_boxes(
 
     images: the pictures' folder; those without a file in it are left out. classes: `class-descriptions-boxable.csv`,
     for names in place of codes such as `/m/01yrx`. `progress` is called with the number of bytes read since the last
-    call. The folder appears whole or not at all. Memory grows by 16 bytes a picture, and by 24 a box where the rows
-    are not sorted by ImageID (those of the official files are).
+    call. The folder appears whole or not at all. Memory grows by about 20 bytes per picture and 1 per box, and by 32
+    per box where the rows are not sorted by ImageID (those of the official files are).
 
     ValueError naming a missing column, or the line and value of a row that cannot be read; FileExistsError for an
     existing folder unless `overwrite`.
