@@ -3,7 +3,7 @@
     prepared = prepare_for_inference(model)
     pictures = pbe.edit(prepared, "photo.png", "mask.png", "exemplar.png")
 
-`pbe.edit` prepares an ordinary model by itself, for the one edit; who makes several edits prepares once.
+`pbe.edit` prepares an ordinary model for each call; for several edits it is faster to prepare it once.
 """
 
 from pbe.acceleration.compiled import Compile, is_compiled

@@ -20,29 +20,32 @@ from pbe.models.vae import ResnetBlock
 
 Compile = Literal["regions", "whole"]
 
-# The blocks that the networks repeat, and the method that holds nothing of a block's place in them.
+# The blocks that the networks repeat, and the method that does not depend on a block's place in them.
 REGIONS = {ResBlock: "body", FoldedBlock: "body", FusedBlock: "forward", ResnetBlock: "forward"}
 
 
 def compile_networks(model: PaintByExample, how: Compile, backend: str | Callable = "inductor") -> None:
-    """Has a prepared model's UNet and VAE decoder compiled when they are first called.
+    """Replaces methods of a prepared model's UNet and decoder by functions that their first call compiles.
 
     "regions" compiles the residual and transformer blocks, one graph for all blocks of a kind and shape, so there is
     less to compile. "whole" makes one graph of all the UNet, and on CUDA replays it as a CUDA graph, in the place of
-    hundreds of launches. Beyond 8 sizes torch computes without graphs.
+    hundreds of launches; and one of the decoder, which runs once per picture. Beyond 8 sizes torch computes without
+    graphs.
     """
     if how == "regions":
         compile_regions(nn.ModuleList([model.unet, model.vae.decoder]), backend)
         return
     replayed = model.device.type == "cuda" and backend == "inductor"
-    options = {"dynamic": False, "backend": backend}
-    predict = torch.compile(model.unet.predict, mode="reduce-overhead" if replayed else None, **options)
-    model.unet.predict = kept(predict) if replayed else predict
-    model.vae.decoder.forward = torch.compile(model.vae.decoder.forward, **options)
+    for network, method, mode in (
+        (model.unet, "predict", "reduce-overhead" if replayed else None),
+        (model.vae.decoder, "forward", None),
+    ):
+        compiled = torch.compile(getattr(network, method), mode=mode, dynamic=False, backend=backend)
+        setattr(network, method, compiled if mode is None else kept(compiled))
 
 
 def compile_regions(network: nn.Module, backend: str | Callable) -> None:
-    """Gives blocks of one kind, with weights of one shape, one compiled function between them."""
+    """Gives all blocks of one kind, with weights of the same shapes, the same compiled function."""
     compiled: dict[tuple, Callable] = {}
     for block in network.modules():
         if type(block) in REGIONS:
@@ -60,7 +63,7 @@ def own_code(function: FunctionType) -> FunctionType:
 
 
 def kept(predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`predict` with results of their own: a CUDA graph's replay writes over the last one's, and samplers keep four."""
+    """`predict`, its results copied: a CUDA graph's replay overwrites the last result, and samplers keep four."""
 
     @wraps(predict)
     def cloned(*args: Any) -> Tensor:

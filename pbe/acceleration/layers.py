@@ -1,4 +1,7 @@
-"""Layers that compute what the networks' own do, in fewer operations."""
+"""Layers that compute what the networks' own do, in fewer operations, and how they take their place."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -6,15 +9,26 @@ from torch import Tensor, nn
 
 from pbe.models.unet import Attention
 
-# So many bfloat16 scores fit the cores' second-level caches (1 MiB each) while they are normalised and multiplied;
-# fewer leave the products too narrow.
+# The number of bfloat16 scores that fit the cores' second-level caches (1 MiB each) while they are normalised and
+# multiplied; fewer leave the products too narrow.
 TILE_SCORES = 2**20
 # Below this, all of a head's scores are few and the loop over the heads costs more than it saves.
 MIN_TILED_TOKENS = 128
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def swap(network: nn.Module, kind: type[Layer], form: Callable[[Layer], nn.Module]) -> None:
+    """Puts form(layer) in the place of each layer of a kind, one by one: what nobody else holds is freed as it goes."""
+    for name, child in network.named_children():
+        if isinstance(child, kind):
+            setattr(network, name, form(child))
+        else:
+            swap(child, kind, form)
+
 
 class PhaseUpsample(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution, as four 2x2 convolutions: one for each output phase.
+    """Nearest-neighbour doubling and a 3x3 convolution, as four 2x2 convolutions: one per output phase.
 
     Along one axis the upsampled neighbours of an even output position 2i are the inputs i-1, i, i and those of an odd
     one i, i, i+1, so that with kernel (k0, k1, k2)
@@ -26,15 +40,18 @@ class PhaseUpsample(nn.Module):
     doubled, because the next level is odd, take the ordinary way.
     """
 
+    takes = ("size",)
+
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.conv = conv
         self.phases = nn.ModuleList(phase_convolutions(conv))
 
-    def forward(self, x: Tensor, h: int | None = None, w: int | None = None) -> Tensor:
-        """(B, C, H, W) to (B, C', h, w), by default twice the size."""
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """(B, C, H, W) to (B, C', *size), by default twice the size."""
         H, W = x.shape[-2:]
-        if (h or 2 * H, w or 2 * W) != (2 * H, 2 * W):
+        h, w = size or (2 * H, 2 * W)
+        if (h, w) != (2 * H, 2 * W):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")[..., :h, :w])
         x = F.pad(x, (1, 1, 1, 1))
         windows = [x[..., a : a + H + 1, b : b + W + 1] for a in (0, 1) for b in (0, 1)]
@@ -60,8 +77,8 @@ def pair_sums(kernel: Tensor, dim: int, phase: int) -> Tensor:
 
 def convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A convolution without padding that holds these very tensors."""
-    out_channels, in_channels, *size = weight.shape
-    conv = nn.Conv2d(in_channels, out_channels, size, bias=bias is not None, device="meta")
+    out_channels, in_channels, height, width = weight.shape
+    conv = nn.Conv2d(in_channels, out_channels, (height, width), bias=bias is not None, device="meta")
     conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), bias
     return conv
 

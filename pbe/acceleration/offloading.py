@@ -10,15 +10,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pbe.acceleration import PreparedModel
+from pbe.acceleration.prepare import PreparedModel
 from pbe.models.paint_by_example import PaintByExample
 
 
 def offload(model: PaintByExample, device: str | torch.device) -> PaintByExample:
-    """The model itself, whose networks lie in the CPU's memory and visit `device` while `pbe.edit` needs them.
+    """The model itself, with its networks in the CPU's memory, from where `pbe.edit` copies each to `device` in turn.
 
-    On the device stay the projection and the learned vector, which say where and in what precision the model computes:
-    `prepare_for_inference` chooses its layouts for that device.
+    The projection and the learned vector stay on the device: they say where and in what precision the model computes,
+    and `prepare_for_inference` chooses its layouts for that device.
 
     Raises:
         ValueError: for a prepared model, whose layouts may be those of the device that it was prepared on.
@@ -33,10 +33,9 @@ def offload(model: PaintByExample, device: str | torch.device) -> PaintByExample
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A context in which the module's parameters are on `device`; then they are again where they were.
+    """A context in which the module's parameters are on `device`; afterwards they are where they were before.
 
-    What lies there already stays. What comes from elsewhere is a copy that is dropped afterwards: nothing is copied
-    back, so changes to it are lost.
+    Parameters from elsewhere are copied there, and the copies are dropped afterwards: changes to them are lost.
     """
     parameters = list(module.parameters())
     homes = [parameter.data for parameter in parameters]
@@ -50,5 +49,5 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, in its memory format; itself if it is there."""
+    """The tensor on `device`, in its memory format; the same tensor if it is there already."""
     return tensor.to(device)

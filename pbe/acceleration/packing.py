@@ -8,6 +8,7 @@ kernels are made for those: on CUDA in 16 bits.
 import torch
 from torch import Tensor, nn
 
+from pbe.acceleration.layers import swap
 from pbe.checkpoints.formats.lazy_tensors import release_mapped
 
 
@@ -17,7 +18,7 @@ class PackedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
-        size = [2, conv.in_channels, 16, 16]  # any will do
+        size = [2, conv.in_channels, 16, 16]  # any size does
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
             conv.weight.detach(), self.padding, self.stride, self.dilation, self.groups, size
         )
@@ -53,9 +54,9 @@ class PackedPointwise(PackedLinear):
 
 
 def relayout(module: nn.Module, device: torch.device, dtype: torch.dtype, packed: bool) -> None:
-    """Gives the layers inside the weights that are fastest on `device`, where they lie already, and in `dtype`.
+    """Gives the layers inside, which are on `device` already, the weights that are fastest there, in `dtype`.
 
-    With `packed` also those that only oneDNN knows.
+    With `packed` also in layouts that only oneDNN knows.
     """
     if packed and can_pack(device, dtype):
         pack(module, dtype)
@@ -67,31 +68,33 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN is there and computes in this precision."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    supported = {
-        torch.float32: lambda: True,
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype in supported and supported[dtype]()
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
 
 
 def pack(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replaces the convolutions and linear layers inside, one by one: what nobody else holds is freed as it goes."""
-    for name, child in module.named_children():
-        if not isinstance(child, nn.Conv2d | nn.Linear):
-            pack(child, dtype)
-            continue
-        convert(child, dtype)
-        if isinstance(child, nn.Linear):
-            kind = PackedLinear
+    """Replaces the convolutions and linear layers inside, and gives their pages of a mapped file back."""
+
+    def packed(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+        convert(layer, dtype)
+        if isinstance(layer, nn.Linear):
+            form: nn.Module = PackedLinear(layer)
+        elif layer.kernel_size == layer.stride == (1, 1):
+            form = PackedPointwise(layer)
         else:
-            kind = PackedPointwise if child.kernel_size == child.stride == (1, 1) else PackedConv2d
-        setattr(module, name, kind(child))
-        release_mapped(child.weight)
+            form = PackedConv2d(layer)
+        release_mapped(layer.weight)
+        return form
+
+    swap(module, nn.Conv2d, packed)
+    swap(module, nn.Linear, packed)
 
 
 def to_channels_last(module: nn.Module, dtype: torch.dtype) -> None:
-    """Gives convolutions weights of their own in channels-last order, one by one."""
+    """Gives convolutions their own weights in channels-last order, one by one."""
     convert(module, dtype)
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
@@ -102,7 +105,7 @@ def to_channels_last(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def convert(module: nn.Module, dtype: torch.dtype) -> None:
-    """Gives the parameters inside their values in `dtype`, one by one; what was read of a file for it is given back."""
+    """Converts the parameters inside to `dtype`, one by one, and gives their pages of a mapped file back."""
     for parameter in module.parameters():
         if parameter.dtype != dtype:
             stored = parameter.detach()

@@ -1,21 +1,22 @@
-"""A model's prepared form: who owns which weights."""
+"""A model's prepared form, and which of the two models owns which weights."""
 
 import copy
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, TypeVar, cast, get_args
 
 import torch
 from torch import nn
 
 from pbe.acceleration.compiled import Compile, compile_networks, is_compiled
-from pbe.acceleration.layers import PhaseUpsample
+from pbe.acceleration.layers import PhaseUpsample, swap
 from pbe.acceleration.packing import convert, relayout
 from pbe.acceleration.strips import StripVAE
 from pbe.acceleration.unet import PreparedUNet
 from pbe.checkpoints.formats.lazy_tensors import release_mapped
 from pbe.models.lora import merge_lora
 from pbe.models.paint_by_example import PaintByExample
-from pbe.models.unet import UNet
-from pbe.models.vae import AutoencoderKL
+from pbe.models.vae import AutoencoderKL, Upsample
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class PreparedModel(PaintByExample):
@@ -29,8 +30,13 @@ class PreparedModel(PaintByExample):
         self.cond_stage_model = model.cond_stage_model
         self.proj_out, self.learnable_vector = model.proj_out, model.learnable_vector
 
+    @property
+    def unet(self) -> PreparedUNet:
+        """The denoising network: `unet(unet_in, t, context)`, and `bind` for a loop."""
+        return cast(PreparedUNet, self.model["diffusion_model"])
+
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: nobody could load it."""
+        """Always an error: no model could load it."""
         raise RuntimeError("a prepared model cannot be saved: save the model that it was prepared from")
 
 
@@ -48,24 +54,24 @@ def prepare_for_inference(
     """The same model in a form that samples faster.
 
     The cross-attention over the exemplar's one token is folded to a constant, guidance's two halves share their
-    beginning, the timesteps' embeddings are computed at once, self-attention's projections are one, upsampling is
-    fused with its convolution, and adapters (LoRA) are merged.
+    first layers, the embeddings of all timesteps are computed at once, self-attention's projections are one product,
+    upsampling is fused with its convolution, and adapters (LoRA) are merged.
 
     The model stays as it is and shares its weights with the prepared one, which adds about 8 % of its own; so prepare
     again after the model's weights, device or precision have changed. The prepared model is not for training or saving.
 
     Args:
-        consume: give the model up. Its weights move, layer by layer, into the layout that its device computes fastest
-            in: oneDNN's on a CPU, or channels-last if it is compiled; channels-last on CUDA in 16 bits. What sampling
-            does not need is freed, and so are the pages of a memory-mapped file. `model` is left without its networks.
-        dtype: with `consume`, the precision to convert the weights to on their way (default: the model's own). From a
-            mapped model ("stored") this takes less time and memory than from a converted one.
+        consume: take the model's networks, so that `model` cannot be used afterwards. Layer by layer, the weights move
+            into the layout that is fastest on the device: on a CPU oneDNN's, or channels-last if compiled; on CUDA in
+            16 bits channels-last. What sampling does not need is freed, and so are the pages of a memory-mapped file.
+        dtype: with `consume`, the precision to convert the weights to (default: the model's own). For a model loaded
+            with dtype "stored" this takes less time and memory than converting it while loading.
         compile: "regions" or "whole", for many edits of one size: see `pbe.acceleration.compiled`.
         sum_phases: fuse upsampling with its convolution by summing kernels, which changes the rounding.
         tile_attention: on a CPU in bfloat16, compute self-attention in tiles, which rounds the scores to bfloat16;
             not if it is compiled.
-        strips: take pictures of more than 1024x1024 pixels through the autoencoder in strips of rows, which needs about
-            half the memory and changes the rounding.
+        strips: encode and decode pictures of more than 1024x1024 pixels in strips of rows, which needs about half the
+            memory and changes the rounding.
 
     Raises:
         ValueError: for another kind of model, one that is prepared already, or one that was compiled; for a `dtype`
@@ -85,30 +91,23 @@ def prepare_for_inference(
         unet, vae = shared_copy(unet), shared_copy(vae)
     given = list(model.parameters()) if consume else []
     merge_lora(unet)
-    unet = PreparedUNet(
+    prepared_unet = PreparedUNet(
         unet,
         one_token=model.config.exemplar.tokens == "class",
         sum_phases=sum_phases,
         tile_attention=tile_attention and compile is None,
     )
     if sum_phases:
-        for level in vae.decoder.up:
-            if hasattr(level, "upsample"):
-                level.upsample = PhaseUpsample(level.upsample.conv)
+        swap(vae.decoder, Upsample, lambda layer: PhaseUpsample(layer.conv))
     if strips:
         vae = StripVAE(vae)
-    prepared = PreparedModel(model, unet, vae)
+    prepared = PreparedModel(model, prepared_unet, vae)
     if consume:
         for name, _ in list(model.named_children()):
             delattr(model, name)
-        needed = {id(parameter) for parameter in prepared.parameters()}
-        while given:  # emptied, so that each layer's weights are freed with it
-            parameter = given.pop()
-            if id(parameter) not in needed:
-                release_mapped(parameter)
-        del parameter
+        release_unneeded(given, prepared)
         dtype = dtype or prepared.dtype
-        for network in (unet, vae):
+        for network in (prepared.unet, prepared.vae):
             relayout(network, prepared.device, dtype, packed=compile is None)
         convert(prepared, dtype)
     if compile is not None:
@@ -116,6 +115,18 @@ def prepare_for_inference(
     return prepared
 
 
-def shared_copy(module: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
-    """The module's tree anew, its leaves holding the very same parameters."""
+def release_unneeded(given: list[nn.Parameter], prepared: PreparedModel) -> None:
+    """Gives back the pages of those mapped parameters that the prepared model does not hold.
+
+    `given` is emptied: no list may keep the weights of layers that are replaced later.
+    """
+    needed = {id(parameter) for parameter in prepared.parameters()}
+    while given:
+        parameter = given.pop()
+        if id(parameter) not in needed:
+            release_mapped(parameter)
+
+
+def shared_copy(module: Network) -> Network:
+    """A copy of the module's tree, whose leaves hold the very same parameters."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})

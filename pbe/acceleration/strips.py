@@ -3,28 +3,33 @@
 The feature maps at the picture's own size take the memory: of 2048x2048 pixels 2 GiB in 16 bits for the decoder's 256
 channels, and twice as much for what lies between two convolutions. Here each layer goes over strips of rows, read with
 the rows beside them that a kernel reaches. Only a residual block's input and its hidden map are ever whole, and its
-output takes its input's place. GroupNorm has the statistics of the whole map, attention sees all positions: nothing
+output takes its input's place. GroupNorm has the statistics of the whole map, and attention sees all positions: nothing
 is blended or left out, and only the rounding differs.
 """
 
 from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pbe.models.vae import AttnBlock, AutoencoderKL, Decoder, Encoder, Middle, ResnetBlock, pad_to_multiple
+from pbe.models.blocks import of_kind
+from pbe.models.vae import AttnBlock, AutoencoderKL, Decoder, Encoder, Level, Middle, ResnetBlock, pad_to_multiple
 
-# Up to so many pixels a picture goes through whole, with a peak of 1.5 GiB in 16 bits.
+# The most pixels of a picture that goes through whole, with a peak of 1.5 GiB in 16 bits.
 WHOLE_PIXELS = 2**20
-# A part of a batch: it keeps any device busy, and its peak of 0.4 GiB is below the UNet's own from 4 such pictures on.
+# The pixels of a part of a batch: enough to keep any device busy; its peak of 0.4 GiB is below that of a UNet on 4
+# such pictures.
 PART_PIXELS = 2**18
-# Of one strip: 64 MiB in 16 bits. The rows read twice are 2 of 64 in a picture 2048 pixels wide.
+# The values of one strip: 64 MiB in 16 bits. The rows read twice are 2 of 64 in a picture 2048 pixels wide.
 STRIP_VALUES = 2**25
-# Where torch has no fused attention it holds the scores of so many queries at once, not of all.
+# The queries whose scores torch holds at once where it has no fused attention.
 MAX_QUERIES = 8192
 
 Layer = Callable[[Tensor], Tensor]
+Network = TypeVar("Network", Encoder, Decoder)
 
 
 class StripVAE(AutoencoderKL):
@@ -47,8 +52,8 @@ class StripVAE(AutoencoderKL):
         return in_parts(self.decoder, decode_in_strips, z, pixels)
 
 
-def in_parts(network: nn.Module, by_strips: Callable[[nn.Module, Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
-    """The network's output for a batch x of pictures of so many pixels: in parts, or each in strips."""
+def in_parts(network: Network, by_strips: Callable[[Network, Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
+    """The network's output for a batch x of pictures of `pixels` pixels each: in parts, or each in strips."""
     if pixels > WHOLE_PIXELS:
         return torch.cat([by_strips(network, one) for one in x.split(1)])
     return torch.cat([network(part) for part in x.split(max(1, PART_PIXELS // pixels))])
@@ -58,8 +63,8 @@ def in_parts(network: nn.Module, by_strips: Callable[[nn.Module, Tensor], Tensor
 def encode_in_strips(encoder: Encoder, image: Tensor) -> Tensor:
     """`Encoder.forward` of an image (B, 3, H, W)."""
     x = in_strips(encoder.conv_in, image)
-    for i, level in enumerate(encoder.down):
-        for block in level.block:
+    for i, level in enumerate(of_kind(encoder.down, Level)):
+        for block in of_kind(level.block, ResnetBlock):
             x = residual_block(block, x)
         if i < len(encoder.down) - 1:
             x = in_strips(level.downsample, x, above=0, below=2)
@@ -71,9 +76,9 @@ def encode_in_strips(encoder: Encoder, image: Tensor) -> Tensor:
 def decode_in_strips(decoder: Decoder, z: Tensor) -> Tensor:
     """`Decoder.forward` of latents (B, z, h, w)."""
     x = middle(decoder.mid, in_strips(decoder.conv_in, z))
-    for i in reversed(range(len(decoder.up))):
-        level = decoder.up[i]
-        for block in level.block:  # here, because who calls a function holds on to the x that it is given
+    for i, level in reversed([*enumerate(of_kind(decoder.up, Level))]):
+        # not in a function of its own: its caller would keep the x that it is given
+        for block in of_kind(level.block, ResnetBlock):
             x = residual_block(block, x)
         if i > 0:
             x = in_strips(level.upsample, x)
@@ -131,8 +136,8 @@ def strips(x: Tensor) -> Iterator[slice]:
 def in_strips(layer: Layer, x: Tensor, above: int = 1, below: int = 1, onto: Tensor | None = None) -> Tensor:
     """layer(x) of x (B, C, H, W), strip by strip; with `onto` the sum of both, in its place.
 
-    The layer gives as many rows as it takes, twice or half as many; `above` and `below` a row of x are those that also
-    count for its output.
+    The layer gives as many rows as it takes, or twice or half as many. For a row of its output it reads the rows of x
+    from `above` above to `below` below.
     """
     H, y = x.shape[2], onto
     for rows in strips(x):
@@ -147,11 +152,12 @@ def in_strips(layer: Layer, x: Tensor, above: int = 1, below: int = 1, onto: Ten
             y[:, :, start:stop] = part
         else:
             y[:, :, start:stop] += part
+    assert y is not None, "a picture has rows"
     return y
 
 
 def empty_rows(part: Tensor, height: int) -> Tensor:
-    """An empty tensor as `part` (B, C, rows, W), of `height` rows, in its memory format."""
+    """An empty tensor like `part` (B, C, rows, W), but with `height` rows, in its memory format."""
     B, C, _, W = part.shape
     return torch.empty(B, C, height, W, dtype=part.dtype, device=part.device, memory_format=memory_format(part))
 
@@ -180,11 +186,11 @@ def affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
         # only a CPU's kernel takes channels-last, and a GPU's refuses it
         part = part.contiguous(memory_format=memory_format(part) if part.is_cpu else torch.contiguous_format)
         B, C, H, W = part.shape
-        # by many times the quickest way to moments (B, groups) in both memory formats
+        # by far the fastest way to moments (B, groups) in both memory formats
         _, mean, rstd = torch.native_group_norm(part, None, None, B, C, H * W, norm.num_groups, 0.0)
         moments.append((mean, rstd**-2, H / x.shape[2]))
-    mean = sum(share * m for m, _, share in moments)
-    var = sum(share * (v + (m - mean) ** 2) for m, v, share in moments)  # within the strips and between them
+    mean = reduce(torch.add, [share * m for m, _, share in moments])
+    var = reduce(torch.add, [share * (v + (m - mean) ** 2) for m, v, share in moments])  # within strips and between
     times = x.shape[1] // norm.num_groups
     scale = norm.weight * (var + norm.eps).rsqrt().repeat_interleave(times, dim=1)  # (B, C)
     shift = norm.bias - mean.repeat_interleave(times, dim=1) * scale

@@ -5,12 +5,12 @@ attention is over all positions of the lower levels, and the output holds the no
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pbe.models.blocks import ResBlock, timestep_embedding
+from pbe.models.blocks import Layers, ResBlock, UShaped, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,6 @@ class ADMConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
 
-# the sizes of `512x512_diffusion.pt`
-ADM_512 = ADMConfig(channel_mult=(0.5, 1, 1, 2, 2, 4, 4), attention_levels=(4, 5, 6), num_classes=1000, resolution=512)
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention over the positions of a feature map, around a skip, in heads of `head_channels`."""
 
@@ -76,8 +72,8 @@ class SelfAttention(nn.Module):
         return x + y.unflatten(2, x.shape[2:])
 
 
-class ADM(nn.Module):
-    """Predicts the noise in pictures and the variance of the step back, given the timestep and maybe a class."""
+class ADM(UShaped):
+    """Predicts the noise in pictures and the variance of the step back, given the timestep and perhaps a class."""
 
     def __init__(self, config: ADMConfig):
         super().__init__()
@@ -85,11 +81,11 @@ class ADM(nn.Module):
         C, widths = config.model_channels, config.widths
         emb_dim, top = 4 * C, len(widths) - 1
 
-        def residual(in_channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
+        def residual(in_channels: int, out_channels: int, resample: Literal["down", "up"] | None = None) -> ResBlock:
             return ResBlock(in_channels, out_channels, emb_dim, scale_shift=True, resample=resample)
 
-        def block(in_channels: int, level: int) -> nn.ModuleList:
-            layers = nn.ModuleList([residual(in_channels, widths[level])])
+        def block(in_channels: int, level: int) -> Layers:
+            layers = Layers([residual(in_channels, widths[level])])
             if level in config.attention_levels:
                 layers.append(SelfAttention(widths[level], config.head_channels))
             return layers
@@ -99,7 +95,7 @@ class ADM(nn.Module):
             self.label_emb = nn.Embedding(config.num_classes, emb_dim)
 
         channels = widths[0]
-        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(config.in_channels, channels, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([Layers([nn.Conv2d(config.in_channels, channels, 3, padding=1)])])
         skip_channels = [channels]
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -107,10 +103,10 @@ class ADM(nn.Module):
                 channels = width
                 skip_channels.append(channels)
             if level < top:
-                self.input_blocks.append(nn.ModuleList([residual(channels, channels, "down")]))
+                self.input_blocks.append(Layers([residual(channels, channels, "down")]))
                 skip_channels.append(channels)
 
-        self.middle_block = nn.ModuleList(
+        self.middle_block = Layers(
             [residual(channels, channels), SelfAttention(channels, config.head_channels), residual(channels, channels)]
         )
 
@@ -133,7 +129,7 @@ class ADM(nn.Module):
         `x_t` (B, 3, H, W) are noised pictures of [-1, 1], `t` (B,) timesteps of the 1000, `y` (B,) classes.
 
         Raises:
-            ValueError: for sides that are no multiples of `config.multiple`, and for classes that a conditional model
+            ValueError: for sides that are not multiples of `config.multiple`, and for classes that a conditional model
                 lacks or an unconditional one is given.
         """
         if any(side % self.config.multiple for side in x_t.shape[2:]):
@@ -148,20 +144,4 @@ class ADM(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x_t.dtype))  # (B, 4 C)
         if y is not None:
             emb = emb + self.label_emb(y)
-
-        x = x_t
-        skips = []
-        for layers in self.input_blocks:
-            x = run(layers, x, emb)
-            skips.append(x)
-        x = run(self.middle_block, x, emb)
-        for layers in self.output_blocks:
-            x = run(layers, torch.cat([x, skips.pop()], dim=1), emb)
-        return self.out(x)
-
-
-def run(layers: nn.ModuleList, x: Tensor, emb: Tensor) -> Tensor:
-    """Applies one entry of `input_blocks` or `output_blocks`, handing each layer what it takes."""
-    for layer in layers:
-        x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
-    return x
+        return self.walk(x_t, emb)

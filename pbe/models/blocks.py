@@ -1,4 +1,4 @@
-"""Blocks that the UNets share: the timestep's embedding and the residual block.
+"""What the UNets share: the timestep's embedding, the residual block, and the way down and up again.
 
 Attribute names are the keys of the CompVis and guided-diffusion checkpoints: the numbered children of a residual
 block's `in_layers`, `emb_layers` and `out_layers` are those of the sequences in the originals, a norm, SiLU, dropout, a
@@ -6,11 +6,19 @@ convolution.
 """
 
 import math
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+def of_kind(modules: Iterable[nn.Module], kind: type[Kind]) -> list[Kind]:
+    """Those of the modules that are of a kind, in their order."""
+    return [module for module in modules if isinstance(module, kind)]
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -29,6 +37,8 @@ class ResBlock(nn.Module):
     convolution.
     """
 
+    takes = ("emb",)
+
     def __init__(
         self,
         in_channels: int,
@@ -42,17 +52,15 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels * (2 if scale_shift else 1)))
+        self.emb_channels = out_channels * (2 if scale_shift else 1)
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, self.emb_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(32, out_channels),
             nn.SiLU(),
             nn.Identity(),  # the originals' dropout, 0 here: it keeps the convolution's number
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
-        if in_channels != out_channels:
-            self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
-        else:
-            self.skip_connection = nn.Identity()
+        self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.body(x, self.emb_layers(emb))
@@ -78,3 +86,50 @@ class ResBlock(nn.Module):
 def resized(x: Tensor, how: Literal["down", "up"]) -> Tensor:
     """x (B, C, h, w) at half its size, averaged, or twice its size, repeated."""
     return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Signals(NamedTuple):
+    """What the layers of a UNet may take beside the feature map."""
+
+    emb: Tensor  # (B, …) of the timesteps
+    context: Tensor | None  # (B, T, context_dim) to attend to
+    size: Sequence[int]  # (h, w) to upsample to
+
+
+class Layers(nn.ModuleList):
+    """One entry of a UNet's blocks: layers in a row, each given the `Signals` that its class names in `takes`."""
+
+    def forward(self, x: Tensor, signals: Signals) -> Tensor:
+        for layer in self:
+            x = layer(x, *[getattr(signals, name) for name in getattr(layer, "takes", ())])
+        return x
+
+
+class UShaped(nn.Module):
+    """A network that goes down to lower resolutions and up again, where the features of the way down are joined on."""
+
+    input_blocks: nn.ModuleList  # of Layers
+    middle_block: Layers
+    output_blocks: nn.ModuleList  # of Layers
+    out: nn.Sequential
+
+    def walk(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+        """The network's output, given what its layers take of timesteps and context."""
+        skips = []
+        for layers in self.input_blocks:
+            x = layers(x, Signals(emb, context, x.shape[-2:]))
+            skips.append(x)
+        x = self.middle_block(x, Signals(emb, context, x.shape[-2:]))
+        for layers in self.output_blocks:
+            x = torch.cat([x, copies(skips.pop(), len(x))], dim=1)
+            size = skips[-1].shape[-2:] if skips else x.shape[-2:]
+            x = layers(x, Signals(emb, context, size))
+        return self.out(x)
+
+
+def copies(x: Tensor, count: int) -> Tensor:
+    """x (B, …) repeated until there are `count` samples; x itself if there are already.
+
+    A network prepared for inference has a sample for each context only from the first block that takes it.
+    """
+    return x if len(x) == count else torch.cat([x] * (count // len(x)))

@@ -6,7 +6,7 @@ stand at the top of the original file, and so in `pbe.models.paint_by_example`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class ExemplarEncoder(nn.Module):
     @property
     def vision(self) -> CLIPVisionTower:
         """CLIP's vision tower."""
-        return self.transformer["vision_model"]
+        return cast(CLIPVisionTower, self.transformer["vision_model"])
 
     def forward(self, exemplar: Tensor) -> Tensor:
         """Tokens (B, T, width) for CLIP-normalised exemplars (B, 3, S, S); T = 1 for the class token alone."""

@@ -69,15 +69,15 @@ def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them, or load the model again")
-    names = [
-        name
+    layers = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(re.fullmatch(target, name) for target in config.targets)
-    ]
-    if not names:
+    }
+    if not layers:
         raise ValueError(f"no linear layer's name matches lora.targets {config.targets}")
-    for name in names:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), config, generator))
+    for name, layer in layers.items():
+        model.set_submodule(name, LoRALinear(layer, config, generator))
     return [parameter for name, parameter in model.named_parameters() if is_adapter(name)]
 
 

@@ -1,7 +1,7 @@
 """Paint by Example: repaint the masked part of a picture as the object of an exemplar (arXiv 2211.13227)."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class PaintByExample(nn.Module):
     @property
     def unet(self) -> UNet:
         """The denoising network: `unet(unet_in, t, context)`."""
-        return self.model["diffusion_model"]
+        return cast(UNet, self.model["diffusion_model"])
 
     @property
     def vae(self) -> AutoencoderKL:

@@ -1,6 +1,7 @@
 """Stable Diffusion v1: the text-conditioned model that Paint by Example starts from (arXiv 2112.10752)."""
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -27,14 +28,13 @@ class StableDiffusion(nn.Module):
         self.config = config
         self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})
         self.first_stage_model = AutoencoderKL(config.vae)
-        self.cond_stage_model = nn.ModuleDict(
-            {"transformer": nn.ModuleDict({"text_model": CLIPTextTower(config.text)})}
-        )
+        tower = nn.ModuleDict({"text_model": CLIPTextTower(config.text)})
+        self.cond_stage_model = nn.ModuleDict({"transformer": tower})
 
     @property
     def unet(self) -> UNet:
         """The denoising network: `unet(unet_in, t, context)`."""
-        return self.model["diffusion_model"]
+        return cast(UNet, self.model["diffusion_model"])
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -43,4 +43,4 @@ class StableDiffusion(nn.Module):
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
         """The context (B, 77, context_dim) of token ids (B, 77)."""
-        return self.cond_stage_model["transformer"]["text_model"](token_ids)
+        return self.cond_stage_model.get_submodule("transformer.text_model")(token_ids)

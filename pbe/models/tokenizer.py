@@ -90,7 +90,7 @@ class CLIPTokenizer:
         if path.is_dir() or path.name in ("merges.txt", "vocab.json"):
             folder = path if path.is_dir() else path.parent
             return _read_pair(folder / "merges.txt", folder / "vocab.json")
-        # OpenAI's file goes on to 262,144 merges, of which CLIP uses the first ones.
+        # OpenAI's file has 262,144 merges, of which CLIP uses only the first.
         return cls(_parse_merges(path, _gunzip(path).splitlines()[: MERGES + 1]))
 
     def encode(self, text: str) -> list[int]:
@@ -98,9 +98,9 @@ class CLIPTokenizer:
         return [token for word in WORDS.findall(clean_text(text)) for token in self._encode_word(word)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, its words parted by single spaces; skips the start token and stops at the end token.
+        """The text of `ids`, its words separated by single spaces; skips the start token and stops at the end token.
 
-        Bytes that form no UTF-8 character become U+FFFD. Raises ValueError for an id outside the vocabulary.
+        Bytes that are not a UTF-8 character become U+FFFD. Raises ValueError for an id outside the vocabulary.
         """
         pieces = []
         for i in map(int, ids):
@@ -151,7 +151,7 @@ class CLIPTokenizer:
         return self._cache[word]
 
     def _merge(self, word: str) -> list[str]:
-        """Joins the neighbours of lowest rank, everywhere they occur, until no pair is in the table."""
+        """Joins the neighbours of lowest rank, everywhere they occur, until none of the pairs is in the table."""
         symbols = [self.byte_symbols[byte] for byte in word.encode()]
         symbols[-1] += WORD_END
         unknown = len(self.ranks)
@@ -159,7 +159,8 @@ class CLIPTokenizer:
             pair = min(pairwise(symbols), key=lambda pair: self.ranks.get(pair, unknown))
             if pair not in self.ranks:
                 break
-            merged, i = [], 0
+            merged: list[str] = []
+            i = 0
             while i < len(symbols):
                 joins = i + 1 < len(symbols) and (symbols[i], symbols[i + 1]) == pair
                 merged.append(symbols[i] + symbols[i + 1] if joins else symbols[i])
@@ -171,7 +172,7 @@ class CLIPTokenizer:
 def _gunzip(path: Path) -> str:
     data = path.read_bytes()
     if not data.startswith(b"\x1f\x8b"):
-        raise ValueError(f"{path} is no gzip file: it begins with {data[:16]!r}. {SOURCES}")
+        raise ValueError(f"{path} is not a gzip file: it begins with {data[:16]!r}. {SOURCES}")
     try:
         return gzip.decompress(data).decode()
     except EOFError:
@@ -183,11 +184,13 @@ def _gunzip(path: Path) -> str:
 def _parse_merges(path: Path, lines: list[str]) -> list[tuple[str, str]]:
     if not lines or "#version" not in lines[0]:
         first = lines[0][:40] if lines else ""
-        raise ValueError(f"{path} is no list of merges: it begins with {first!r}, not '#version: …'. {SOURCES}")
-    merges = [tuple(line.split()) for line in lines[1:]]
-    for number, pair in enumerate(merges, start=2):
+        raise ValueError(f"{path} is not a list of merges: it begins with {first!r}, not '#version: …'. {SOURCES}")
+    merges = []
+    for number, line in enumerate(lines[1:], start=2):
+        pair = line.split()
         if len(pair) != 2:
-            raise ValueError(f"{path}, line {number}: {' '.join(pair)[:40]!r} is no pair of symbols. {SOURCES}")
+            raise ValueError(f"{path}, line {number}: {' '.join(pair)[:40]!r} is not a pair of symbols. {SOURCES}")
+        merges.append((pair[0], pair[1]))
     if len(merges) != MERGES:
         raise ValueError(f"{path} has {len(merges)} merges; CLIP's vocabulary has {MERGES}. {SOURCES}")
     return merges
@@ -200,12 +203,12 @@ def _read_pair(merges_path: Path, vocab_path: Path) -> CLIPTokenizer:
     try:
         lines = merges_path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{merges_path} is no UTF-8 text ({error}). {SOURCES}") from None
+        raise ValueError(f"{merges_path} is not UTF-8 text ({error}). {SOURCES}") from None
     merges = _parse_merges(merges_path, lines)
     try:
         vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{vocab_path} is no whole JSON file ({error}). {SOURCES}") from None
+        raise ValueError(f"{vocab_path} is not a complete JSON file ({error}). {SOURCES}") from None
     if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
         raise ValueError(f"{vocab_path} does not map each token to its number. {SOURCES}")
     try:

@@ -4,13 +4,13 @@ Attribute names are the keys of the CompVis checkpoints. `input_blocks`, `middle
 short sequences: a residual block, then a transformer or a change of resolution where the level has one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pbe.models.blocks import ResBlock, timestep_embedding
+from pbe.models.blocks import Layers, ResBlock, UShaped, copies, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the positions of a feature map, around a skip."""
 
+    takes = ("context",)
+
     def __init__(self, channels: int, context_dim: int, num_heads: int):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
@@ -116,7 +118,7 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             y = block(y, context)
         y = y.transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
-        return x + self.proj_out(y)
+        return copies(x, len(y)) + self.proj_out(y)
 
 
 class Downsample(nn.Module):
@@ -136,15 +138,18 @@ class Upsample(nn.Module):
     The next level is twice as large, less the row or column that its own downsampling rounded up.
     """
 
+    takes = ("size",)
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        h, w = size
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")[..., :h, :w])
 
 
-class UNet(nn.Module):
+class UNet(UShaped):
     """Predicts the noise in latents, given the timestep and a context to attend to."""
 
     def __init__(self, config: UNetConfig):
@@ -158,33 +163,29 @@ class UNet(nn.Module):
 
         self.time_embed = nn.Sequential(nn.Linear(C, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
 
-        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(config.in_channels, C, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([Layers([nn.Conv2d(config.in_channels, C, 3, padding=1)])])
         channels = C
         skip_channels = [C]
         for level, m in enumerate(mult):
             for _ in range(config.num_res_blocks):
-                layers = nn.ModuleList([ResBlock(channels, m * C, emb_dim)])
+                layers = Layers([ResBlock(channels, m * C, emb_dim)])
                 channels = m * C
                 if level in config.attention_levels:
                     layers.append(transformer(channels))
                 self.input_blocks.append(layers)
                 skip_channels.append(channels)
             if level < len(mult) - 1:
-                self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
+                self.input_blocks.append(Layers([Downsample(channels)]))
                 skip_channels.append(channels)
 
-        self.middle_block = nn.ModuleList(
-            [
-                ResBlock(channels, channels, emb_dim),
-                transformer(channels),
-                ResBlock(channels, channels, emb_dim),
-            ]
+        self.middle_block = Layers(
+            [ResBlock(channels, channels, emb_dim), transformer(channels), ResBlock(channels, channels, emb_dim)]
         )
 
         self.output_blocks = nn.ModuleList()
         for level, m in reversed(list(enumerate(mult))):
             for i in range(config.num_res_blocks + 1):
-                layers = nn.ModuleList([ResBlock(channels + skip_channels.pop(), m * C, emb_dim)])
+                layers = Layers([ResBlock(channels + skip_channels.pop(), m * C, emb_dim)])
                 channels = m * C
                 if level in config.attention_levels:
                     layers.append(transformer(channels))
@@ -201,30 +202,4 @@ class UNet(nn.Module):
         """
         # The angles need float32; from here on the parameters decide the precision.
         emb = timestep_embedding(t, self.config.model_channels).to(unet_in.dtype)
-        emb = self.time_embed(emb)  # (B, 4 C)
-
-        x = unet_in
-        skips = []
-        for layers in self.input_blocks:
-            x = run(layers, x, emb, context)
-            skips.append(x)
-        x = run(self.middle_block, x, emb, context)
-        for layers in self.output_blocks:
-            x = torch.cat([x, skips.pop()], dim=1)
-            size = skips[-1].shape[-2:] if skips else x.shape[-2:]
-            x = run(layers, x, emb, context, size)
-        return self.out(x)
-
-
-def run(layers: nn.ModuleList, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """Applies one entry of `input_blocks` or `output_blocks`, handing each layer what it takes."""
-    for layer in layers:
-        if isinstance(layer, ResBlock):
-            x = layer(x, emb)
-        elif isinstance(layer, SpatialTransformer):
-            x = layer(x, context)
-        elif isinstance(layer, Upsample):
-            x = layer(x, *size)
-        else:
-            x = layer(x)
-    return x
+        return self.walk(unet_in, self.time_embed(emb), context)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pbe.models.blocks import of_kind
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -44,10 +46,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        else:
-            self.nin_shortcut = nn.Identity()
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -114,6 +113,9 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution; a `downsample` or `upsample` joins them where the network has one."""
 
+    downsample: Downsample
+    upsample: Upsample
+
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
@@ -146,7 +148,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for i, level in enumerate(self.down):
+        for i, level in enumerate(of_kind(self.down, Level)):
             x = level(x)
             if i < len(self.down) - 1:
                 x = level.downsample(x)
@@ -174,10 +176,10 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
-        for i in reversed(range(len(self.up))):
-            x = self.up[i](x)
+        for i, level in reversed([*enumerate(of_kind(self.up, Level))]):
+            x = level(x)
             if i > 0:
-                x = self.up[i].upsample(x)
+                x = level.upsample(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -17,12 +17,12 @@ import pbe
 from pbe.acceleration import PreparedModel, prepare_for_inference
 from pbe.acceleration.layers import FusedSelfAttention, PhaseUpsample, tiled_attention
 from pbe.acceleration.packing import PackedConv2d, PackedLinear, PackedPointwise, can_pack
-from pbe.acceleration.unet import PreparedTransformer, copies
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.checkpoints.seeding import seeded_state
+from pbe.models.blocks import copies
 from pbe.models.lora import LoRAConfig, add_lora
 from pbe.models.paint_by_example import Condition, PaintByExample, PaintByExampleConfig
-from pbe.models.unet import Attention, TransformerBlock, UNetConfig, Upsample
+from pbe.models.unet import Attention, SpatialTransformer, TransformerBlock, UNetConfig, Upsample
 from pbe.models.vae import Upsample as VAEUpsample
 from pbe.sampling import NoiseSchedule, get_sampler, guided_eps, leading
 
@@ -74,7 +74,7 @@ def test_phases_equal_upsampling_and_convolution_at_the_border_too(size, channel
     torch.testing.assert_close(PhaseUpsample(vae.conv)(x), vae(x), rtol=1e-12, atol=1e-12)
     phases = PhaseUpsample(ours.conv)
     for height, width in ((h, w), (h - 1, w), (h, w - 1), (h - 1, w - 1)):
-        torch.testing.assert_close(phases(x, height, width), ours(x, height, width), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(phases(x, (height, width)), ours(x, (height, width)), rtol=1e-12, atol=1e-12)
 
 
 def test_phases_keep_channels_last():
@@ -206,7 +206,7 @@ def test_the_loop_computes_nothing_that_only_timesteps_and_context_decide():
     prepared = prepare_for_inference(make_model())
     unet_in, t, context = inputs(1, (8, 8))
     predict = prepared.unet.bind(context, t.tolist())
-    blocks = [b for m in prepared.unet.modules() if isinstance(m, PreparedTransformer) for b in m.transformer_blocks]
+    blocks = [b for m in prepared.unet.modules() if isinstance(m, SpatialTransformer) for b in m.transformer_blocks]
     once = [prepared.unet.time_embed, *(b.to_v for b in blocks), *(b.to_out for b in blocks)]
     once += [m for name, m in prepared.unet.named_modules() if name.endswith("emb_layers")]
     assert len(once) > 20

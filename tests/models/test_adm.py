@@ -20,11 +20,13 @@ from pbe.checkpoints.meta_device import build_on_meta
 from pbe.checkpoints.seeding import draw
 from pbe.checkpoints.surgery import config_of, describe, entry_of, merge, network
 from pbe.checkpoints.writing import save_checkpoint
-from pbe.models.adm import ADM, ADM_512, ADMConfig
+from pbe.models.adm import ADM, ADMConfig
 from pbe.sampling import NoiseSchedule, ddim, ddpm, leading, make_generators, randn
 
 MANIFESTS = Path(__file__).parents[3] / "shared" / "reference" / "manifests"
 GOLDEN = json.loads((FOLDER / "adm_small.json").read_text())
+# the sizes of `512x512_diffusion.pt`
+ADM_512 = ADMConfig(channel_mult=(0.5, 1, 1, 2, 2, 4, 4), attention_levels=(4, 5, 6), num_classes=1000, resolution=512)
 SMALL = ADMConfig(
     model_channels=32,
     channel_mult=(1, 2, 2),

@@ -260,16 +260,16 @@ def test_gzip_cut_short_or_damaged(gz):
 def test_wrong_kinds_of_file(folder):
     wrong = folder / "model.ckpt"
     wrong.write_bytes(b"PK\x03\x04 a zip")
-    with pytest.raises(ValueError, match=r"model\.ckpt is no gzip file.*PK"):
+    with pytest.raises(ValueError, match=r"model\.ckpt.*gzip.*PK"):
         CLIPTokenizer.from_file(wrong)
     wrong.write_bytes(gzip.compress(b"some other text\n"))
-    with pytest.raises(ValueError, match="no list of merges: it begins with 'some other text'"):
+    with pytest.raises(ValueError, match="begins with 'some other text'"):
         CLIPTokenizer.from_file(wrong)
     wrong.write_bytes(gzip.compress(b""))
-    with pytest.raises(ValueError, match="no list of merges"):
+    with pytest.raises(ValueError, match="begins with ''"):
         CLIPTokenizer.from_file(wrong)
     (folder / "vocab.json").write_text('{"a": 0, "b"', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"vocab\.json is no whole JSON file"):
+    with pytest.raises(ValueError, match=r"vocab\.json.*JSON"):
         CLIPTokenizer.from_file(folder)
     (folder / "vocab.json").write_text('["a"]', encoding="utf-8")
     with pytest.raises(ValueError, match=r"vocab\.json does not map each token"):
@@ -284,7 +284,7 @@ def test_wrong_number_of_merges(folder, gz, all_merges):
     with pytest.raises(ValueError, match=r"merges\.txt has 48895 merges"):
         CLIPTokenizer.from_file(folder)
     (folder / "merges.txt").write_text(lines_of([("i", "n", "g"), *all_merges[1:]]), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"merges\.txt, line 2: 'i n g' is no pair"):
+    with pytest.raises(ValueError, match=r"merges\.txt, line 2: 'i n g'"):
         CLIPTokenizer.from_file(folder)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
 from pbe.data.example import Example, collate
+from pbe.images.grids import grid
 from pbe.io.atomic import replacing
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.models.paint_by_example import Condition, PaintByExample, latent_mask
@@ -106,8 +107,8 @@ def sample_grid(model: PaintByExample, examples: Example, config: SamplesConfig)
     )
     generators = make_generators(config.seed, len(masked_image))
     x_T = randn(condition.z_masked.shape[1:], generators, model.device)
-    grid = leading(NoiseSchedule.scaled_linear(), config.steps)
-    z_0 = ddim(guided_eps(model, condition, config.guidance, grid), x_T, grid)
+    steps = leading(NoiseSchedule.scaled_linear(), config.steps)
+    z_0 = ddim(guided_eps(model, condition, config.guidance, steps), x_T, steps)
     H, W = masked_image.shape[-2:]
     result = model.vae.decode(z_0)[..., :H, :W]
     mean, std = (exemplar.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
