@@ -9,7 +9,7 @@ READY := $(VENV)/installed
 .PHONY: demo test slow clean
 
 demo: $(READY)
-	$(BIN)/python tools/demo.py
+	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/ruff check
@@ -21,7 +21,7 @@ slow: $(READY)
 
 clean:
 	rm -rf $(VENV) build dist pbe.egg-info .pytest_cache .ruff_cache
-	find pbe tests tools examples -name __pycache__ -prune -exec rm -rf {} +
+	find pbe benchmarks tests tools examples -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted installation is done again.
 $(READY): setup.py

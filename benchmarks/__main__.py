@@ -1,16 +1,26 @@
-"""Measurements side by side: `python -m benchmarks SECTION …`; `--help` after the section tells what it takes."""
+"""Measurements beside diffusers: `python -m benchmarks SECTION …`; `--help` after the section says what it takes."""
 
 import sys
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from functools import partial
 
-SECTIONS = ("all", "edit", "train", "profile", "scaling", "load", "data", "table", "plot")
+from benchmarks import all as everything
+from benchmarks import plot, table
+from benchmarks.sections import SECTIONS, run
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "all": everything.main,
+    **{name: partial(run, name) for name in SECTIONS},
+    "table": table.main,
+    "plot": plot.main,
+}
 
 
 def main() -> int:
-    if len(sys.argv) < 2 or sys.argv[1] not in SECTIONS:
-        print(f"usage: benchmark.py {{{','.join(SECTIONS)}}} [arguments]", file=sys.stderr)
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print(f"usage: python -m benchmarks {{{','.join(COMMANDS)}}} [arguments]", file=sys.stderr)
         return 2
-    return import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+    return COMMANDS[sys.argv[1]](sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -4,23 +4,23 @@
 
 On a GPU: editing in float16 at batch 1, 4 and 16, compiled at 1 and 16, and in bfloat16 and float32 at batch 1; where
 the time of a prediction goes; how time and memory grow; training, and what fits cards of 24, 48 and 80 GiB. On a CPU
-less of it, with fewer steps, and training with a small model. A run that fails keeps none of the others back. What is
-there already is kept, with what was compiled: a command that was cut short goes on. So the start of a compiled system
-may be one with a cache.
+less of it, with fewer steps, and training with a small model. A run that fails does not stop the others. What is there
+already is kept, with what was compiled: the same command goes on where it was cut short. So the start of a compiled
+system may be one with a cache.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from benchmarks import plot, table
-from benchmarks.arguments import seeded_weights
+from benchmarks.arguments import need_diffusers, seeded_weights
+from benchmarks.sections import run
 
 EAGER = ["pbe", "diffusers", "diffusers, best"]
 COMPILED = ["pbe, compiled", "diffusers", "diffusers, compiled"]
@@ -41,7 +41,7 @@ FEW_POINTS = {"batches": ["1", "2"], "resolutions": ["64", "128"], "rows": ["100
 def sections(device: str, weights: tuple[Path, Path], quick: bool) -> dict[str, list[str]]:
     """The command line of each run, by the name of its JSON: the section's name, and what tells runs of it apart.
 
-    A run that is cut short is done again, so they are many and short, and what tells most comes first.
+    A run that is cut short is done again, so there are many short ones, and what tells most comes first.
     """
     ckpt, diffusers = map(str, weights)
     ours = ["--ckpt", ckpt, "--device", device]
@@ -92,7 +92,7 @@ def sections(device: str, weights: tuple[Path, Path], quick: bool) -> dict[str, 
 def main(argv: Sequence[str]) -> int:
     """Does the runs one after the other; returns the first exit code that is not 0."""
     p = argparse.ArgumentParser(
-        prog="benchmark.py all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--out", type=Path, required=True, help="the folder of the results; the weights are made in it too")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -100,26 +100,22 @@ def main(argv: Sequence[str]) -> int:
     args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: torch finds no CUDA device here")
-    if find_spec("diffusers") is None:
-        p.error("this compares with diffusers: pip install -e '.[bench]'")
+    need_diffusers(p, "all")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        p.error(f"--out {args.out} is no folder that can be made: {error.strerror}")
+        p.error(f"--out {args.out} cannot be made: {error.strerror}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((args.out / "compiled").resolve()))
     weights = seeded_weights("small" if args.quick else "full", args.out)
     files, failed = [], 0
     for name, command in sections(args.device, weights, args.quick).items():
         file = args.out / f"{name}.json"
-        part = file.with_suffix(".part")
-        if file.exists():
+        if file.exists() and table.read(file)["finished"]:
             print(f"{file}: there already", flush=True)
-        elif code := import_module(f"benchmarks.{name.partition('-')[0]}").main([*command, "--out", str(part)]):
+        elif code := run(name.partition("-")[0], [*command, "--out", str(file)]):
             print(f"{name} failed", file=sys.stderr)
             failed = failed or code
             continue
-        else:
-            part.rename(file)
         files.append(file)
         tables = "\n".join(table.document(table.read(file)) for file in files)
         (args.out / "tables.md").write_text(tables, encoding="utf-8")

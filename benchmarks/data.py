@@ -2,32 +2,63 @@
 
     python -m benchmarks data photos/boxes.csv
 
-One process, one thread. Both versions make the same examples, with the same draws, in turns; the median over pairs of
-the ratio of their times does not suffer from what else the machine does.
+One process, one thread. Both versions make the same examples from the same random numbers, in turns; the median over
+pairs of the ratio of their times does not suffer from what else the machine does.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
 
-from benchmarks.arguments import check_counts, check_out
-from benchmarks.report import about, markdown, write_json
+from benchmarks.arguments import make_parser
+from benchmarks.report import markdown
 from pbe.data.augment import augment_exemplar
 from pbe.data.example import Example, make_generator
 from pbe.data.recipe import Geometry, draw_geometry, make_example
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import Record
+from pbe.data.sources import SourceConfig, open_source
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
+
+VARIANTS = {
+    "512 px, the paper's recipe": RecipeConfig(),
+    "512 px, without draft decoding": RecipeConfig(draft=False),
+    "512 px, antialiased": RecipeConfig(antialias=True),
+    "256 px": RecipeConfig(resolution=256),
+    "64 px, exemplar 56 px": RecipeConfig(resolution=64, exemplar_size=56),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = make_parser("data", __doc__)
+    p.add_argument("boxes", type=Path, help="a manifest of photos with boxes; best of 1024 pixels and more")
+    p.add_argument("--pairs", type=int, default=5, help="rounds of both versions in turns (default 5)")
+    return p
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Nothing beside what all sections check."""
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The timings of each variant of the recipe: those so far after each."""
+    source = open_source(SourceConfig(kind="manifest", path=str(args.boxes)))
+    records = [source[i] for i in range(len(source))]
+    recipes: dict[str, dict[str, float]] = {}
+    for name, config in VARIANTS.items():
+        recipes[name] = asdict(measure_recipe(records, config, args.pairs))
+        yield {"recipes": recipes}
 
 
 def plain_example(record: Record, config: RecipeConfig, generator: torch.Generator) -> Example:
@@ -59,8 +90,10 @@ def plain_example(record: Record, config: RecipeConfig, generator: torch.Generat
 
 def plain_mask(geometry: Geometry, photo: Image.Image) -> Image.Image:
     """The mask of the whole photo, white = keep."""
+    assert geometry.outline is not None  # of a box
+    corners = [tuple(point) for point in geometry.outline.tolist()]
     mask = Image.new("L", photo.size, 255)
-    ImageDraw.Draw(mask).polygon([tuple(point) for point in geometry.outline.tolist()], fill=0)
+    ImageDraw.Draw(mask).polygon(corners, fill=0)
     return mask
 
 
@@ -74,13 +107,13 @@ class Timing:
     speedup: float
 
 
-def measure(records: Sequence[Record], config: RecipeConfig, pairs: int = 5) -> Timing:
+def measure_recipe(records: Sequence[Record], config: RecipeConfig, pairs: int = 5) -> Timing:
     """Times both versions in turns, over all the records in each round, in this thread alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         rounds = [
-            (_seconds(plain_example, records, config, seed), _seconds(make_example, records, config, seed))
+            (seconds_of(plain_example, records, config, seed), seconds_of(make_example, records, config, seed))
             for seed in range(pairs + 1)
         ][1:]  # the first warms up
     finally:
@@ -89,53 +122,17 @@ def measure(records: Sequence[Record], config: RecipeConfig, pairs: int = 5) -> 
     return Timing(len(records), plain, ours, median(a / b for a, b in rounds))
 
 
-def _seconds(make: Callable, records: Sequence[Record], config: RecipeConfig, seed: int) -> float:
+def seconds_of(make: Callable, records: Sequence[Record], config: RecipeConfig, seed: int) -> float:
     start = time.perf_counter()
     for i, record in enumerate(records):
         make(record, config, make_generator(seed, i))
     return time.perf_counter() - start
 
 
-def tables(content: dict) -> str:
-    """The Markdown of a run's JSON: examples a second and core."""
+def tables(content: dict[str, Any]) -> str:
+    """Examples a second and core."""
     rows = [
-        [name, f"{timing['plain']:.1f}", f"{timing['ours']:.1f}", f"{timing['speedup']:.2f}"]
+        [name, str(timing["photos"]), f"{timing['plain']:.1f}", f"{timing['ours']:.1f}", f"{timing['speedup']:.2f}"]
         for name, timing in content["recipes"].items()
     ]
-    return markdown(["plain", "here", "ratio"], rows)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Prints one line for each way to make examples."""
-    from pbe.data.sources import SourceConfig, open_source
-
-    p = argparse.ArgumentParser(
-        prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("boxes", type=Path, help="a manifest of photos with boxes; best of 1024 pixels and more")
-    p.add_argument("--pairs", type=int, default=5, help="rounds of both versions in turns (default 5)")
-    p.add_argument("--out", type=Path, help="write the numbers as JSON; `benchmark.py table` reads it")
-    args = p.parse_args(argv)
-    check_counts(p, args)
-    check_out(p, args.out)
-    try:
-        source = open_source(SourceConfig(kind="manifest", path=str(args.boxes)))
-        records = [source[i] for i in range(len(source))]
-    except (ValueError, OSError) as error:
-        p.error(str(error))
-    paper = RecipeConfig()
-    variants = {
-        "512 px, the paper's recipe": paper,
-        "512 px, without draft decoding": replace(paper, draft=False),
-        "512 px, antialiased": replace(paper, antialias=True),
-        "256 px": replace(paper, resolution=256),
-        "64 px, exemplar 56 px": replace(paper, resolution=64, exemplar_size=56),
-    }
-    content = {**about("data", argv), "recipes": {}}
-    print(f"{len(records)} photos, examples a second and core")
-    for name, config in variants.items():
-        timing = measure(records, config, args.pairs)
-        content["recipes"][name] = asdict(timing)
-        print(f"{name:32} plain {timing.plain:6.1f}  here {timing.ours:6.1f}  x {timing.speedup:.2f}", flush=True)
-    write_json(args.out, content)
-    return 0
+    return markdown(["photos", "plain", "here", "ratio"], rows)

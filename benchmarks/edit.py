@@ -8,27 +8,41 @@ machine meets all of them, and ratios are taken pair by pair. A machine without 
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import edit_worker
-from benchmarks.arguments import DEFAULTS, DTYPES, add_task_arguments, parse, task_of
-from benchmarks.edit_worker import Task
+from benchmarks.arguments import DTYPES, add_model_flags, check_editing, check_models, make_parser, weights
+from benchmarks.edit_worker import SYSTEMS, Task
 from benchmarks.kinds import count_flops
-from benchmarks.report import about, markdown, ratios, spread, write_json
+from benchmarks.report import markdown, spread, times
+from benchmarks.worker import Worker
 
 MEASURED = {"unet": "UNet call s", "decode": "VAE decode s", "edit": "edit s"}
+SMALL_CARD = [name for name in SYSTEMS if name.endswith("small card")]
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "systems": [name for name in SYSTEMS if name != "pbe, model kept"],
+        "dtype": ["float16"],
+        "batch": [1, 4, 16],
+        "resolution": 512,
+        "steps": 50,
+    },
+    "cpu": {
+        "systems": ["pbe", "diffusers", "diffusers, best"],
+        "dtype": ["float32", "bfloat16"],
+        "batch": [1],
+        "resolution": 512,
+        "steps": 2,
+    },
+}
 QUICK: dict[str, Any] = {
     "systems": ["pbe", "diffusers"],
     "dtype": ["float32"],
@@ -38,51 +52,39 @@ QUICK: dict[str, Any] = {
 }
 
 
-class Worker:
-    """A system's process; `ask` it for one thing at a time.
-
-    What it compiles is kept in TORCHINDUCTOR_CACHE_DIR, or else in a folder beside its own, where the next process of
-    the same run finds it.
-    """
-
-    def __init__(self, name: str, task: Task, folder: Path):
-        folder.mkdir(exist_ok=True)
-        self.name, self.folder = name, folder
-        with open(folder / "stderr.txt", "w", encoding="utf-8") as errors:
-            self.process = subprocess.Popen(
-                self.command(task),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "compiled"), **os.environ},
-            )
-        self.started = self.answer()
-
-    def command(self, task: Task) -> list[str]:
-        return edit_worker.command(self.name, task, self.folder)
-
-    def ask(self, what: str) -> dict[str, float]:
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> dict[str, float]:
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        code, errors = self.process.wait(), (self.folder / "stderr.txt").read_text(encoding="utf-8")
-        raise RuntimeError(f"the process of {self.name!r} ended with {code}:\n{errors[-2000:]}")
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+def add_editing_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of all sections that run systems of `edit_worker`."""
+    add_model_flags(p, SYSTEMS, "PLMS steps of an edit (default: 50 on a GPU, else 2, which tell as much)")
+    p.add_argument("--guidance", type=float, default=5.0, help="default 5")
 
 
-def measure(task: Task, systems: Sequence[str], pairs: int, starts: int) -> dict:
+def parser() -> argparse.ArgumentParser:
+    p = make_parser("edit", __doc__)
+    add_editing_flags(p)
+    p.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float16 on a GPU, else float32 and bfloat16")
+    p.add_argument("--batch", nargs="+", type=int, help="default: 1 4 16 on a GPU, else 1")
+    p.add_argument("--starts", type=int, default=1, help="fresh processes of each system (default 1)")
+    return p
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    check_models(p, args, DEFAULTS, QUICK)
+    check_editing(p, args, SMALL_CARD)
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One run per precision and batch size: those so far after each."""
+    runs = []
+    with weights(args) as files:
+        for dtype, batch in product(args.dtype, args.batch):
+            task = Task(*files, args.device, dtype, batch, args.resolution, args.steps, args.guidance)
+            runs.append(measure_task(task, args.systems, args.pairs, args.starts))
+            yield {"runs": runs}
+
+
+def measure_task(task: Task, systems: Sequence[str], pairs: int, starts: int) -> dict[str, Any]:
     """All numbers of one task: `starts` processes of each system, then `pairs` rounds of all in turns by the last."""
-    result = {name: {"starts": [], **{what: [] for what in MEASURED}} for name in systems}
+    result: dict[str, dict[str, Any]] = {name: {"starts": [], **{what: [] for what in MEASURED}} for name in systems}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         folders = {name: Path(folder, str(i)) for i, name in enumerate(systems)}
 
@@ -106,9 +108,18 @@ def measure(task: Task, systems: Sequence[str], pairs: int, starts: int) -> dict
         for worker in workers:
             outputs = {what: (workers[0].folder / f"{what}.pt", worker.folder / f"{what}.pt") for what in MEASURED}
             result[worker.name]["differences"] = {what: difference(*files) for what, files in outputs.items()}
-    diffusers = task.diffusers if any(name.startswith("diffusers") for name in systems) else None
-    flops = count_flops(task.ckpt, task.resolution, task.batch, diffusers)
-    return {"task": asdict(task), "TFLOP/s of matmul": peak, "TFLOP": flops, "systems": result}
+    return {"task": asdict(task), "TFLOP/s of matmul": peak, "TFLOP": flops_of(task, systems), "systems": result}
+
+
+def flops_of(task: Task, systems: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """`count_flops` of what the systems compute."""
+    diffusers = task.diffusers if any(form_of(name) == "diffusers" for name in systems) else None
+    return count_flops(task.ckpt, task.resolution, task.batch, diffusers)
+
+
+def form_of(system: str) -> str:
+    """Which of `count_flops`'s forms a system computes."""
+    return "diffusers" if system.startswith("diffusers") else "prepared"
 
 
 def difference(first: Path, second: Path) -> dict[str, float]:
@@ -119,30 +130,35 @@ def difference(first: Path, second: Path) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The table
+# The tables
 
 
-def tables(content: dict) -> str:
-    """The Markdown of a run's JSON, a table for each precision and batch size."""
+def tables(content: dict[str, Any]) -> str:
+    """A table for each precision and batch size."""
     return "\n\n".join(table(run, content["device"]) for run in content["runs"])
 
 
-def table(run: dict, device: str) -> str:
+def title(run: dict[str, Any], device: str, steps: str = "") -> str:
+    """What a table is about, and the speed that its shares are of."""
+    task = run["task"]
+    return (
+        f"{task['dtype']}, batch {task['batch']}, {task['resolution']}²{steps}, {device}; "
+        f"matrix products reach {run['TFLOP/s of matmul']:.3g} TFLOP/s"
+    )
+
+
+def table(run: dict[str, Any], device: str) -> str:
     """Medians with their range; how many times longer than this library's systems, the median of the pairs."""
-    systems, task = run["systems"], run["task"]
+    systems = run["systems"]
     first = next(iter(systems))
     # a compiled system is compared with a compiled one
     references = [name for name in systems if name in (first, "pbe, compiled")]
-    title = (
-        f"{task['dtype']}, batch {task['batch']}, {task['resolution']}², {task['steps']} steps, {device}; "
-        f"matrix products reach {run['TFLOP/s of matmul']:.3g} TFLOP/s"
-    )
     rows = []
     for what, label in MEASURED.items():
-        rows.append([label, *(spread(one[what]) for one in systems.values())])
+        values = {name: one[what] for name, one in systems.items()}
+        rows.append([label, *map(spread, values.values())])
         for reference in references:
-            times = {name: spread(ratios(one[what], systems[reference][what])) for name, one in systems.items()}
-            rows.append([f"{label.removesuffix(' s')}, times {reference}", *(times | {reference: "1"}).values()])
+            rows.append([f"{label.removesuffix(' s')}, times {reference}", *times(values, reference).values()])
         gaps = {name: one["differences"][what] for name, one in systems.items()}
         cells = {name: f"{gap['largest']:.1e} ({gap['mean']:.1e})" for name, gap in gaps.items()}
         rows.append([f"{what}: largest (mean) difference", *(cells | {first: ""}).values()])
@@ -153,48 +169,9 @@ def table(run: dict, device: str) -> str:
     rows.append(["MFU of a UNet call", *(f"{share:.0%}" for share in shares)])
     for key in systems[first]["starts"][0]:
         values = {name: [start[key] for start in one["starts"]] for name, one in systems.items()}
-        rows.append([key, *(spread(one) for one in values.values())])
-        reference = statistics.median(values[first])
-        times = [f"{statistics.median(one) / reference:.3g}" for one in values.values()]
-        rows.append([f"{key.removesuffix(' s').replace(' GiB', '')}, times {first}", *times])
-    return f"{title}\n\n{markdown(systems, rows)}"
-
-
-def form_of(system: str) -> str:
-    """Which of `count_flops`'s forms a system computes."""
-    return "diffusers" if system.startswith("diffusers") else "prepared"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="benchmark.py edit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_task_arguments(p)
-    p.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float16 on a GPU, else float32 and bfloat16")
-    p.add_argument("--batch", nargs="+", type=int, help="default: 1 4 16 on a GPU, else 1")
-    p.add_argument("--pairs", type=int, default=3, help="rounds of all systems in turns (default 3)")
-    p.add_argument("--starts", type=int, default=1, help="fresh processes of each system (default 1)")
-    return p
-
-
-def main(argv: Sequence[str]) -> int:
-    """Prints a table for each precision and batch size; returns the exit code."""
-    args = parse(parser(), argv, QUICK, DEFAULTS)
-    content = {**about("edit", argv, args.device), "runs": []}
-    try:
-        with ExitStack() as stack:
-            base = task_of(args, stack)
-            for dtype in args.dtype:
-                for batch in args.batch:
-                    run = measure(replace(base, dtype=dtype, batch=batch), args.systems, args.pairs, args.starts)
-                    content["runs"].append(run)
-                    print(table(run, content["device"]), end="\n\n", flush=True)
-                    write_json(args.out, content)  # after each, so that a run that is cut short leaves what it has
-    except (RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        rows.append([key, *map(spread, values.values())])
+        reference_median = statistics.median(values[first])
+        relative = [f"{statistics.median(one) / reference_median:.3g}" for one in values.values()]
+        rows.append([f"{key.removesuffix(' s').replace(' GiB', '')}, times {first}", *relative])
+    steps = f", {run['task']['steps']} steps"
+    return f"{title(run, device, steps)}\n\n{markdown(systems, rows)}"

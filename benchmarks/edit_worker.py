@@ -8,20 +8,26 @@ by the seconds of each kind of operation; `memory` by the peaks so far; `matmul`
 import json
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks import peers
+from benchmarks.kinds import seconds_by_kind
+from benchmarks.worker import SEED, Numbers, memory, serve, synchronize
+from pbe.models.paint_by_example import PaintByExample
 from pbe.sampling import NoiseSchedule, leading, make_generators, randn
 
-SEED = 321
 # diffusers compiled at its best: kernels chosen by trial and CUDA graphs on a GPU, where a CPU gains from neither
 COMPILE_MODE = {"cuda": "max-autotune", "cpu": "default"}
 # a GPU's prediction is so short that a single one would measure how it is started
@@ -55,7 +61,7 @@ def pictures(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return photo, repaint, exemplar
 
 
-class System:
+class System(ABC):
     """What a system computes once it is loaded, on inputs that are the same for all.
 
     `networks` are the modules that its methods `unet` and `decode` run.
@@ -77,12 +83,24 @@ class System:
     def place(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype)
 
+    @abstractmethod
+    def unet(self) -> Tensor:
+        """A prediction with both halves of guidance."""
+
+    @abstractmethod
+    def decode(self) -> Tensor:
+        """A decoding of latents."""
+
+    @abstractmethod
+    def edit(self) -> Tensor:
+        """The pictures (B, 3, H, W) of an edit."""
+
 
 class Ours(System):
     """This library: as the command line runs it, but for what differs.
 
     consume: give the loaded model up for the prepared one. compile: its UNet and decoder, each as a whole. small_card:
-    each network is on the GPU only while it runs, in `unet` and `decode` for each call anew.
+    each network is on the GPU only while it runs: `unet` and `decode` send it there for each call.
     """
 
     def __init__(self, task: Task, consume: bool = True, compile: bool = False, small_card: bool = False):
@@ -92,10 +110,12 @@ class Ours(System):
         from pbe.editing.loading import load_editor
 
         if consume:
-            how = "whole" if compile else None
+            how: Literal["whole"] | None = "whole" if compile else None
             self.model = load_editor(Path(task.ckpt), task.device, task.dtype, low_memory=small_card, compile=how)
         else:
-            self.model = prepare_for_inference(load_model(task.ckpt, task.device, task.dtype))
+            loaded = load_model(task.ckpt, task.device, task.dtype)
+            assert isinstance(loaded, PaintByExample)
+            self.model = prepare_for_inference(loaded)
         self.networks = {"unet": self.model.unet, "decode": self.model.vae}
         config = self.model.config
         super().__init__(task, config.unet.context_dim, config.vae.downsampling)
@@ -112,8 +132,6 @@ class Ours(System):
             return self.model.vae.decode(self.unet_in[:, :4])
 
     def edit(self) -> Tensor:
-        from PIL import Image
-
         from pbe.editing.edit import edit
 
         photo, repaint, exemplar = pictures(self.task)
@@ -131,7 +149,7 @@ class Ours(System):
             resolution=self.task.resolution,
             composite=False,
         )
-        return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack([np.asarray(result) for result in results])).permute(0, 3, 1, 2)
 
 
 class Diffusers(System):
@@ -142,18 +160,11 @@ class Diffusers(System):
     """
 
     def __init__(self, task: Task, best: bool = False, compile: bool = False, small_card: bool = False):
-        import diffusers
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        if not hasattr(diffusers.pipelines, "paint_by_example"):
-            # since the pipeline moved, diffusers does not find the name that model_index.json gives its encoder
-            from diffusers.pipelines.deprecated import paint_by_example
-
-            diffusers.pipelines.paint_by_example = paint_by_example
         # the masked picture's latent is the posterior's mean here and a sample there: compare what is the same
         DiagonalGaussianDistribution.sample = lambda posterior, generator=None: posterior.mode()
-        dtype = getattr(torch, task.dtype)
-        pipeline = diffusers.PaintByExamplePipeline.from_pretrained(task.diffusers, torch_dtype=dtype)
+        pipeline = peers.load_pipeline(task.diffusers, getattr(torch, task.dtype))
         pipeline.set_progress_bar_config(disable=True)
         if small_card:
             pipeline.enable_model_cpu_offload(device=task.device)
@@ -182,8 +193,6 @@ class Diffusers(System):
         return self.pipeline.vae.decode(z, return_dict=False)[0]
 
     def edit(self) -> Tensor:
-        from PIL import Image
-
         photo, repaint, exemplar = pictures(self.task)
         images = self.pipeline(
             image=(torch.from_numpy(photo).permute(2, 0, 1)[None] * 2 - 1).to(self.dtype),
@@ -210,16 +219,11 @@ SYSTEMS: dict[str, Callable[[Task], System]] = {
 }
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(system: System, what: str) -> tuple[float, Tensor]:
     """Seconds of one call of `what`, and its output.
 
-    A GPU's memory goes back after each turn, so that many systems find room; a call before the timed ones gets it anew
-    and brings the clocks up.
+    A GPU's memory goes back after each turn, so that many systems find room; a call before the timed ones takes it
+    again and brings the clocks up.
     """
     call, device = getattr(system, what), system.device
     calls = PREDICTIONS[device.type] if what == "unet" else 1
@@ -235,19 +239,6 @@ def timed(system: System, what: str) -> tuple[float, Tensor]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return seconds, output
-
-
-def memory(device: torch.device) -> dict[str, float]:
-    """Peaks in GiB: of the process's resident size, and of what is allocated and reserved on a GPU."""
-    peaks = {}
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        peaks["peak RSS GiB"] = int(line.split()[1]) / 2**20
-    if device.type == "cuda":
-        peaks["peak GPU GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
-        peaks["peak GPU GiB, reserved"] = torch.cuda.max_memory_reserved(device) / 2**30
-    return peaks
 
 
 def matmul_peak(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
@@ -267,15 +258,13 @@ def matmul_peak(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
     return best
 
 
-def answer(system: System, line: str, folder: Path) -> dict[str, float]:
+def answer(system: System, line: str, folder: Path) -> Numbers:
     """Does what a line asks for."""
     if line == "memory":
         return memory(system.device)
     if line == "matmul":
         return {"TFLOP/s": matmul_peak(system.task.device, system.dtype)}
     if line.startswith("profile "):
-        from benchmarks.kinds import seconds_by_kind
-
         part = line.removeprefix("profile ")
         return seconds_by_kind(system.networks[part], getattr(system, part), system.device)
     seconds, output = timed(system, line)
@@ -285,7 +274,7 @@ def answer(system: System, line: str, folder: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def main() -> None:
-    """`edit_worker.py SYSTEM TASK FOLDER STARTED`: a name, the task as JSON, where outputs go, the start's clock."""
+    """`edit_worker SYSTEM TASK FOLDER STARTED`: a name, the task as JSON, where outputs go, the start's clock."""
     name, task, folder, started = sys.argv[1], Task(**json.loads(sys.argv[2])), Path(sys.argv[3]), float(sys.argv[4])
     clock = [started, time.time()]
     system = SYSTEMS[name](task)
@@ -294,18 +283,8 @@ def main() -> None:
     synchronize(system.device)
     clock.append(time.time())
     phases = [end - begin for begin, end in pairwise(clock)]
-    say(dict(zip(STARTING, [*phases, clock[-1] - started], strict=True)))
-    for line in sys.stdin:
-        say(answer(system, line.strip(), folder))
-
-
-def say(values: dict[str, float]) -> None:
-    print(json.dumps(values), flush=True)
-
-
-def command(name: str, task: Task, folder: Path) -> list[str]:
-    """What starts the worker now."""
-    return [sys.executable, "-m", __name__, name, json.dumps(asdict(task)), str(folder), str(time.time())]
+    numbers = dict(zip(STARTING, [*phases, clock[-1] - started], strict=True))
+    serve(numbers, partial(answer, system, folder=folder))
 
 
 if __name__ == "__main__":

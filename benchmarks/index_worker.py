@@ -13,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.worker import resident
 from pbe.data.manifest import Manifest
 from pbe.data.open_images import OpenImages
 from pbe.data.open_images_index import index_boxes
 
-BOXES_A_PICTURE = 8  # as many as OpenImages has
+BOXES_A_PICTURE = 8  # about OpenImages' own number
 VISITS = 1000
 
 
 def write_tables(rows: int, folder: Path) -> None:
     """Files of `rows` random boxes: `boxes.csv` as OpenImages' and `manifest.csv`, with the one picture that sources
-    want to find before they believe in a folder."""
+    look for when they open a folder."""
     rng = np.random.default_rng(rows)
     pictures = np.arange(rows, dtype=np.uint64) // np.uint64(BOXES_A_PICTURE)
     names = [f"{int(i):016x}" for i in pictures]
@@ -38,22 +39,16 @@ def write_tables(rows: int, folder: Path) -> None:
     (folder / f"{names[0]}.jpg").touch()
 
 
-def resident(field: str) -> float:
-    """GiB: `VmRSS` now, `VmHWM` at the most so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith(field))
-
-
 def main() -> None:
     what, folder = sys.argv[1], Path(sys.argv[2])
-    before, start = resident("VmRSS:"), time.perf_counter()
+    before, start = resident("VmRSS"), time.perf_counter()
     if what == "write":
         index_boxes(folder / "boxes.csv", folder / "index", overwrite=True)
     elif what == "read":
         source = OpenImages(folder / "index", folder)
     else:
-        source = Manifest(folder / "manifest.csv")
-    numbers = {"seconds": time.perf_counter() - start, "GiB": resident("VmHWM:") - before}
+        Manifest(folder / "manifest.csv")
+    numbers = {"seconds": time.perf_counter() - start, "GiB": resident("VmHWM") - before}
     if what == "read":
         visits = np.random.default_rng(0).integers(len(source), size=VISITS).tolist()
         start = time.perf_counter()

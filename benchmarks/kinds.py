@@ -4,11 +4,13 @@ import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.peers import network_classes
 from pbe.acceleration import prepare_for_inference
 from pbe.acceleration.packing import PackedConv2d, PackedLinear, PackedPointwise
 from pbe.checkpoints.loading import build, open_recognised
@@ -16,7 +18,7 @@ from pbe.checkpoints.meta_device import build_on_meta
 from pbe.models.paint_by_example import PaintByExample
 
 KINDS = ("convolutions", "linear layers", "attention", "norms", "rest")
-# by name: diffusers' class is none of this library's
+# by name, for diffusers' class has another parent
 ATTENTION = ("Attention", "FusedSelfAttention", "AttnBlock")
 
 
@@ -35,7 +37,7 @@ def seconds_by_kind(network: nn.Module, call: Callable[[], object], device: torc
     """The time of a call that runs `network`, divided among KINDS; on a GPU the time on its stream."""
     cuda = device.type == "cuda"
 
-    def now() -> float | torch.cuda.Event:
+    def now() -> Any:  # seconds, or a CUDA event
         if not cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -43,13 +45,13 @@ def seconds_by_kind(network: nn.Module, call: Callable[[], object], device: torc
         return event
 
     running = ["rest"]  # the kinds of the modules that are being called, innermost last
-    marks = []  # moments, and the kind that runs from each on
+    marks: list[tuple[Any, str]] = []  # moments, and the kind that runs from each on
 
-    def enter(module: nn.Module, inputs: tuple) -> None:
+    def enter(module: nn.Module, inputs: object) -> None:
         running.append(kind_of(module))
         marks.append((now(), running[-1]))
 
-    def leave(module: nn.Module, inputs: tuple, output: object) -> None:
+    def leave(module: nn.Module, inputs: object, output: object) -> None:
         running.pop()
         marks.append((now(), running[-1]))
 
@@ -115,10 +117,7 @@ def count_flops(
 
 def diffusers_on_meta(folder: Path) -> tuple[nn.Module, nn.Module]:
     """The UNet and the autoencoder of a diffusers folder, without weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
+    classes = network_classes()
     with torch.device("meta"):
-        return tuple(
-            kind.from_config(kind.load_config(folder / name))
-            for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-        )
+        unet, vae = (classes[name].from_config(classes[name].load_config(folder / name)) for name in ("unet", "vae"))
+    return unet, vae

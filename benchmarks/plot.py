@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def draw(content: dict, out: Path) -> None:
-    """Time and memory along the batch, the resolution and the rows, a column for each that there is.
+    """Time and memory along the batch, the resolution and the rows, one column for each that was measured.
 
     ImportError without matplotlib.
     """
@@ -80,7 +80,7 @@ def draw_index(points: Sequence[dict], time: "Axes", memory: "Axes") -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Writes the picture; returns the exit code."""
-    p = argparse.ArgumentParser(prog="benchmark.py plot", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m benchmarks plot", description=__doc__)
     p.add_argument("files", nargs="+", type=Path, help="JSON that `scaling` wrote with --out")
     p.add_argument("--out", type=Path, required=True, help="the picture to write")
     args = p.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What the sections share: how the JSON of a run begins, and how its Markdown is made."""
+"""How the JSON of a run begins, how it is written and read, and how its Markdown is made."""
 
 import json
 import platform
@@ -20,6 +20,7 @@ def about(section: str, argv: Sequence[str], device: str = "cpu") -> dict[str, A
     return {
         "section": section,
         "command": shlex.join(["python", "-m", "benchmarks", section, *argv]),
+        "finished": False,
         "pbe": __version__,
         "versions": versions(),
         "threads": torch.get_num_threads(),
@@ -64,6 +65,12 @@ def spread(values: Sequence[float]) -> str:
 def ratios(values: Sequence[float], reference: Sequence[float]) -> list[float]:
     """Pair by pair: both were measured in turns, and a busy spell of the machine met both."""
     return [a / b for a, b in zip(values, reference, strict=True)]
+
+
+def times(values: dict[str, Sequence[float]], reference: str) -> dict[str, str]:
+    """How many times as long as `reference` each system takes, pair by pair."""
+    cells = {name: spread(ratios(one, values[reference])) for name, one in values.items()}
+    return cells | {reference: "1"}
 
 
 def markdown(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

@@ -8,25 +8,22 @@ less from what else the machine does. Index and manifest are measured on Linux a
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from benchmarks import index_worker
-from benchmarks.arguments import DTYPES, add_task_arguments, parse, task_of
-from benchmarks.edit import MEASURED, Worker
+from benchmarks import edit, index_worker
+from benchmarks.arguments import DTYPES, check_editing, check_models, make_parser, weights
+from benchmarks.edit import MEASURED
 from benchmarks.edit_worker import Task
-from benchmarks.report import about, markdown, ratios, spread, write_json
+from benchmarks.report import markdown, ratios, spread
+from benchmarks.worker import Worker, run_once, unless_full
 
-T = TypeVar("T")
 AXES = {"batch": "batch {}", "resolution": "{}²"}
 INDEX = {"write": "index the CSV", "read": "open the index", "manifest": "open a manifest"}
 ROWS = [10**3, 10**4, 10**5, 10**6]
@@ -34,7 +31,16 @@ POINTS = {
     "cuda": {"batches": [1, 2, 4, 8, 16], "resolutions": [512, 768, 1024, 1536, 2048]},
     "cpu": {"batches": [1, 2, 4], "resolutions": [256, 512, 768]},
 }
-QUICK = {
+DEFAULTS: dict[str, dict[str, Any]] = {
+    kind: {
+        "systems": ["pbe"],
+        "rows": ROWS,
+        **points,
+        **{key: edit.DEFAULTS[kind][key] for key in ("resolution", "steps")},
+    }
+    for kind, points in POINTS.items()
+}
+QUICK: dict[str, Any] = {
     "systems": ["pbe"],
     "resolution": 64,
     "steps": 2,
@@ -44,45 +50,67 @@ QUICK = {
 }
 
 
-def measure_edits(tasks: Sequence[Task], systems: Sequence[str], rounds: int) -> list[dict]:
+def parser() -> argparse.ArgumentParser:
+    p = make_parser("scaling", __doc__)
+    edit.add_editing_flags(p)
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
+    for name, what in (("batches", "pictures at once"), ("resolutions", "sides in pixels, with batch 1")):
+        default = f"default {POINTS['cuda'][name]} on a GPU, else {POINTS['cpu'][name]}"
+        p.add_argument(f"--{name}", nargs="*", type=int, help=f"{what}; {default}; without a number: none")
+    p.add_argument("--rows", nargs="*", type=int, help=f"of the index and the manifest; default {ROWS}; likewise")
+    return p
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    check_models(p, args, DEFAULTS, QUICK)
+    check_editing(p, args, edit.SMALL_CARD)
+    if not (args.batches or args.resolutions or args.rows):
+        p.error("--batches, --resolutions and --rows are all without a number: give one of them some")
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The points of each axis, then those of the rows: those so far after each of these."""
+    content: dict[str, Any] = {"index": [], "batch": [], "resolution": []}
+    with weights(args) as files:
+        task = Task(*files, args.device, args.dtype, 1, args.resolution, args.steps, args.guidance)
+        for axis, values in (("batch", args.batches), ("resolution", args.resolutions)):
+            content[axis] = measure_edits([replace(task, **{axis: n}) for n in values], args.systems, args.pairs)
+            yield content
+    content["index"] = measure_index(args.rows, args.pairs)
+    yield content
+
+
+def measure_edits(tasks: Sequence[Task], systems: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     """For each task and system the seconds of each thing and its peaks, or why there are none: `error`."""
-    points = [{"task": asdict(task), "systems": {}} for task in tasks]
+    points: list[dict[str, Any]] = [{"task": asdict(task), "systems": {}} for task in tasks]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        numbers, workers = [], []
+        running: list[tuple[Worker, dict[str, Any]]] = []
         for task, point in zip(tasks, points, strict=True):
             for name in systems:
+                worker = unless_full(partial(Worker, name, task, Path(folder, str(len(running)))))
+                if worker is None:
+                    point["systems"][name] = {"error": "out of memory"}
+                    continue
                 point["systems"][name] = {what: [] for what in MEASURED}
-                numbers.append(point["systems"][name])
-                start = partial(Worker, name, task, Path(folder, str(len(workers))))
-                worker = unless_full(start, numbers[-1])
-                workers.append(worker and stack.enter_context(closing(worker)))
+                running.append((stack.enter_context(closing(worker)), point["systems"][name]))
         for what in (*MEASURED, "memory"):
             for i in range(rounds + 1 if what in MEASURED else 1):
-                for worker, measured in zip(workers, numbers, strict=True):
+                for worker, measured in running:
                     if "error" in measured:
                         continue
-                    answer = unless_full(partial(worker.ask, what), measured)
-                    if what == "memory":
+                    answer = unless_full(partial(worker.ask, what))
+                    if answer is None:
+                        measured["error"] = "out of memory"
+                    elif what == "memory":
                         measured["memory"] = answer
-                    elif i and answer:  # the first round warms up
+                    elif i:  # the first round warms up
                         measured[what].append(answer["seconds"])
     return points
 
 
-def unless_full(call: Callable[[], T], measured: dict) -> T | None:
-    """What the call returns; None, with the `error` noted, where a GPU's memory does not suffice."""
-    try:
-        return call()
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        measured["error"] = "out of memory"
-        return None
-
-
-def measure_index(rows: Sequence[int], rounds: int) -> list[dict]:
+def measure_index(rows: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """For each number of rows and each of INDEX the numbers of each round."""
-    points = [{"rows": count, **{what: [] for what in INDEX}} for count in rows]
+    points: list[dict[str, Any]] = [{"rows": count, **{what: [] for what in INDEX}} for count in rows]
     with tempfile.TemporaryDirectory() as folder:
         for count in rows:
             Path(folder, str(count)).mkdir()
@@ -90,11 +118,8 @@ def measure_index(rows: Sequence[int], rounds: int) -> list[dict]:
         for _ in range(rounds):
             for point in points:
                 for what in INDEX:
-                    command = [sys.executable, "-m", index_worker.__name__, what, str(Path(folder, str(point["rows"])))]
-                    run = subprocess.run(command, capture_output=True, text=True, check=False)
-                    if run.returncode:
-                        raise RuntimeError(f"a measured process failed:\n{run.stderr[-2000:]}")
-                    point[what].append(json.loads(run.stdout))
+                    numbers = run_once(index_worker.__name__, what, str(Path(folder, str(point["rows"]))))
+                    point[what].append(numbers)
     return points
 
 
@@ -102,8 +127,8 @@ def measure_index(rows: Sequence[int], rounds: int) -> list[dict]:
 # The tables
 
 
-def tables(content: dict) -> str:
-    """The Markdown of a run's JSON: growth with the batch, the resolution and the rows, or what there is of them."""
+def tables(content: dict[str, Any]) -> str:
+    """Growth with the batch, the resolution and the rows, or what there is of them."""
     parts = [growth(content, axis, name) for axis in AXES if content[axis] for name in content[axis][0]["systems"]]
     if not content["index"]:
         return "\n\n".join(parts)
@@ -119,7 +144,7 @@ def tables(content: dict) -> str:
     return "\n\n".join([*parts, markdown([*columns, "µs a picture"], rows)])
 
 
-def growth(content: dict, axis: str, system: str) -> str:
+def growth(content: dict[str, Any], axis: str, system: str) -> str:
     """One system's table along an axis: seconds, times the first point's (pair by pair), and peak memory."""
     points = content[axis]
     task, first = points[0]["task"], points[0]["systems"][system]
@@ -141,48 +166,7 @@ def growth(content: dict, axis: str, system: str) -> str:
     return f"{title}\n\n" + markdown([*columns, "peak GiB"], rows)
 
 
-def peak(measured: dict) -> float:
+def peak(measured: dict[str, Any]) -> float:
     """The peak in GiB that counts: a GPU's, where there is one."""
     memory = measured["memory"]
     return memory["peak GPU GiB"] if "peak GPU GiB" in memory else memory["peak RSS GiB"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="benchmark.py scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_task_arguments(p)
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
-    for name, what in (("batches", "pictures at once"), ("resolutions", "sides in pixels, with batch 1")):
-        default = f"default {POINTS['cuda'][name]} on a GPU, else {POINTS['cpu'][name]}"
-        p.add_argument(f"--{name}", nargs="*", type=int, help=f"{what}; {default}; without a number: none")
-    p.add_argument("--rows", nargs="*", type=int, help=f"of the index and the manifest; default {ROWS}; likewise")
-    p.add_argument("--pairs", type=int, default=3, help="rounds of all points in turn (default 3)")
-    return p
-
-
-def main(argv: Sequence[str]) -> int:
-    """Prints the tables; returns the exit code."""
-    points = {kind: {"systems": ["pbe"], "rows": ROWS, **values} for kind, values in POINTS.items()}
-    p = parser()
-    args = parse(p, argv, QUICK, points)
-    if not (args.batches or args.resolutions or args.rows):
-        p.error("--batches, --resolutions and --rows are all without a number: give one of them some")
-    content = {**about("scaling", argv, args.device), "index": [], "batch": [], "resolution": []}
-    try:
-        with ExitStack() as stack:
-            task = replace(task_of(args, stack), dtype=args.dtype)
-            for axis, values in (("batch", args.batches), ("resolution", args.resolutions)):
-                content[axis] = measure_edits([replace(task, **{axis: n}) for n in values], args.systems, args.pairs)
-                write_json(args.out, content)  # after each, so that a run that is cut short leaves what it has
-            content["index"] = measure_index(args.rows, args.pairs)
-            write_json(args.out, content)
-    except (RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(tables(content))
-    return 0

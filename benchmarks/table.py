@@ -1,14 +1,16 @@
-"""The Markdown of what the other sections measured: `python -m benchmarks table edit.json scaling.json`."""
+"""The Markdown of what the sections measured: `python -m benchmarks table edit.json scaling.json`."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-ABOUT = ("command", "pbe", "versions", "threads", "device")
-# what each section's JSON holds beside that
+from benchmarks.report import about
+from benchmarks.sections import SECTIONS
+
+# what each section's JSON holds beside `about`
 CONTENTS = {
     "edit": ("runs",),
     "train": ("runs", "fits"),
@@ -19,25 +21,26 @@ CONTENTS = {
 }
 
 
-def read(path: Path) -> dict:
-    """A run's JSON; ValueError if it is none, or not a whole one."""
+def read(path: Path) -> dict[str, Any]:
+    """A run's JSON; ValueError if it is another file's, or incomplete."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     section = content.get("section") if isinstance(content, dict) else None
     if section not in (*CONTENTS,):
-        sections = ", ".join(CONTENTS)
-        raise ValueError(f"{path} is no run of python -m benchmarks: its 'section' should be one of {sections}")
-    if lacking := [key for key in (*ABOUT, *CONTENTS[section]) if key not in content]:
-        raise ValueError(f"{path} is not a whole run of {section!r}: it lacks {', '.join(lacking)}")
+        raise ValueError(
+            f"{path} is not from python -m benchmarks: its 'section' is {section!r}, not one of {', '.join(CONTENTS)}"
+        )
+    if missing := [key for key in (*about(section, ()), *CONTENTS[section]) if key not in content]:
+        raise ValueError(f"{path} is not a whole run of {section!r}: it lacks {', '.join(missing)}")
     return content
 
 
-def document(content: dict) -> str:
+def document(content: dict[str, Any]) -> str:
     """A run as Markdown: its tables, the command and the versions."""
     section = content["section"]
-    tables = import_module(f"benchmarks.{section}").tables(content)
+    tables = SECTIONS[section].tables(content)
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     machine = f"{content['device']}, {content['threads']} threads; pbe {content['pbe']}, {versions}"
     return f"## {section}\n\n{tables}\n\n`{content['command']}`\n\n{machine}\n"
@@ -45,7 +48,7 @@ def document(content: dict) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the tables of all files; returns the exit code."""
-    p = argparse.ArgumentParser(prog="benchmark.py table", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m benchmarks table", description=__doc__)
     p.add_argument("files", nargs="+", type=Path, help="JSON that a section wrote with --out")
     args = p.parse_args(argv)
     try:

@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
+from examples.demo_model.embeddings import resized
 from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe import to_unit_range
 from pbe.editing.edit import check_finite, feather_width
@@ -26,14 +26,14 @@ from pbe.sampling import NoiseSchedule, get_sampler, guided_eps, make_generators
 class Cases:
     """N photos seen through their windows.
 
-    image: (N, 3, R, R) in [-1, 1]. mask: (N, 1, R, R), 1 = keep. reference: (N, 3, S, S) in [0, 1], the photo's own
+    image: (N, 3, R, R) in [-1, 1]. mask: (N, 1, R, R), 1 = keep. exemplar: (N, 3, S, S) in [0, 1], the photo's own
     object. place: where the photo lies in each window; gray bars are around it. kind, label: the folder of the photo
     and the name of its object.
     """
 
     image: Tensor
     mask: Tensor
-    reference: Tensor
+    exemplar: Tensor
     place: list[Box]
     kind: list[str]
     label: list[str]
@@ -44,8 +44,10 @@ class Cases:
     def __getitem__(self, chosen: slice | Sequence[int]) -> Cases:
         """Some of the cases."""
         numbers = range(len(self))[chosen] if isinstance(chosen, slice) else chosen
-        tensors = (tensor[list(numbers)] for tensor in (self.image, self.mask, self.reference))
-        return Cases(*tensors, *([values[i] for i in numbers] for values in (self.place, self.kind, self.label)))
+        image, mask, exemplar = (tensor[list(numbers)] for tensor in (self.image, self.mask, self.exemplar))
+        place = [self.place[i] for i in numbers]
+        kind, label = ([names[i] for i in numbers] for names in (self.kind, self.label))
+        return Cases(image, mask, exemplar, place, kind, label)
 
 
 def read_cases(dataset: ExampleDataset, count: int) -> Cases:
@@ -57,7 +59,7 @@ def read_cases(dataset: ExampleDataset, count: int) -> Cases:
     return Cases(
         image=torch.stack([s.example.image for s in stages]),
         mask=torch.stack([s.example.mask for s in stages]),
-        reference=torch.stack([(to_unit_range(s.pixels.exemplar_crop) + 1) / 2 for s in stages]),
+        exemplar=torch.stack([(to_unit_range(s.pixels.exemplar_crop) + 1) / 2 for s in stages]),
         place=[s.geometry.content for s in stages],
         kind=[kind_of(s.record.image.parts) for s in stages],
         label=labels,
@@ -72,7 +74,7 @@ def kind_of(parts: Sequence[str]) -> str:
 def foreign(groups: Sequence[str], number: int, generator: torch.Generator) -> Tensor:
     """For each case, `number` other cases of its own group to take exemplars from: long (cases, number).
 
-    Each column is a permutation, so that all exemplars are used as often. ValueError if a group has not as many others.
+    Each column is a permutation, so that all exemplars are used equally often. ValueError if a group is too small.
     """
     others = torch.empty(len(groups), number, dtype=torch.long)
     for group in sorted(set(groups)):
@@ -87,17 +89,17 @@ def foreign(groups: Sequence[str], number: int, generator: torch.Generator) -> T
 # --- the model's pictures ---------------------------------------------------------------------------------
 
 
-def condition_of(model: PaintByExample, cases: Cases, references: Tensor) -> Condition:
-    """What the model is told when it is to repaint cases as the exemplars `references` (N, 3, S, S) in [0, 1]."""
-    exemplars = T.normalize(references, list(CLIP_MEAN), list(CLIP_STD))
-    return model.condition(*(x.to(model.device, model.dtype) for x in (cases.image, cases.mask, exemplars)))
+def condition_of(model: PaintByExample, cases: Cases, exemplars: Tensor) -> Condition:
+    """What the model is told when it is to repaint cases as the exemplars `exemplars` (N, 3, S, S) in [0, 1]."""
+    normalised = T.normalize(exemplars, list(CLIP_MEAN), list(CLIP_STD))
+    return model.condition(*(x.to(model.device, model.dtype) for x in (cases.image, cases.mask, normalised)))
 
 
 @torch.no_grad()
 def paint(
     model: PaintByExample,
     cases: Cases,
-    references: Tensor,
+    exemplars: Tensor,
     seeds: Sequence[int],
     *,
     guidance: float,
@@ -105,22 +107,27 @@ def paint(
     sampler: str,
     batch_size: int = 32,
 ) -> Tensor:
-    """The model's pictures (N, 3, R, R) in [-1, 1] of the cases repainted as `references` (N, 3, S, S) in [0, 1].
+    """The model's pictures (N, 3, R, R) in [-1, 1] of the cases repainted as `exemplars` (N, 3, S, S) in [0, 1].
 
     Each picture follows from its own seed: the same one gives the same noise, whatever the exemplar.
     """
-    grid, draw = trailing(NoiseSchedule.scaled_linear(), steps), get_sampler(sampler)
+    grid, sample = trailing(NoiseSchedule.scaled_linear(), steps), get_sampler(sampler)
     pictures = []
     for first in range(0, len(cases), batch_size):
         batch = slice(first, first + batch_size)
-        condition = condition_of(model, cases[batch], references[batch])
+        condition = condition_of(model, cases[batch], exemplars[batch])
         generators = [make_generators(seed, 1)[0] for seed in seeds[batch]]
         x_T = randn(condition.z_masked.shape[1:], generators, model.device)
-        z_0 = draw(guided_eps(model, condition, guidance), x_T, grid, generators=generators)
-        decoded = model.vae.decode(z_0.to(model.dtype))
-        check_finite(decoded)
-        pictures.append(decoded.float().clamp(-1, 1).cpu())
+        z_0 = sample(guided_eps(model, condition, guidance), x_T, grid, generators=generators)
+        pictures.append(decode(model, z_0))
     return torch.cat(pictures)
+
+
+def decode(model: PaintByExample, z_0: Tensor) -> Tensor:
+    """Pictures (N, 3, R, R) in [-1, 1] of latents, on the CPU; ValueError if they are not finite."""
+    decoded = model.vae.decode(z_0.to(model.dtype))
+    check_finite(decoded)
+    return decoded.float().clamp(-1, 1).cpu()
 
 
 @torch.no_grad()
@@ -129,19 +136,17 @@ def reconstruct(model: PaintByExample, cases: Cases, batch_size: int = 32) -> Te
     pictures = []
     for first in range(0, len(cases), batch_size):
         image = cases.image[first : first + batch_size].to(model.device, model.dtype)
-        pictures.append(model.vae.decode(model.vae.encode(image).mean).float().clamp(-1, 1).cpu())
+        pictures.append(decode(model, model.vae.encode(image).mean))
     return torch.cat(pictures)
 
 
-def paste(cases: Cases, references: Tensor) -> Tensor:
+def paste(cases: Cases, exemplars: Tensor) -> Tensor:
     """The exemplars (N, 3, S, S), resized, in place of the regions: what an editor without a model does."""
     pictures = cases.image.clone()
-    for picture, mask, reference in zip(pictures, cases.mask, references, strict=True):
+    for picture, mask, exemplar in zip(pictures, cases.mask, exemplars, strict=True):
         box = region_box(mask)
-        resized = F.interpolate(
-            reference[None], (box.height, box.width), mode="bilinear", antialias=True, align_corners=False
-        )
-        picture[(..., *box.slices)] = resized[0] * 2 - 1
+        rows, columns = box.slices
+        picture[:, rows, columns] = resized(exemplar[None], box.height, box.width)[0] * 2 - 1
     return torch.where(cases.mask > 0.5, cases.image, pictures)
 
 
@@ -169,6 +174,6 @@ def region_crops(pictures: Tensor, masks: Tensor, side: int) -> Tensor:
     """The regions' bounding boxes cut out of pictures (N, 3, R, R) in [-1, 1]: (N, 3, side, side) in [0, 1]."""
     crops = []
     for picture, mask in zip(pictures, masks, strict=True):
-        crop = picture[(..., *region_box(mask).slices)][None]
-        crops.append(F.interpolate(crop, (side, side), mode="bilinear", antialias=True, align_corners=False))
+        rows, columns = region_box(mask).slices
+        crops.append(resized(picture[None, :, rows, columns], side))
     return ((torch.cat(crops) + 1) / 2).clamp(0, 1)

@@ -1,8 +1,8 @@
-"""What the figures are made of: one number a case, from pictures and from features."""
+"""What the tables are made of: one number per case, from pictures and from features."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import comb
 
 import numpy as np
@@ -18,20 +18,20 @@ def retrieval(similarity: Tensor, own: Tensor, size: int = 16) -> np.ndarray:
     """How likely each query's own item is the most similar to it among `size` items: (N,) probabilities.
 
     similarity: (N, M) of N queries to the M items of a gallery. own: long (N,), the item that belongs to each query.
-    The other size - 1 items are any of the gallery: the probability is over all such draws, counted and not sampled.
-    Items that are equally similar share a hit. ValueError if the gallery has fewer than `size` items.
+    The other size - 1 items are any of the gallery: the probability is over all choices of them, counted and not
+    sampled. Items that are equally similar share a hit. ValueError if the gallery has fewer than `size` items.
     """
     items = similarity.shape[1]
     if not 2 <= size <= items:
-        raise ValueError(f"retrieval among {size} items needs a gallery of as many, and at least 2; got {items}")
+        raise ValueError(f"retrieval among {size} items needs a gallery of at least {max(size, 2)}, got {items}")
     s = similarity.double()
     own_s = s.gather(1, own[:, None])
     ties = ((s - own_s).abs() <= TIE).sum(dim=1) - 1
     lower = (s < own_s - TIE).sum(dim=1)
-    draws = comb(items - 1, size - 1)
+    choices = comb(items - 1, size - 1)
     # own wins against k ties and size - 1 - k lower ones, and shares the hit with the k
     hits = [
-        sum(comb(tied, k) * comb(below, size - 1 - k) / (1 + k) for k in range(min(tied, size - 1) + 1)) / draws
+        sum(comb(tied, k) * comb(below, size - 1 - k) / (1 + k) for k in range(min(tied, size - 1) + 1)) / choices
         for tied, below in zip(ties.tolist(), lower.tolist(), strict=True)
     ]
     return np.array(hits)
@@ -51,10 +51,13 @@ def inner_gradients(pictures: Tensor, masks: Tensor, places: Sequence[Box]) -> n
     return _mean_differences(pictures, masks, places, lambda a, b: ~a & ~b)
 
 
-def _mean_differences(pictures: Tensor, masks: Tensor, places: Sequence[Box], chosen) -> np.ndarray:
+def _mean_differences(
+    pictures: Tensor, masks: Tensor, places: Sequence[Box], chosen: Callable[[Tensor, Tensor], Tensor]
+) -> np.ndarray:
     means = []
     for picture, mask, place in zip(pictures, masks, places, strict=True):
-        pixels, keep = picture[(..., *place.slices)] / 2, mask[(0, *place.slices)] > 0.5
+        rows, columns = place.slices
+        pixels, keep = picture[:, rows, columns] / 2, mask[0, rows, columns] > 0.5
         values = []
         for axis in (0, 1):
             n = keep.shape[axis]

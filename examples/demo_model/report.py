@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from examples.demo_model.figures import Figure, Row
-from pbe.editing.edit import edit
+import pbe
+from examples.demo_model.settings import Settings
+from examples.demo_model.tables import Row, Table
 from pbe.editing.settings import DEMO
 from pbe.images.grids import grid
 from pbe.images.reading import read_exemplar, read_mask, read_picture
@@ -22,70 +24,56 @@ from pbe.io.atomic import replacing
 from pbe.models.paint_by_example import PaintByExample
 
 
-def write_json(path: Path, settings: Mapping[str, Any], figures: Sequence[Figure]) -> None:
-    """All settings and figures; an `Estimate` becomes an object with its five numbers."""
-    content = {"settings": dict(settings), "figures": [asdict(figure) for figure in figures]}
-    with replacing(path, overwrite=True) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def load(args: argparse.Namespace) -> PaintByExample:
+    """The model of --ckpt on --device, in float32; ValueError for another kind of model."""
+    model = pbe.load_model(args.ckpt, device=args.device, dtype="float32")
+    if not isinstance(model, PaintByExample):
+        raise ValueError(f"{args.ckpt} holds {type(model).__name__}, not Paint by Example")
+    return model
 
 
-def write_markdown(path: Path, settings: Mapping[str, Any], figures: Sequence[Figure]) -> None:
-    """A table for each figure, `value ± standard error`, under the settings."""
-    lines = ["# Figures", "", *(f"- {name}: {value}" for name, value in settings.items()), ""]
+def write_tables(out: Path, about: Mapping[str, Any], tables: Sequence[Table]) -> None:
+    """figures.json, where a `Statistic` is an object with its five numbers, and figures.md."""
+    content = {"settings": dict(about), "figures": [asdict(table) for table in tables]}
+    lines = ["# Figures", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
     lines += ["Numbers are value ± standard error, by the bootstrap over photos; figures.json has 95 % intervals.", ""]
-    for number, figure in enumerate(figures, start=1):
-        lines += [f"## {number}. {figure.title}", "", figure.note, "", *table(figure.rows), ""]
-    with replacing(path, overwrite=True) as part:
-        part.write_text("\n".join(lines), encoding="utf-8")
+    for number, table in enumerate(tables, start=1):
+        lines += [f"## {number}. {table.title}", "", table.note, "", *markdown(table.rows), ""]
+    texts = {"figures.json": json.dumps(content, indent=1) + "\n", "figures.md": "\n".join(lines)}
+    for name, text in texts.items():
+        with replacing(out / name, overwrite=True) as part:
+            part.write_text(text, encoding="utf-8")
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def markdown(rows: Sequence[Row]) -> list[str]:
     """The lines of a Markdown table of rows with the same keys."""
     lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
     lines += [" | ".join(str(value) for value in row.values()) for row in rows]
     return [f"| {line} |" for line in lines]
 
 
-def save_grid(
-    path: Path, columns: Mapping[str, Tensor], row_labels: Sequence[str] | None = None, cell: int = 128
-) -> None:
+def save_grid(path: Path, columns: Mapping[str, Tensor], row_labels: Sequence[str] | None = None) -> None:
     """Columns of pictures (N, 3, H, W) in [-1, 1] side by side, N rows."""
     rows = [
         [to_pil_image((picture / 2 + 0.5).clamp(0, 1)) for picture in row]
         for row in zip(*columns.values(), strict=True)
     ]
-    save_picture(grid(rows, row_labels=row_labels, column_labels=list(columns), cell_height=cell), path)
+    save_picture(grid(rows, row_labels=row_labels, column_labels=list(columns), cell_height=128), path)
 
 
-def seed_grid(
-    model: PaintByExample,
-    edits: Sequence[tuple[str, str, str]],
-    *,
-    seeds: int = 16,
-    seed: int = 0,
-    guidance: float,
-    steps: int,
-    sampler: str,
-    cell: int = 128,
-) -> Image.Image:
-    """Edits, each a (photo, mask, exemplar) of files, with the seeds from `seed` on, none left out: a row an edit."""
+def write_seed_grid(args: argparse.Namespace, settings: Settings) -> None:
+    """The command `grid`: each edit's files and its results with the seeds from --seed on, none left out."""
+    model = load(args)
+    chosen = replace(
+        DEMO, guidance=settings.guidance, steps=settings.steps, sampler=settings.sampler, seed=settings.seed
+    )
     rows = []
-    for photo, mask, exemplar in edits:
-        picture = read_picture(photo)
+    for image, mask, exemplar in args.edit:
+        results = pbe.edit(model, image, mask, exemplar, num_images=args.count, batch_size=16, **vars(chosen))
+        picture = read_picture(image)
         repaint = Image.fromarray(read_mask(mask, picture.size))
-        results = edit(
-            model,
-            photo,
-            mask,
-            exemplar,
-            guidance=guidance,
-            steps=steps,
-            sampler=sampler,
-            spacing=DEMO.spacing,
-            seed=seed,
-            num_images=seeds,
-            batch_size=16,
-        )
         rows.append([picture.source, repaint, read_exemplar(exemplar), *results])
-    labels = ["photo", "mask", "exemplar", *(f"seed {seed + i}" for i in range(seeds))]
-    return grid(rows, column_labels=labels, cell_height=cell)
+    seeds = range(settings.seed, settings.seed + args.count)
+    labels = ["image", "mask", "exemplar", *(f"seed {seed}" for seed in seeds)]
+    save_picture(grid(rows, column_labels=labels, cell_height=args.cell), args.out)
+    print(f"{args.out}: {len(args.edit)} edits, seeds {seeds[0]} to {seeds[-1]}")

@@ -1,53 +1,83 @@
-"""How much is measured."""
+"""How much is measured, and how the pictures are made: the flags of the command, with their defaults."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
 
-from pbe.editing.settings import DEMO
+from pbe.editing.settings import DEMO, SamplerName
+from pbe.io.fields import Range, check, field_docs, field_types, read
 
-Exemplars = Literal["any", "kind"]
+Count = Annotated[int, Range(1)]
+AtLeastTwo = Annotated[int, Range(2)]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured, and how the pictures are made.
+    """What `measure` does; ValueError for what cannot be measured."""
 
-    cases: photos of the retrieval, seam, guidance and copy figures. exemplars: of "any" other photo, or of one of the
-    photo's own "kind", as COCOEE's are. gallery: exemplars that retrieval chooses among.
-    guidance: of the results; scales: of the guidance figure. seed_cases photos with `seeds` seeds and as many
-    exemplars; sampler_cases photos for the samplers, with sampler_steps against DDIM with reference_steps.
-    """
-
-    cases: int = 128
-    exemplars: Exemplars = "any"
-    gallery: int = 16
+    cases: AtLeastTwo = 128
+    """Photos of the retrieval, seam, guidance and copy figures."""
+    exemplars: Literal["any", "kind"] = "any"
+    """Exemplars of any other photo, or of one of the photo's own kind, as in COCOEE."""
+    gallery: AtLeastTwo = 16
+    """Exemplars that retrieval chooses among."""
     guidance: float = DEMO.guidance
-    scales: Sequence[float] = (1.0, 2.0, 3.0, 5.0)
-    steps: int = DEMO.steps
-    sampler: str = DEMO.sampler
-    seed_cases: int = 24
-    seeds: int = 4
-    sampler_cases: int = 8
-    sampler_steps: Sequence[int] = (10, 15, 20, 25, 50)
-    reference_steps: int = 1000
+    """Of the results."""
+    guidance_values: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
+    """Of the guidance figure."""
+    steps: Count = DEMO.steps
+    """Sampling steps, on the trailing timesteps."""
+    sampler: SamplerName = DEMO.sampler
+    """The sampling method."""
+    seed_cases: AtLeastTwo = 24
+    """Photos of the seeds figure."""
+    seeds: AtLeastTwo = 4
+    """Seeds, and exemplars, of each of those."""
+    sampler_cases: AtLeastTwo = 8
+    """Photos of the samplers figure."""
+    sampler_steps: tuple[Count, ...] = (10, 15, 20, 25, 50)
+    """Numbers of steps of the samplers figure."""
+    reference_steps: Count = 1000
+    """Steps of DDIM that the samplers are compared with."""
     seed: int = 0
-    batch_size: int = 32
+    """Of the first result, and of the choice of exemplars."""
+    batch_size: Count = 32
+    """Pictures sampled at once."""
+    classifier_epochs: Count = 10
+    """Of the classifier's training."""
 
     def __post_init__(self) -> None:
-        if self.exemplars not in get_args(Exemplars):
-            raise ValueError(f"--exemplars must be one of {', '.join(get_args(Exemplars))}, got {self.exemplars!r}")
-        if not 2 <= self.gallery <= self.cases:
-            raise ValueError(f"--gallery must be 2 to the number of cases, {self.cases}; got {self.gallery}")
-        for name in ("seed_cases", "sampler_cases"):
-            if not 2 <= getattr(self, name) <= self.cases:
-                option = name.replace("_", "-")
-                raise ValueError(
-                    f"--{option} must be 2 to the number of cases, {self.cases}; got {getattr(self, name)}"
-                )
-        if not 2 <= self.seeds < self.seed_cases:
+        for name, annotation in FIELDS.items():
+            check(option(name), getattr(self, name), annotation)
+        for name in ("gallery", "seed_cases", "sampler_cases"):
+            if (value := getattr(self, name)) > self.cases:
+                raise ValueError(f"{option(name)} must be 2 to the number of cases, {self.cases}; got {value}")
+        if self.seeds >= self.seed_cases:
             raise ValueError(f"--seeds must be at least 2 and below --seed-cases {self.seed_cases}; got {self.seeds}")
-        if len(set(self.scales)) < 2:
-            raise ValueError(f"--scales needs two different values, got {list(self.scales)}")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if len(set(self.guidance_values)) < 2:
+            raise ValueError(f"--guidance-values needs two different values, got {list(self.guidance_values)}")
+
+
+FIELDS = field_types(Settings)
+
+
+def option(name: str) -> str:
+    """A field as a flag."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_flags(p: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """The flags of some fields; `settings_of` reads them."""
+    docs = field_docs(Settings)
+    for f in fields(Settings):
+        if f.name in names:
+            many = isinstance(f.default, tuple)
+            shown = str(f.default).strip("()").replace(",", "")
+            p.add_argument(option(f.name), nargs="+" if many else 1, help=f"{docs[f.name]} (default: {shown})")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings of the flags that were given; ValueError as the class."""
+    given = {name: getattr(args, name, None) for name in FIELDS}
+    return Settings(**{n: read(option(n), " ".join(value), FIELDS[n]) for n, value in given.items() if value})

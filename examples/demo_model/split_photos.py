@@ -1,6 +1,6 @@
 """One manifest to train on and one held out, from folders with `boxes.csv`, `images/` and perhaps `masks/`.
 
-python examples/demo_model/split_photos.py ../shared/data/clothing ../shared/data/flowers --out runs/data
+python -m examples.demo_model.split_photos ../shared/data/clothing ../shared/data/flowers --out runs/data
 
 A photo is held out by its file name's hash: always the same ones, whatever else is added. Both files are in the order
 of those hashes, so that their first rows are of every kind.
@@ -59,13 +59,13 @@ def split(folders: list[Path], out: Path, every: int, min_fill: float) -> None:
                 if mask.is_file():
                     kept["mask"] = os.path.relpath(mask, out)
                 rows[name].append(kept)
-    for name, kept in rows.items():
-        columns = [*COLUMNS, "mask"] if any("mask" in row for row in kept) else COLUMNS
+    for name, objects in rows.items():
+        columns = [*COLUMNS, "mask"] if any("mask" in row for row in objects) else COLUMNS
         with replacing(out / name, overwrite=True) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(sorted(kept, key=lambda row: photo_hash(Path(row["file"]).name)))
-        print(f"{out / name}: {len(kept)} objects")
+            writer.writerows(sorted(objects, key=lambda row: photo_hash(Path(row["file"]).name)))
+        print(f"{out / name}: {len(objects)} objects")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
-"""Means and ratios of a sample with their spread."""
+"""Means and ratios over cases, with their bootstrap's standard error and 95 % interval."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from pbe.evaluation.bootstrap import bootstrap, interval
 
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A figure and its spread over `n` independent cases: standard error and 95 % interval of the bootstrap."""
+class Statistic:
+    """A value over `n` independent cases, and its spread."""
 
     value: float
     standard_error: float
@@ -24,26 +30,34 @@ class Estimate:
         return f"{self.value:.3g} ± {self.standard_error:.2g}"
 
 
-def mean(values: Sequence[float] | np.ndarray) -> Estimate:
-    """The mean of (N,) values, one a case; ValueError for fewer than two."""
+def mean(values: Sequence[float] | np.ndarray) -> Statistic:
+    """The mean of (N,) values, one per case; ValueError for fewer than two."""
     return ratio(values, np.ones(len(values)))
 
 
-def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Estimate:
+def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Statistic:
     """The ratio of two means, of (N,) values each: steadier than a mean of ratios where a denominator is near 0.
 
-    Cases are drawn again with both of their values (the percentile bootstrap), always in the same way. ValueError for
-    fewer than two cases, values that are not finite, or a mean denominator of 0.
+    Cases are resampled with both of their values, always in the same way. ValueError for fewer than two cases, values
+    that are not finite, or a mean denominator of 0.
     """
-    a, b = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    a, b = (torch.as_tensor(np.asarray(values, dtype=np.float64)) for values in (numerators, denominators))
     if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
-        raise ValueError(f"a figure needs one value a case and at least 2 cases, got shapes {a.shape} and {b.shape}")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("a figure cannot be made of values that are not finite")
+        raise ValueError(
+            f"a statistic needs one value per case and at least 2 cases, got shapes {tuple(a.shape)}, {tuple(b.shape)}"
+        )
+    if wrong := [x for x in [*a.tolist(), *b.tolist()] if not math.isfinite(x)]:
+        raise ValueError(f"a statistic needs finite values, got {wrong[0]}")
     if b.sum() == 0:
         raise ValueError("the denominators of a ratio are 0 on average")
-    drawn = np.random.default_rng(0).multinomial(len(a), np.full(len(a), 1 / len(a)), size=RESAMPLES)  # (R, N) counts
-    below = drawn @ b
-    again = (drawn @ a)[below != 0] / below[below != 0]
-    low, high = np.quantile(again, [0.025, 0.975])
-    return Estimate(float(a.sum() / b.sum()), float(again.std(ddof=1)), float(low), float(high), len(a))
+    numerator, denominator = (resampled_counts(len(a)) @ torch.stack([a, b], dim=1)).unbind(dim=1)  # (R,)
+    again = (numerator / denominator)[denominator != 0]
+    value, low, high = interval(a.sum() / b.sum(), again, level=0.95, centred=False)
+    return Statistic(value.item(), again.std().item(), low.item(), high.item(), len(a))
+
+
+@cache
+def resampled_counts(n: int) -> Tensor:
+    """How often the bootstrap draws each of n cases: float64 (RESAMPLES, n)."""
+    generator = torch.Generator().manual_seed(0)
+    return bootstrap(lambda drawn: torch.bincount(drawn, minlength=n), torch.arange(n), RESAMPLES, generator)

@@ -2,8 +2,7 @@
 
 import io
 import json
-import subprocess
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import replace
 
 import pytest
@@ -12,10 +11,13 @@ from conftest import TINY
 from torch import nn
 
 from benchmarks import all as everything
-from benchmarks import data, edit, index_worker, load, plot, profile, scaling, table, train
+from benchmarks import data, edit, index_worker, load, plot, profile, scaling, sections, table, worker
+from benchmarks.__main__ import COMMANDS
+from benchmarks.arguments import weights
 from benchmarks.edit_worker import SYSTEMS, Task, answer, timed
 from benchmarks.kinds import KINDS, count_flops, flops_by_kind, kind_of, seconds_by_kind
-from benchmarks.report import about, markdown, ratios, spread, write_json
+from benchmarks.report import about, markdown, ratios, spread, times, write_json
+from benchmarks.sections import run
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.seeding import seeded_state
 from pbe.cli import checkpoint
@@ -47,7 +49,7 @@ class WorkerHere:
 
 @pytest.fixture
 def without_processes(monkeypatch):
-    for module in (edit, profile, scaling):
+    for module in (edit, scaling, worker):
         monkeypatch.setattr(module, "Worker", WorkerHere)
     monkeypatch.setattr("benchmarks.edit_worker.matmul_peak", lambda device, dtype: 1.0)  # takes seconds
 
@@ -80,29 +82,31 @@ def test_both_systems_make_the_same_picture(tiny_checkpoint, tiny_folder, tmp_pa
     out = tmp_path / "numbers.json"
     weights = ["--ckpt", str(tiny_checkpoint), "--diffusers", str(tiny_folder)]
     command = [*weights, "--resolution", "64", "--pairs", "1", "--systems", "pbe", "diffusers", "--dtype", "float32"]
-    assert edit.main([*command, "--device", "cpu", "--out", str(out)]) == 0
+    assert run("edit", [*command, "--device", "cpu", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
     assert content["command"].startswith(f"python -m benchmarks edit --ckpt {tiny_checkpoint}")
-    (run,) = content["runs"]
-    assert list(run["systems"]) == ["pbe", "diffusers"]
+    assert content["finished"]
+    (numbers,) = content["runs"]
+    assert list(numbers["systems"]) == ["pbe", "diffusers"]
     for what in edit.MEASURED:
         # float32 by other orders of sums, through 3 predictions: 1e-3 of the largest value is the goal for a picture
-        assert run["systems"]["diffusers"]["differences"][what]["largest"] < 1e-3
-        assert all(one[what][0] > 0 for one in run["systems"].values())
-    assert run["systems"]["diffusers"]["starts"][0]["start to first prediction s"] == 2
+        assert numbers["systems"]["diffusers"]["differences"][what]["largest"] < 1e-3
+        assert all(one[what][0] > 0 for one in numbers["systems"].values())
+    assert numbers["systems"]["diffusers"]["starts"][0]["start to first prediction s"] == 2
     assert edit.tables(content) in capsys.readouterr().out
 
 
-def test_a_process_answers(tiny_checkpoint, tmp_path):
+def test_a_process_answers(tiny_checkpoint, tmp_path, monkeypatch):
     """Whoever asks sees its times and its peak, and gets its output in a file; it ends when nobody asks any more."""
-    with closing(edit.Worker("pbe", make_task(tiny_checkpoint), tmp_path / "worker")) as worker:
-        *phases, whole = worker.started.values()
+    monkeypatch.chdir(tmp_path)  # from where this package is found all the same
+    with closing(worker.Worker("pbe", make_task(tiny_checkpoint), tmp_path / "worker")) as process:
+        *phases, whole = process.started.values()
         assert all(phase > 0 for phase in phases)
         assert sum(phases) == pytest.approx(whole)
-        assert worker.ask("decode")["seconds"] > 0
-        assert worker.ask("memory")["peak RSS GiB"] > 0.01
-    assert torch.load(worker.folder / "decode.pt").shape == (1, 3, 64, 64)
-    assert worker.process.returncode == 0
+        assert process.ask("decode")["seconds"] > 0
+        assert process.ask("memory")["peak RSS GiB"] > 0.01
+    assert torch.load(process.folder / "decode.pt").shape == (1, 3, 64, 64)
+    assert process.process.returncode == 0
 
 
 @pytest.mark.parametrize("name", ["pbe", "diffusers, best"])
@@ -245,7 +249,7 @@ def test_layers_of_all_systems_are_known(tiny_checkpoint, tiny_folder):
 def test_profile(tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "profile.json"
     command = ["--ckpt", str(tiny_checkpoint), "--systems", "pbe", "--resolution", "64", "--pairs", "1"]
-    assert profile.main([*command, "--device", "cpu", "--out", str(out)]) == 0
+    assert run("profile", [*command, "--device", "cpu", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
     assert profile.tables(content) in capsys.readouterr().out
     (seconds,) = content["run"]["systems"]["pbe"]["unet"]
@@ -270,20 +274,20 @@ def test_table_of_a_profile():
 
 @pytest.mark.usefixtures("without_processes")
 def test_scaling(tiny_checkpoint, tmp_path, monkeypatch, capsys):
-    def run(command, **_):
+    def run_here(module, *arguments):
         """The index's process without a process."""
-        assert command[1:3] == ["-m", index_worker.__name__]
-        monkeypatch.setattr("sys.argv", command[2:])
+        assert module == index_worker.__name__
+        monkeypatch.setattr("sys.argv", [module, *arguments])
         printed = io.StringIO()
         with redirect_stdout(printed):
             index_worker.main()
-        return subprocess.CompletedProcess(command, 0, printed.getvalue())
+        return json.loads(printed.getvalue())
 
-    monkeypatch.setattr(scaling.subprocess, "run", run)
+    monkeypatch.setattr(scaling, "run_once", run_here)
     out = tmp_path / "scaling.json"
     command = ["--ckpt", str(tiny_checkpoint), "--resolution", "64", "--pairs", "1", "--rows", "20"]
     points = ["--batches", "1", "2", "--resolutions", "64"]
-    assert scaling.main([*command, *points, "--device", "cpu", "--out", str(out)]) == 0
+    assert run("scaling", [*command, *points, "--device", "cpu", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
     assert scaling.tables(content) in capsys.readouterr().out
     assert [point["task"]["batch"] for point in content["batch"]] == [1, 2]
@@ -308,7 +312,7 @@ def test_what_is_measured_outlasts_what_cuts_a_run_short(tiny_checkpoint, tmp_pa
     task = [*weights, "--systems", "pbe", "--resolution", "64", "--device", "cpu", "--out", str(out)]
     monkeypatch.setattr(scaling, "measure_index", cut)
     with pytest.raises(CutShort):
-        scaling.main([*task, "--steps", "2", "--pairs", "1", "--batches", "2", "--resolutions"])
+        run("scaling", [*task, "--steps", "2", "--pairs", "1", "--batches", "2", "--resolutions"])
     content = table.read(out)
     assert [len(content[axis]) for axis in ("batch", "resolution", "index")] == [1, 0, 0]
     assert table.document(content).count("batch 2") == 1
@@ -321,14 +325,26 @@ def test_what_is_measured_outlasts_what_cuts_a_run_short(tiny_checkpoint, tmp_pa
 
     monkeypatch.setattr(WorkerHere, "ask", counting)
     with pytest.raises(CutShort):
-        profile.main([*task, "--pairs", "5"])  # the first round warms up, the second is whole
+        run("profile", [*task, "--pairs", "5"])  # the first round warms up, the second is whole
     assert [len(seconds) for seconds in table.read(out)["run"]["systems"]["pbe"].values()] == [1, 1]
 
     rounds = iter([{"seconds": 1.0, "GiB": 2.0}] * 3)  # each of two precisions
-    monkeypatch.setattr(load, "measure", lambda prepare: next(rounds, None) or cut())
+    monkeypatch.setattr(load, "run_once", lambda *_: next(rounds, None) or cut())
     with pytest.raises(CutShort):
-        load.main([*weights, "--repeats", "2", "--out", str(out)])
-    assert len(table.read(out)["results"]["pbe, .ckpt, to float32"]) == 1
+        run("load", [*weights, "--repeats", "2", "--out", str(out)])
+    content = table.read(out)
+    assert len(content["results"]["pbe, .ckpt, to float32"]) == 1
+    assert not content["finished"]
+
+
+def test_what_is_measured_is_shown_when_a_run_is_stopped(tiny_checkpoint, monkeypatch, capsys):
+    def measure(args):
+        yield {"results": {"pbe, .ckpt, to float32": [{"seconds": 3.0}]}}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load, "measure", measure)
+    assert run("load", ["--ckpt", str(tiny_checkpoint)]) == 130
+    assert "| pbe, .ckpt, to float32 | 3 |" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("without_processes")
@@ -342,11 +358,11 @@ def test_the_last_start_s_process_takes_the_rounds(tiny_checkpoint, monkeypatch)
             made.append(self)
 
     monkeypatch.setattr(edit, "Worker", Counted)
-    run = edit.measure(make_task(tiny_checkpoint), ["pbe", "pbe, model kept"], pairs=1, starts=2)
+    numbers = edit.measure_task(make_task(tiny_checkpoint), ["pbe", "pbe, model kept"], pairs=1, starts=2)
     assert [worker.name for worker in made] == ["pbe", "pbe, model kept"] * 2
     assert all(worker.system is None for worker in made)
-    assert [len(one["starts"]) for one in run["systems"].values()] == [2, 2]
-    assert [len(one["edit"]) for one in run["systems"].values()] == [1, 1]
+    assert [len(one["starts"]) for one in numbers["systems"].values()] == [2, 2]
+    assert [len(one["edit"]) for one in numbers["systems"].values()] == [1, 1]
 
 
 def scaling_content():
@@ -434,12 +450,12 @@ def test_curves(tmp_path, capsys):
 
 
 def test_loading_is_measured_in_a_process_of_its_own(tiny_checkpoint):
-    numbers = load.measure(load.PBE.format(path=str(tiny_checkpoint), dtype="bfloat16"))
+    numbers = worker.run_once("benchmarks.load_worker", "pbe", str(tiny_checkpoint), "bfloat16")
     weights = sum(tensor.numel() for tensor in torch.load(tiny_checkpoint)["state_dict"].values())
     assert numbers["weights GiB"] == pytest.approx(2 * weights / 2**30)
     assert 0 < numbers["seconds"] <= numbers["seconds until every weight was read"]
-    with pytest.raises(RuntimeError, match="no such module"):
-        load.measure("raise ImportError('no such module')")
+    with pytest.raises(RuntimeError, match=r"load_worker pbe nowhere\.ckpt float32 ended with 1:[\s\S]*nowhere\.ckpt"):
+        worker.run_once("benchmarks.load_worker", "pbe", "nowhere.ckpt", "float32")
 
 
 def test_tables_of_loading_and_data():
@@ -447,7 +463,7 @@ def test_tables_of_loading_and_data():
     rows = rows_of(load.tables({"results": {"pbe, .ckpt, to float32": runs}}))
     assert rows["pbe, .ckpt, to float32"] == ["2 (1 to 4)", "0.50"]
     timing = {"photos": 3, "plain": 10.0, "ours": 40.0, "speedup": 3.9}
-    assert rows_of(data.tables({"recipes": {"256 px": timing}}))["256 px"] == ["10.0", "40.0", "3.90"]
+    assert rows_of(data.tables({"recipes": {"256 px": timing}}))["256 px"] == ["3", "10.0", "40.0", "3.90"]
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -459,7 +475,7 @@ def test_all_gives_commands_that_the_sections_take(device, quick, monkeypatch, t
     gpu = type("Properties", (), {"total_memory": 50 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     commands = everything.sections(device, (tmp_path / "a.ckpt", tmp_path / "a"), quick)
-    parsers = {module.__name__.rpartition(".")[2]: module.parser() for module in (edit, load, profile, scaling, train)}
+    parsers = {name: section.parser() for name, section in sections.SECTIONS.items() if name != "data"}
     parsed = {name: parsers[name.partition("-")[0]].parse_args(command) for name, command in commands.items()}
     assert {name.partition("-")[0] for name in parsed} == set(parsers)
     for axis in ("batches", "resolutions", "rows"):  # each is a run of its own
@@ -485,21 +501,20 @@ def test_all_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
     ran = []
 
     class Section:
-        @staticmethod
-        def main(argv):
-            ran.append(argv[0])
-            if argv[0] == "fails":
-                return 3
-            with open(argv[-1], "w") as file:
-                json.dump(about(argv[0], argv) | scaling_content(), file)
-            return 0
-
         tables = staticmethod(lambda content: "the numbers")
+
+    def run(name, argv):
+        ran.append(argv[0])
+        if argv[0] == "fails":
+            return 3
+        with open(argv[-1], "w") as file:
+            json.dump(about(argv[0], argv) | scaling_content() | {"finished": argv[0] != "cut"}, file)
+        return 0
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # which is set otherwise
     monkeypatch.setattr(everything, "seeded_weights", lambda size, folder: (folder, folder))
-    monkeypatch.setattr(everything, "import_module", lambda name: Section)
-    monkeypatch.setattr(table, "import_module", lambda name: Section)
+    monkeypatch.setattr(everything, "run", run)
+    monkeypatch.setattr(table, "SECTIONS", {"scaling": Section})
     monkeypatch.setattr(everything, "sections", lambda *_: {"edit": ["fails"], "scaling": ["first"]})
     monkeypatch.setattr(everything, "find_spec", lambda name: name != "matplotlib" or None)
     assert everything.main(["--out", str(tmp_path), "--device", "cpu"]) == 3
@@ -521,7 +536,7 @@ def test_table_names_the_command_and_refuses_other_files(tmp_path, capsys):
     out = capsys.readouterr().out
     assert edit.tables(content) in out
     assert "`python -m benchmarks edit --systems 'pbe, compiled'`" in out
-    for text, reason in (("{", "is not JSON"), ('{"versions": {}}', "is no run of"), ("[]", "is no run of")):
+    for text, reason in (("{", "is not JSON"), ('{"versions": {}}', "'section' is None"), ("[]", "'section' is None")):
         file.write_text(text)
         assert table.main([str(file)]) == 2
         assert reason in capsys.readouterr().err
@@ -551,6 +566,7 @@ def test_numbers_in_words():
     assert spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
     assert spread([0.12345]) == "0.123"
     assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    assert times({"a": [1.0, 3.0], "b": [2.0, 9.0]}, "a") == {"a": "1", "b": "2.5 (2 to 3)"}
     assert markdown(["a", "b"], [["x", "1", "2"]]) == "|  | a | b |\n| --- | --- | --- |\n| x | 1 | 2 |"
 
 
@@ -560,38 +576,38 @@ def test_numbers_in_words():
 @pytest.mark.parametrize(
     "section, arguments, reason",
     [
-        (edit, [], "give --ckpt, or --quick"),
-        (edit, ["--quick", "--ckpt", "CKPT"], "not both"),
-        (edit, ["--ckpt", "nowhere.ckpt", "--systems", "pbe"], "nowhere.ckpt: there is no such file"),
-        (edit, ["--ckpt", "CKPT", "--systems", "diffusers"], "'diffusers' needs --diffusers"),
-        (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--resolution", "100"], "--resolution must be"),
-        (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--pairs", "0"], "--pairs must be at least 1"),
-        (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--batch", "1", "0"], "--batch must be at least 1"),
-        (edit, ["--ckpt", "CKPT", "--device", "tpu"], "--device must be cpu or cuda"),
-        (edit, ["--quick", "--systems", "diffusers, small card"], "needs --device cuda"),
-        (profile, ["--ckpt", "CKPT", "--systems", "pbe, compiled"], "no layers left to time"),
-        (scaling, ["--ckpt", "CKPT", "--resolutions", "64", "70"], "--resolution must be"),
-        (scaling, ["--ckpt", "CKPT", "--rows", "0"], "--rows must be at least 1"),
-        (scaling, ["--ckpt", "CKPT", "--batches", "--resolutions", "--rows"], "all without a number"),
-        (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--steps", "1001"], "--steps must be at most 1000, got 1001"),
-        (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--guidance", "nan"], "--guidance must be 0 or more, got nan"),
-        (edit, ["--ckpt", "CKPT", "--systems", "pbe", "--out", "/"], "--out / is a folder"),
-        (scaling, ["--ckpt", "CKPT", "--out", "CKPT/x.json"], "x.json cannot be written: "),
-        (train, ["--ckpt", "CKPT", "--out", "CKPT/x.json"], "x.json cannot be written: "),
-        (load, ["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: there is no such file"),
-        (load, ["--ckpt", "CKPT", "--repeats", "0"], "--repeats must be at least 1"),
-        (load, ["--ckpt", "CKPT", "--out", "CKPT/x.json"], "x.json cannot be written: "),
-        (data, ["boxes.csv", "--pairs", "0"], "--pairs must be at least 1"),
-        (data, ["boxes.csv", "--out", "/"], "--out / is a folder"),
-        (everything, ["--out", "CKPT"], "is no folder that can be made"),
-        (everything, ["--out", "x", "--device", "tpu"], "invalid choice: 'tpu'"),
+        ("edit", [], "give --ckpt, or --quick"),
+        ("edit", ["--quick", "--ckpt", "CKPT"], "not both"),
+        ("edit", ["--ckpt", "nowhere.ckpt", "--systems", "pbe"], "nowhere.ckpt: there is no such file"),
+        ("edit", ["--ckpt", "CKPT", "--systems", "diffusers"], "'diffusers' needs --diffusers"),
+        ("edit", ["--ckpt", "CKPT", "--systems", "pbe", "--resolution", "100"], "--resolution must be"),
+        ("edit", ["--ckpt", "CKPT", "--systems", "pbe", "--pairs", "0"], "--pairs must be at least 1"),
+        ("edit", ["--ckpt", "CKPT", "--systems", "pbe", "--batch", "1", "0"], "--batch must be at least 1"),
+        ("edit", ["--ckpt", "CKPT", "--device", "tpu"], "--device must be cpu or cuda"),
+        ("edit", ["--quick", "--systems", "diffusers, small card"], "needs --device cuda"),
+        ("profile", ["--ckpt", "CKPT", "--systems", "pbe, compiled"], "no layers left to time"),
+        ("scaling", ["--ckpt", "CKPT", "--resolutions", "64", "70"], "--resolution must be"),
+        ("scaling", ["--ckpt", "CKPT", "--rows", "0"], "--rows must be at least 1"),
+        ("scaling", ["--ckpt", "CKPT", "--batches", "--resolutions", "--rows"], "all without a number"),
+        ("edit", ["--ckpt", "CKPT", "--systems", "pbe", "--steps", "1001"], "--steps must be at most 1000, got 1001"),
+        ("edit", ["--ckpt", "CKPT", "--systems", "pbe", "--guidance", "nan"], "--guidance must be 0 or more, got nan"),
+        ("edit", ["--ckpt", "CKPT", "--systems", "pbe", "--out", "/"], "--out / is a folder"),
+        ("scaling", ["--ckpt", "CKPT", "--out", "CKPT/x.json"], "x.json cannot be written: "),
+        ("train", ["--ckpt", "CKPT", "--out", "CKPT/x.json"], "x.json cannot be written: "),
+        ("load", ["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: there is no such file"),
+        ("load", ["--ckpt", "CKPT", "--repeats", "0"], "--repeats must be at least 1"),
+        ("load", ["--ckpt", "CKPT", "--out", "CKPT/x.json"], "x.json cannot be written: "),
+        ("data", ["boxes.csv", "--pairs", "0"], "--pairs must be at least 1"),
+        ("data", ["boxes.csv", "--out", "/"], "--out / is a folder"),
+        ("all", ["--out", "CKPT"], "cannot be made: "),
+        ("all", ["--out", "x", "--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
 def test_wrong_arguments_give_one_clear_line(section, arguments, reason, tiny_checkpoint, capsys):
     arguments = [argument.replace("CKPT", str(tiny_checkpoint)) for argument in arguments]
-    device = [] if "--device" in arguments or section in (load, data) else ["--device", "cpu"]
+    device = [] if "--device" in arguments or section in ("load", "data") else ["--device", "cpu"]
     with pytest.raises(SystemExit):
-        section.main([*arguments, *device])
+        COMMANDS[section]([*arguments, *device])
     assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -599,7 +615,7 @@ def test_what_ends_a_process_is_told(tmp_path, capsys):
     """A file that is no checkpoint, found out by the process that reads it."""
     file = tmp_path / "text.ckpt"
     file.write_text("nothing")
-    assert edit.main(["--ckpt", str(file), "--systems", "pbe", "--device", "cpu"]) == 1
+    assert run("edit", ["--ckpt", str(file), "--systems", "pbe", "--device", "cpu"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: the process of 'pbe' ended with 1")
     assert str(file) in err
@@ -613,9 +629,14 @@ def test_weights_of_a_quick_run_are_made_and_left_behind_nowhere(monkeypatch, tm
         return folder / "a.ckpt", folder / "a"
 
     monkeypatch.setattr("benchmarks.arguments.seeded_weights", seeded_weights)
-    args = edit.parse(edit.parser(), ["--quick", "--device", "cpu", "--systems", "pbe"], edit.QUICK, edit.DEFAULTS)
-    with ExitStack() as stack:
-        task = edit.task_of(args, stack)
+    args = sections.parse("edit", ["--quick", "--device", "cpu", "--systems", "pbe"])
+    with weights(args) as files:
         assert made[0].is_dir()
     assert not made[0].exists()
-    assert (task.resolution, task.steps, args.dtype) == (128, 2, ["float32"])
+    assert files == (str(made[0] / "a.ckpt"), str(made[0] / "a"))
+    assert (args.resolution, args.steps, args.dtype) == (128, 2, ["float32"])
+
+
+def test_without_a_folder_of_diffusers_this_library_alone_is_measured(tiny_checkpoint):
+    args = sections.parse("edit", ["--ckpt", str(tiny_checkpoint), "--device", "cpu"])
+    assert args.systems == ["pbe"]

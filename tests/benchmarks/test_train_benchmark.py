@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import TINY
 
-from benchmarks import table, train
-from benchmarks.train import largest_batch, main, measure, parse, tables
+from benchmarks import table, train, worker
+from benchmarks.sections import parse, run
+from benchmarks.train import largest_batch, measure_task, tables
 from benchmarks.train_worker import SYSTEMS, Task, answer, fits, make_batch
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.seeding import seeded_state
@@ -71,12 +72,12 @@ class SameProcess:
 
 
 def test_measured_in_turns(task, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(train, "TrainWorker", SameProcess)
-    run = measure(task, ["pbe", "pbe, plain"], pairs=2)
-    plain = run["systems"]["pbe, plain"]
+    monkeypatch.setattr(worker, "Worker", SameProcess)
+    numbers = measure_task(task, ["pbe", "pbe, plain"], pairs=2)
+    plain = numbers["systems"]["pbe, plain"]
     assert len(plain["seconds"]) == len(plain["processor seconds"]) == 2
-    assert plain["loss"] == pytest.approx(run["systems"]["pbe"]["loss"], rel=train.TOLERANCE["float32"])
-    text = tables({"runs": [run], "fits": [], "device": "a CPU"})
+    assert plain["loss"] == pytest.approx(numbers["systems"]["pbe"]["loss"], rel=train.TOLERANCE["float32"])
+    text = tables({"runs": [numbers], "fits": [], "device": "a CPU"})
     assert "float32, batch 2, 64², averages, a CPU" in text
     assert "| seconds, times pbe | 1 |" in text
 
@@ -84,11 +85,11 @@ def test_measured_in_turns(task, monkeypatch, capsys, tmp_path):
     out = tmp_path / "train.json"
     arguments = ["--ckpt", task.ckpt, "--device", "cpu", "--systems", "pbe", "--resolution", "64", "--out", str(out)]
     arguments += ["--pairs", "1", "--dtype", "float32", "--batch", "1"]
-    assert main(arguments) == 0
+    assert run("train", arguments) == 0
     assert table.read(out)["runs"][0]["task"]["batch"] == 1
     assert "| processor seconds a step |" in capsys.readouterr().out
     monkeypatch.setitem(train.TOLERANCE, "float32", -1.0)
-    assert main(arguments) == 1
+    assert run("train", arguments) == 1
     assert "error: the first loss of 'pbe' is" in capsys.readouterr().err
 
 
@@ -115,24 +116,24 @@ def test_a_gpu_has_room_for_one_system_at_a_time_and_not_for_all(task, monkeypat
         def close(self) -> None:
             there.remove(self.name)
 
-    monkeypatch.setattr(train, "TrainWorker", Worker)
+    monkeypatch.setattr(worker, "Worker", Worker)
     on_gpu = replace(task, device="cuda")
-    run = measure(on_gpu, ["pbe, plain", "pbe", "diffusers"], pairs=2)
+    numbers = measure_task(on_gpu, ["pbe, plain", "pbe", "diffusers"], pairs=2)
     assert most == [1, 1, 1]
     assert not there
-    text = tables({"runs": [run], "fits": [], "device": "a GPU"})
+    text = tables({"runs": [numbers], "fits": [], "device": "a GPU"})
     assert "| pictures a second | out of memory | 1 (1 to 1) | 0.667 (0.667 to 0.667) |" in text
     assert "| seconds, times pbe |  | 1 | 1.5 (1.5 to 1.5) |" in text
-    run = measure(on_gpu, ["pbe, plain"], pairs=2)
-    assert "| pictures a second | out of memory |" in tables({"runs": [run], "fits": [], "device": "a GPU"})
+    numbers = measure_task(on_gpu, ["pbe, plain"], pairs=2)
+    assert "| pictures a second | out of memory |" in tables({"runs": [numbers], "fits": [], "device": "a GPU"})
 
 
 def test_process_answers_and_tells_why_it_failed(task, tmp_path):
-    with closing(train.TrainWorker("pbe", task, tmp_path / "worker")) as worker:
-        assert worker.started["load s"] > 0
-        assert worker.ask("steps")["loss"] > 0
+    with closing(worker.Worker("pbe", task, tmp_path / "worker")) as process:
+        assert process.started["load s"] > 0
+        assert process.ask("steps")["loss"] > 0
         with pytest.raises(RuntimeError, match=r"process of 'pbe' ended with 1:[\s\S]*AssertionError: swim"):
-            worker.ask("swim")
+            process.ask("swim")
 
 
 @pytest.mark.parametrize("most", [0, 1, 5, 8, 13, 16])
@@ -161,7 +162,7 @@ def test_what_does_not_load_fits_no_batch(task, monkeypatch):
     def failing(name, task, folder):
         raise RuntimeError("the process ended with 1: torch.OutOfMemoryError: CUDA out of memory.")
 
-    monkeypatch.setattr(train, "TrainWorker", failing)
+    monkeypatch.setattr(train, "Worker", failing)
     assert train.measure_fits(task, "pbe") == 0
 
 
@@ -197,5 +198,5 @@ def test_batch_is_the_same_for_all():
 )
 def test_arguments_that_cannot_be(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        parse(["--device", "cpu", *arguments])
+        parse("train", ["--device", "cpu", *arguments])
     assert message in capsys.readouterr().err

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.data import main, measure, plain_example
+from benchmarks.data import measure_recipe, plain_example
+from benchmarks.sections import run
 from pbe.data.crop import UnusablePicture
 from pbe.data.example import draw_integers, hash64, make_generator
 from pbe.data.recipe import choose_box, draw_geometry, make_example
@@ -384,13 +385,13 @@ def test_draw_integers_takes_both_ends():
 
 def test_benchmark_compares_both_versions(photo, capsys):
     threads = torch.get_num_threads()
-    timing = measure([Record(photo, BOX)], RecipeConfig(resolution=32, exemplar_size=16), pairs=1)
+    timing = measure_recipe([Record(photo, BOX)], RecipeConfig(resolution=32, exemplar_size=16), pairs=1)
     assert torch.get_num_threads() == threads
     assert timing.photos == 1
     assert timing.speedup == pytest.approx(timing.ours / timing.plain)  # of the one round that counts
     boxes = photo.parent / "boxes.csv"
     boxes.write_text(f"file,width,height,x0,y0,x1,y1\n{photo.name},1600,1200,480,300,960,840\n")
-    assert main([str(boxes), "--pairs", "1"]) == 0
+    assert run("data", [str(boxes), "--pairs", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("1 photos")
-    assert "512 px, the paper's recipe" in lines[1]
+    assert lines[0] == "|  | photos | plain | here | ratio |"
+    assert lines[2].startswith("| 512 px, the paper's recipe | 1 | ")

@@ -11,10 +11,11 @@ import toy_run
 from PIL import Image
 
 import pbe
-from examples.demo_model import embeddings, figures, measures, statistics
+from examples.demo_model import classifier as classifiers
+from examples.demo_model import embeddings, measures, statistics, tables
 from examples.demo_model.cases import Cases, composite, foreign, kind_of, paste, region_crops
 from examples.demo_model.command import main
-from examples.demo_model.report import table
+from examples.demo_model.report import markdown
 from pbe.data.recipe_config import RecipeConfig
 from pbe.images.windows import Box
 
@@ -67,7 +68,7 @@ def test_ratio_is_exact_where_each_case_has_the_same():
     [
         ([1.0], [1.0], "at least 2 cases"),
         ([1.0, 2.0], [1.0], "shapes"),
-        ([1.0, math.nan], [1.0, 1.0], "not finite"),
+        ([1.0, math.nan], [1.0, 1.0], "got nan"),
         ([1.0, 2.0], [1.0, -1.0], "are 0 on average"),
     ],
 )
@@ -108,16 +109,16 @@ def test_retrieval_of_noise_is_chance():
 
 
 def test_retrieval_refuses_a_gallery_that_is_too_small():
-    with pytest.raises(ValueError, match="gallery of as many"):
+    with pytest.raises(ValueError, match="at least 16, got 8"):
         measures.retrieval(torch.eye(8), torch.arange(8))
 
 
 def test_retrieval_figure_of_identical_and_exchanged_pictures():
     crops = coloured()
     own = torch.arange(N).roll(5)
-    queries = {"results": figures.Queries(crops[own], own)}
+    queries = {"results": tables.Queries(crops[own], own)}
     kinds = ["flowers"] * 18 + ["clothing"] * 6
-    figure = figures.retrieval_figure({"colour": embeddings.colour_histogram}, queries, crops, kinds)
+    figure = tables.retrieval_table({"colour": embeddings.colour_histogram}, queries, crops, kinds)
     same, exchanged = figure.rows
     assert same["all"].value == same["flowers"].value == 1
     assert "clothing" not in same, "6 exemplars are no 16"
@@ -152,7 +153,7 @@ def classifier():
     colours = noise(40, 3, 1, 1)
     crops = torch.cat([stripes * colours, checks * colours])
     labels = torch.arange(2).repeat_interleave(40)
-    return embeddings.train_classifier(crops, labels, 2, epochs=6, batch_size=16), crops, labels
+    return classifiers.train_classifier(crops, labels, 2, epochs=6, batch_size=16), crops, labels
 
 
 def test_classifier_learns_and_is_frozen(classifier):
@@ -168,17 +169,17 @@ def test_classifier_learns_and_is_frozen(classifier):
 def test_classifier_survives_its_file_and_draws_nothing_global(classifier, tmp_path):
     model, crops, labels = classifier
     before = torch.random.get_rng_state()
-    embeddings.save_classifier(model, ["stripes", "checks"], tmp_path / "c.pt")
-    loaded, classes = embeddings.load_classifier(tmp_path / "c.pt")
+    classifiers.save_classifier(model, ["stripes", "checks"], tmp_path / "c.pt")
+    loaded, classes = classifiers.load_classifier(tmp_path / "c.pt")
     assert classes == ["stripes", "checks"]
     assert torch.equal(loaded.features(crops), model.features(crops))
-    again = embeddings.train_classifier(crops, labels, 2, epochs=1, batch_size=16)
-    other = embeddings.train_classifier(crops, labels, 2, epochs=1, batch_size=16)
+    again = classifiers.train_classifier(crops, labels, 2, epochs=1, batch_size=16)
+    other = classifiers.train_classifier(crops, labels, 2, epochs=1, batch_size=16)
     assert torch.equal(again.head.weight, other.head.weight)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt is no classifier"):
-        embeddings.load_classifier(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt is not a classifier"):
+        classifiers.load_classifier(tmp_path / "other.pt")
 
 
 # --- seams ------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def test_seam_ratio_of_the_photo_itself_is_one_and_of_a_pasted_box_more(cases):
     bright = torch.ones_like(cases.image)
     pictures = {"photo": cases.image, "pasted": torch.where(cases.mask > 0.5, cases.image, bright)}
     pictures |= {seam: composite(cases, bright, seam) for seam in ("feather", "poisson")}
-    photo, pasted, feather, poisson = figures.seam_figure(cases, pictures).rows
+    photo, pasted, feather, poisson = tables.seam_table(cases, pictures).rows
     for column in ("across the border", "inside the region"):
         assert photo[column].value == pytest.approx(1)
         assert photo[column].standard_error == pytest.approx(0, abs=1e-12)
@@ -218,7 +219,7 @@ def test_guidance_figure_finds_the_slope():
     references, own = coloured(), torch.arange(N).roll(1)
     start = coloured(seed=7)
     crops = {scale: start + (references[own] - start) * scale / 5 for scale in (5.0, 1.0, 3.0)}
-    figure = figures.guidance_figure({"colour": embeddings.colour_histogram}, crops, references, own)
+    figure = tables.guidance_table({"colour": embeddings.colour_histogram}, crops, references, own)
     one, three, five, slope = figure.rows
     assert [row["λ"] for row in figure.rows] == ["1", "3", "5", "slope"]
     assert one["similarity"].value < three["similarity"].value < five["similarity"].value == pytest.approx(1)
@@ -239,11 +240,11 @@ def test_slopes():
 def test_seeds_figure_tells_the_two_sources_of_variety_apart(cases):
     same = [cases.image] * 3
     shades = [torch.full_like(cases.image, value) for value in (-1.0, 0.0, 1.0)]
-    (row,) = figures.seeds_figure({}, by_seed=same, by_exemplar=shades, masks=cases.mask).rows
+    (row,) = tables.seeds_table({}, by_seed=same, by_exemplar=shades, masks=cases.mask).rows
     assert row["between seeds"].value == 0
     # pairs are 0.5, 0.5 and 1 grey levels apart
     assert row["between exemplars"].value == pytest.approx(2 / 3)
-    (row,) = figures.seeds_figure({}, by_seed=shades, by_exemplar=shades, masks=cases.mask).rows
+    (row,) = tables.seeds_table({}, by_seed=shades, by_exemplar=shades, masks=cases.mask).rows
     assert row["ratio"].value == pytest.approx(1)
 
 
@@ -256,16 +257,16 @@ def test_copy_figure_catches_a_copy_even_mirrored():
     training, references = noise(40, 3, SIDE, SIDE, seed=3), noise(N, 3, SIDE, SIDE, seed=4)
     own = torch.arange(N).roll(1)
     augmented = [(references + 0.1 * noise(N, 3, SIDE, SIDE, seed=5)).clamp(0, 1)]
-    arguments = {"references": references, "own": own, "augmented": augmented, "training": training}
+    arguments = {"exemplars": references, "own": own, "augmented": augmented, "training": training}
     real = noise(N, 3, SIDE, SIDE, seed=6)
 
-    (copied,) = figures.copy_figure(
+    (copied,) = tables.copy_table(
         {"pixels": embeddings.pixels}, results=training[:N].flip(-1), real=real, **arguments
     ).rows
     # torch's cdist of equal rows is not 0: it comes from squares that cancel
     assert copied["result to nearest training crop"].value == pytest.approx(0, abs=1e-3)
     assert copied["results that are nearer"].value == 1
-    (new,) = figures.copy_figure({"pixels": embeddings.pixels}, results=real, real=real, **arguments).rows
+    (new,) = tables.copy_table({"pixels": embeddings.pixels}, results=real, real=real, **arguments).rows
     assert new["results that are nearer"].value == 0
     assert new["ratio"].low > 1
     assert new["real region to nearest training crop"] == new["result to nearest training crop"]
@@ -273,8 +274,8 @@ def test_copy_figure_catches_a_copy_even_mirrored():
 
 def test_sampler_figure_of_more_steps_is_nearer_and_of_the_reference_itself_zero(cases, toy):
     model = pbe.load_model(toy[1], device="cpu")
-    references = embeddings.resized(cases.reference[:2], 16)
-    figure = figures.sampler_figure(
+    references = embeddings.resized(cases.exemplar[:2], 16)
+    figure = tables.sampler_table(
         model, cases[:2], references, guidance=3.0, samplers=["ddim"], steps=[5, 20, 100], reference_steps=100
     )
     assert [row["spacing"] for row in figure.rows] == 3 * ["leading"] + 3 * ["trailing"]
@@ -288,9 +289,9 @@ def test_augment_all_follows_the_recipe():
     references = coloured()
     still = RecipeConfig(flip=0, rotation=0, blur=0, warp=0)
     generator = torch.Generator().manual_seed(0)
-    assert torch.equal(figures.augment_all(references, still, generator), references)
+    assert torch.equal(tables.augment_all(references, still, generator), references)
     mirrored = RecipeConfig(flip=1, rotation=0, blur=0, warp=0)
-    assert torch.equal(figures.augment_all(references, mirrored, generator), references.flip(-1))
+    assert torch.equal(tables.augment_all(references, mirrored, generator), references.flip(-1))
 
 
 # --- cases ------------------------------------------------------------------------------------------------
@@ -321,11 +322,11 @@ def test_foreign_exemplars_stay_in_their_groups():
 
 
 def test_composites_are_the_photo_outside(cases):
-    pasted = paste(cases, cases.reference)
+    pasted = paste(cases, cases.exemplar)
     outside = cases.mask.bool().expand_as(pasted)
     assert torch.equal(pasted[outside], cases.image[outside])
     crops = region_crops(pasted, cases.mask, SIDE)
-    torch.testing.assert_close(crops.mean(dim=(2, 3)), cases.reference.mean(dim=(2, 3)), atol=0.02, rtol=0)
+    torch.testing.assert_close(crops.mean(dim=(2, 3)), cases.exemplar.mean(dim=(2, 3)), atol=0.02, rtol=0)
 
 
 def test_cases_can_be_chosen(cases):
@@ -411,7 +412,8 @@ def test_measure_writes_all_figures_and_grids(toy, tmp_path, one_thread):
         ({"gallery": 7}, "--gallery must be 2 to the number of cases, 6; got 7"),
         ({"seeds": 3}, "--seeds must be at least 2 and below --seed-cases 3; got 3"),
         ({"sampler-cases": 7}, "--sampler-cases must be 2 to the number of cases, 6; got 7"),
-        ({"scales": 2}, "--scales needs two different values"),
+        ({"guidance-values": 2}, "--guidance-values needs two different values"),
+        ({"classifier-epochs": 0}, "--classifier-epochs must be a whole number of at least 1, got '0'"),
         ({"ckpt": "missing.ckpt"}, "missing.ckpt"),
     ],
 )
@@ -427,7 +429,7 @@ def test_grid_shows_every_seed(toy, tmp_path, one_thread):
     mask[20:40, 20:40] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     edit = ["--edit", str(photo), str(tmp_path / "mask.png"), str(folder / "images" / "1.png")]
-    options = ["--seeds", "3", "--steps", "4", "--cell", "64", "--device", "cpu"]
+    options = ["--count", "3", "--steps", "4", "--cell", "64", "--device", "cpu"]
     out = tmp_path / "grid.png"
     assert main(["grid", "--ckpt", str(model), *edit, *edit, *options, "--out", str(out)]) == 0
     with Image.open(out) as picture:
@@ -436,5 +438,5 @@ def test_grid_shows_every_seed(toy, tmp_path, one_thread):
 
 
 def test_table():
-    rows = [{"what": "a", "value": statistics.Estimate(0.51234, 0.0123, 0.4, 0.6, 9)}, {"what": "b", "value": ""}]
-    assert table(rows) == ["| what | value |", "| --- | --- |", "| a | 0.512 ± 0.012 |", "| b |  |"]
+    rows = [{"what": "a", "value": statistics.Statistic(0.51234, 0.0123, 0.4, 0.6, 9)}, {"what": "b", "value": ""}]
+    assert markdown(rows) == ["| what | value |", "| --- | --- |", "| a | 0.512 ± 0.012 |", "| b |  |"]

@@ -72,7 +72,7 @@ def test_seeds_differ_and_the_rest_of_the_photo_stays(model):
 
 def test_the_command_takes_it(tmp_path):
     out = tmp_path / "out.png"
-    files = ["--image", "flower.jpg", "--mask", "flower_mask.png", "--reference", "flower_pink.jpg"]
+    files = ["--image", "flower.jpg", "--mask", "flower_mask.png", "--exemplar", "flower_pink.jpg"]
     files = [str(EXAMPLES / name) if not name.startswith("--") else name for name in files]
     assert inference([*files, "--ckpt", "demo", "--device", "cpu", "--steps", "4", "--out", str(out)]) == 0
     with Image.open(out) as picture, Image.open(EXAMPLES / "flower.jpg") as photo:

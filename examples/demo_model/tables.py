@@ -1,10 +1,11 @@
-"""The six figures that show whether a model paints by example: each a table with the spread of every number."""
+"""The six tables that show whether a model paints by example, with the spread of every number."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from examples.demo_model import statistics
-from examples.demo_model.cases import Cases, condition_of, region_crops
+from examples.demo_model.cases import Cases, condition_of, decode, region_crops
 from examples.demo_model.embeddings import Embedding
 from examples.demo_model.measures import (
     border_gradients,
@@ -23,18 +24,18 @@ from examples.demo_model.measures import (
     retrieval,
     slopes,
 )
-from examples.demo_model.statistics import Estimate
+from examples.demo_model.statistics import Statistic
 from pbe.data.augment import augment_exemplar
 from pbe.data.recipe_config import RecipeConfig
 from pbe.models.paint_by_example import PaintByExample
 from pbe.sampling import SPACINGS, NoiseSchedule, ddim, get_sampler, guided_eps, leading, make_generators, randn
 
-Row = dict[str, str | int | float | Estimate]
+Row = dict[str, str | int | float | Statistic]
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A table: its rows have the same keys, which are its columns."""
+class Table:
+    """Figures: the rows have the same keys, which are the columns."""
 
     title: str
     note: str
@@ -51,37 +52,35 @@ class Queries(NamedTuple):
 # --- 1: likeness ------------------------------------------------------------------------------------------
 
 
-def retrieval_figure(
+def retrieval_table(
     embeddings: Mapping[str, Embedding],
     queries: Mapping[str, Queries],
-    references: Tensor,
+    exemplars: Tensor,
     kinds: Sequence[str],
     size: int = 16,
-) -> Figure:
+) -> Table:
     """How often a crop is nearest to its own exemplar among `size` exemplars, in each embedding and kind.
 
-    references: (M, 3, S, S), the exemplars; kinds: of what kind each is. The first of `queries` is also measured
+    exemplars: (M, 3, S, S), the exemplars; kinds: of what kind each is. The first of `queries` is also measured
     against wrong exemplars: chance. Kinds with fewer than `size` exemplars have no row of their own.
     """
-    groups = {"all": list(range(len(kinds)))}
-    groups |= {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))}
-    groups = {name: torch.tensor(members) for name, members in groups.items() if len(members) >= size}
+    members = {"all": list(range(len(kinds)))}
+    members |= {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))}
+    groups = {name: torch.tensor(numbers) for name, numbers in members.items() if len(numbers) >= size}
     rows: list[Row] = []
     for name, embed in embeddings.items():
-        gallery = embed(references)
-        for what, (crops, own) in queries.items():
+        gallery = embed(exemplars)
+        asked = [(what, crops, own, 0) for what, (crops, own) in queries.items()]
+        asked.append(("results, exemplars exchanged", *next(iter(queries.values())), 1))
+        for what, crops, own, shift in asked:
             similarity = embed(crops) @ gallery.T
-            top1 = {kind: _top1(similarity, own, members, size) for kind, members in groups.items()}
+            top1 = {kind: _top1(similarity, own, members, size, shift) for kind, members in groups.items()}
             rows.append({"features": name, "query": what, **top1})
-        crops, own = next(iter(queries.values()))
-        similarity = embed(crops) @ gallery.T
-        wrong = {kind: _top1(similarity, own, members, size, shift=1) for kind, members in groups.items()}
-        rows.append({"features": name, "query": "results, exemplars exchanged", **wrong})
     note = f"Share of crops nearest to their own exemplar among {size} of the column's kind; chance is {1 / size:.2%}."
-    return Figure("Retrieval", note, rows)
+    return Table("Retrieval", note, rows)
 
 
-def _top1(similarity: Tensor, own: Tensor, members: Tensor, size: int, shift: int = 0) -> Estimate:
+def _top1(similarity: Tensor, own: Tensor, members: Tensor, size: int, shift: int) -> Statistic:
     """Retrieval within a group of exemplars; `shift` gives each query that of another one."""
     asked = torch.isin(own, members).nonzero()[:, 0]
     position = torch.full((similarity.shape[1],), -1)
@@ -92,62 +91,65 @@ def _top1(similarity: Tensor, own: Tensor, members: Tensor, size: int, shift: in
 # --- 2: seams ---------------------------------------------------------------------------------------------
 
 
-def seam_figure(cases: Cases, pictures: Mapping[str, Tensor]) -> Figure:
+def seam_table(cases: Cases, pictures: Mapping[str, Tensor]) -> Table:
     """Gradients across the regions' borders, and inside the regions, against those of the real photos."""
-    real = {"border": border_gradients(cases.image, cases.mask, cases.place)}
-    real["inside"] = inner_gradients(cases.image, cases.mask, cases.place)
-    has_border = np.isfinite(real["border"])
+    real_border = border_gradients(cases.image, cases.mask, cases.place)
+    real_inside = inner_gradients(cases.image, cases.mask, cases.place)
+    has_border = np.isfinite(real_border)
     rows: list[Row] = []
     for what, picture in pictures.items():
         border = border_gradients(picture, cases.mask, cases.place)
         inside = inner_gradients(picture, cases.mask, cases.place)
+        across = statistics.ratio(border[has_border], real_border[has_border])
         rows.append(
-            {
-                "picture": what,
-                "across the border": statistics.ratio(border[has_border], real["border"][has_border]),
-                "inside the region": statistics.ratio(inside, real["inside"]),
-            }
+            {"picture": what, "across the border": across, "inside the region": statistics.ratio(inside, real_inside)}
         )
     note = (
         "Mean difference of neighbouring pixels, divided by that of the real photo in the same place: 1 is right; more "
         "across the border is a seam, less inside is blur."
     )
-    return Figure("Seams", note, rows)
+    return Table("Seams", note, rows)
 
 
 # --- 3: guidance ------------------------------------------------------------------------------------------
 
 
-def guidance_figure(
-    embeddings: Mapping[str, Embedding], crops: Mapping[float, Tensor], references: Tensor, own: Tensor, size: int = 16
-) -> Figure:
-    """Likeness to the exemplar at each guidance scale, with the same noise; `crops` (N, 3, S, S) by scale."""
-    scales = sorted(crops)
+def guidance_table(
+    embeddings: Mapping[str, Embedding],
+    by_guidance: Mapping[float, Tensor],
+    exemplars: Tensor,
+    own: Tensor,
+    size: int = 16,
+) -> Table:
+    """Likeness to the exemplar at each guidance, with the same noise; `by_guidance`: crops (N, 3, S, S)."""
+    values = sorted(by_guidance)
     rows: list[Row] = []
     for name, embed in embeddings.items():
-        gallery = embed(references)
-        products = {scale: embed(crops[scale]) @ gallery.T for scale in scales}
-        similar = np.stack([products[s].gather(1, own[:, None])[:, 0].numpy() for s in scales], axis=1)  # (N, K)
-        difference = f"minus that at λ = {scales[0]:g}"
-        for i, scale in enumerate(scales):
+        gallery = embed(exemplars)
+        products = {value: embed(crops) @ gallery.T for value, crops in by_guidance.items()}
+        similar = np.stack(
+            [products[value].gather(1, own[:, None])[:, 0].numpy() for value in values], axis=1
+        )  # (N, K)
+        difference = f"minus that at λ = {values[0]:g}"
+        for i, value in enumerate(values):
             rows.append(
                 {
                     "features": name,
-                    "λ": f"{scale:g}",
+                    "λ": f"{value:g}",
                     "similarity": statistics.mean(similar[:, i]),
                     difference: statistics.mean(similar[:, i] - similar[:, 0]) if i else "",
-                    "top-1": statistics.mean(retrieval(products[scale], own, size)),
-                    "colourfulness": statistics.ratio(colourfulness(crops[scale]), colourfulness(references[own])),
+                    "top-1": statistics.mean(retrieval(products[value], own, size)),
+                    "colourfulness": statistics.ratio(colourfulness(by_guidance[value]), colourfulness(exemplars[own])),
                 }
             )
-        slope = statistics.mean(slopes(scales, similar))
+        slope = statistics.mean(slopes(values, similar))
         rows.append({**dict.fromkeys(rows[-1], ""), "features": name, "λ": "slope", "similarity": slope})
     note = (
-        "Cosine of a result's region with its exemplar; the same noise at each scale, so that differences are paired. "
+        "Cosine of a result's region with its exemplar; the same noise at each λ, so that differences are paired. "
         "The slope is the mean change for 1 more of λ. "
         "Colourfulness (mean of the largest less the smallest of red, green and blue) is relative to the exemplars'."
     )
-    return Figure("Guidance", note, rows)
+    return Table("Guidance", note, rows)
 
 
 def colourfulness(crops: Tensor) -> np.ndarray:
@@ -158,9 +160,9 @@ def colourfulness(crops: Tensor) -> np.ndarray:
 # --- 4: variety -------------------------------------------------------------------------------------------
 
 
-def seeds_figure(
+def seeds_table(
     embeddings: Mapping[str, Embedding], by_seed: Sequence[Tensor], by_exemplar: Sequence[Tensor], masks: Tensor
-) -> Figure:
+) -> Table:
     """How far results (N, 3, R, R) of different seeds are apart, against those of different exemplars."""
 
     def in_pixels(a: Tensor, b: Tensor) -> np.ndarray:
@@ -169,8 +171,8 @@ def seeds_figure(
     def in_features(embed: Embedding, a: Tensor, b: Tensor) -> np.ndarray:
         return (embed(region_crops(a, masks, 64)) - embed(region_crops(b, masks, 64))).norm(dim=1).numpy()
 
-    measures = {"pixels": in_pixels}
-    measures |= {name: lambda a, b, e=embed: in_features(e, a, b) for name, embed in embeddings.items()}
+    measures: dict[str, Callable[[Tensor, Tensor], np.ndarray]] = {"pixels": in_pixels}
+    measures |= {name: partial(in_features, embed) for name, embed in embeddings.items()}
     rows: list[Row] = []
     for name, distance in measures.items():
         seeds = np.mean([distance(a, b) for a, b in combinations(by_seed, 2)], axis=0)
@@ -187,37 +189,34 @@ def seeds_figure(
         f"{len(by_seed)} seeds of one exemplar, {len(by_exemplar)} exemplars with one seed: mean distance of two "
         "results in the region (pixels: root mean square in grey levels of [0, 1]; else Euclidean, of unit vectors)."
     )
-    return Figure("Seeds", note, rows)
+    return Table("Seeds", note, rows)
 
 
 # --- 5: no copy -------------------------------------------------------------------------------------------
 
 
-def copy_figure(
+def copy_table(
     embeddings: Mapping[str, Embedding],
     results: Tensor,
     real: Tensor,
-    references: Tensor,
+    exemplars: Tensor,
     own: Tensor,
     augmented: Sequence[Tensor],
     training: Tensor,
-) -> Figure:
+) -> Table:
     """Whether results are nearer to a training crop than an exemplar is to its own augmentation.
 
-    results, real (N, 3, S, S): regions of results and of the real photos; references (M, 3, S, S): the exemplars,
+    results, real (N, 3, S, S): regions of results and of the real photos; exemplars (M, 3, S, S): the exemplars,
     `own` (N,) of which belongs to each result; augmented: the exemplars augmented, some times over; training (T, 3,
     S, S): the crops trained on, which count as they are and mirrored.
     """
     rows: list[Row] = []
     for name, embed in embeddings.items():
         gallery = torch.cat([embed(training), embed(training.flip(-1))])
-        upright, mirrored = embed(references), embed(references.flip(-1))
+        upright, mirrored = embed(exemplars), embed(exemplars.flip(-1))
         to_training, _ = nearest(embed(results), gallery)
         real_to_training, _ = nearest(embed(real), gallery)
-        moves = []
-        for crops in augmented:
-            e = embed(crops)
-            moves.append(torch.minimum((e - upright).norm(dim=1), (e - mirrored).norm(dim=1)))
+        moves = [torch.minimum((e - upright).norm(dim=1), (e - mirrored).norm(dim=1)) for e in map(embed, augmented)]
         augmentation = torch.stack(moves).mean(dim=0)[own].numpy()
         rows.append(
             {
@@ -233,40 +232,40 @@ def copy_figure(
         "Euclidean distances; of pixels they are root mean square differences of 32x32 crops in grey levels of [0, 1]. "
         "A copy would be nearer to its training crop than an exemplar to its own augmentation (ratio below 1)."
     )
-    return Figure("No copy", note, rows)
+    return Table("No copy", note, rows)
 
 
-def augment_all(references: Tensor, recipe: RecipeConfig, generator: torch.Generator) -> Tensor:
+def augment_all(exemplars: Tensor, recipe: RecipeConfig, generator: torch.Generator) -> Tensor:
     """Exemplars (N, 3, S, S) in [0, 1] after the recipe's augmentation."""
-    return torch.stack([augment_exemplar(reference, recipe, generator) for reference in references]).clamp(0, 1)
+    return torch.stack([augment_exemplar(exemplar, recipe, generator) for exemplar in exemplars]).clamp(0, 1)
 
 
 # --- 6: samplers ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def sampler_figure(
+def sampler_table(
     model: PaintByExample,
     cases: Cases,
-    references: Tensor,
+    exemplars: Tensor,
     *,
     guidance: float,
     samplers: Sequence[str] = ("ddim", "plms", "dpm_solver"),
-    steps: Sequence[int] = (10, 15, 20, 25, 50),
-    reference_steps: int = 1000,
+    steps: Sequence[int],
+    reference_steps: int,
     seed: int = 0,
-) -> Figure:
+) -> Table:
     """The error of each sampler, spacing and number of steps against DDIM of `reference_steps`, from the same noise."""
-    condition = condition_of(model, cases, references)
+    condition = condition_of(model, cases, exemplars)
     eps = guided_eps(model, condition, guidance)
     x_T = randn(condition.z_masked.shape[1:], make_generators(seed, len(cases)), model.device)
     schedule = NoiseSchedule.scaled_linear()
     z_ref = ddim(eps, x_T, leading(schedule, reference_steps))
-    picture_ref = model.vae.decode(z_ref.to(model.dtype)).float().clamp(-1, 1).cpu()
+    picture_ref = decode(model, z_ref)
     rows: list[Row] = []
     for name, spacing, count in itertools.product(samplers, SPACINGS, steps):
         z_0 = get_sampler(name)(eps, x_T, SPACINGS[spacing](schedule, count))
-        picture = model.vae.decode(z_0.to(model.dtype)).float().clamp(-1, 1).cpu()
+        picture = decode(model, z_0)
         error, norm = (z.float().flatten(1).norm(dim=1).cpu().numpy() for z in (z_0 - z_ref, z_ref))
         rows.append(
             {
@@ -281,4 +280,4 @@ def sampler_figure(
         f"Against {reference_steps} steps of DDIM with the same noise, λ = {guidance:g}. Latent: |z - z_ref| / "
         "|z_ref|. Region: root mean square of the decoded pictures' difference, in grey levels of [0, 1]."
     )
-    return Figure("Samplers", note, rows)
+    return Table("Samplers", note, rows)
