@@ -10,7 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers
-from benchmarks.worker import SEED, Numbers, memory, serve, synchronize
+from benchmarks.edit_worker import SEED, memory, say, synchronize
 from pbe.data.example import Example
 from pbe.models.lora import LoRAConfig
 from pbe.models.paint_by_example import latent_mask
-from pbe.training.draws import Batch, Draws, make_draws
-from pbe.training.module import PaintByExampleTraining, TrainingConfig, check_finite
+from pbe.training.draws import TrainingBatch, make_noise_draws
+from pbe.training.loss import check_finite
+from pbe.training.module import PaintByExampleTraining, TrainingConfig
 from pbe.training.optimizer import OptimizerConfig, adamw
 
 EMA_DECAY = 0.9999
@@ -50,7 +50,7 @@ class Task:
     limit_gib: float | None = None
 
 
-def make_batch(size: int, resolution: int, downsampling: int, exemplar_size: int) -> Batch:
+def make_batch(size: int, resolution: int, downsampling: int, exemplar_size: int) -> TrainingBatch:
     """Pictures of noise with the middle masked, and what is drawn for them: the same for all systems."""
     generator = torch.Generator().manual_seed(SEED)
     image = torch.rand(size, 3, resolution, resolution, generator=generator) * 2 - 1
@@ -59,9 +59,9 @@ def make_batch(size: int, resolution: int, downsampling: int, exemplar_size: int
     mask[..., quarter:-quarter, quarter:-quarter] = 0
     exemplar = torch.randn(size, 3, exemplar_size, exemplar_size, generator=generator)
     side = resolution // downsampling
-    draws = make_draws(range(size), (4, side, side), 1000)
+    draws = make_noise_draws(range(size), (4, side, side), 1000)
     files = [f"{i}.png" for i in range(size)]
-    return Batch(Example(image, image * mask, mask, exemplar, torch.arange(size), files), draws)
+    return TrainingBatch(Example(image, image * mask, mask, exemplar, torch.arange(size), files), draws)
 
 
 class System(ABC):
@@ -81,22 +81,19 @@ class System(ABC):
         half = self.task.dtype != "float32"
         return torch.autocast(self.device.type, getattr(torch, self.task.dtype) if half else None, enabled=half)
 
-    def batch(self, size: int) -> Batch:
+    def batch(self, size: int) -> TrainingBatch:
         """The batch on the device."""
-        example, draws = self.make_batch(size)
-        image, masked_image, mask, exemplar, index = (x.to(self.device) for x in example if isinstance(x, Tensor))
-        on_device = Example(image, masked_image, mask, exemplar, index, example.file)
-        return Batch(on_device, Draws(*(x.to(self.device) for x in draws)))
+        return self.make_batch(size).to(self.device)
 
     @abstractmethod
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: TrainingBatch) -> Tensor:
         """The mean loss of a batch."""
 
     @abstractmethod
     def update_average(self) -> None:
         """Takes the trained parameters into their moving average."""
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: TrainingBatch) -> Tensor:
         """One optimiser step; returns its loss."""
         self.num_steps += 1
         loss = self.loss(batch)
@@ -126,7 +123,7 @@ class Ours(System):
         fused = self.device.type == "cuda" and task.dtype != "float16"  # as `make_optimizer`, with clipping
         self.optimizer = adamw(trained, OptimizerConfig(), fused)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: TrainingBatch) -> Tensor:
         with self.autocast():
             loss = self.module.batch_losses(batch).mean()
         check_finite(loss, self.num_steps, batch.example.file)
@@ -142,16 +139,18 @@ class Diffusers(System):
     precision, image and masked image one after the other, the rest under autocast."""
 
     def __init__(self, task: Task, checkpointed: bool):
-        from diffusers import DDPMScheduler
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from diffusers.training_utils import EMAModel
 
-        dtype = getattr(torch, task.dtype)
-        parts = peers.network_classes()
-        self.vae, self.unet, self.encoder = (
-            parts[name].from_pretrained(Path(task.diffusers) / name).to(task.device)
-            for name in ("vae", "unet", "image_encoder")
-        )
-        self.vae.to(dtype)
+        try:
+            from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
+        except ImportError:
+            from diffusers.pipelines.paint_by_example.image_encoder import PaintByExampleImageEncoder
+
+        folder, dtype = Path(task.diffusers), getattr(torch, task.dtype)
+        self.vae = AutoencoderKL.from_pretrained(folder / "vae").to(task.device, dtype)
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet").to(task.device)
+        self.encoder = PaintByExampleImageEncoder.from_pretrained(folder / "image_encoder").to(task.device)
         self.encoder.model.to(dtype)
         self.vae.requires_grad_(False)
         self.encoder.model.requires_grad_(False)
@@ -173,7 +172,7 @@ class Diffusers(System):
         # as `sample()`, but of a noise that is given
         return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: TrainingBatch) -> Tensor:
         example, draws = batch
         z_0 = self.latents(example.image, draws.posterior_noise[:, 0])
         z_masked = self.latents(example.masked_image, draws.posterior_noise[:, 1])
@@ -187,8 +186,7 @@ class Diffusers(System):
         return nn.functional.mse_loss(eps.float(), draws.noise)
 
     def update_average(self) -> None:
-        if self.average:
-            self.average.step(self.trained)
+        self.average.step(self.trained)
 
 
 def ours(task: Task, **settings: Any) -> System:
@@ -212,8 +210,8 @@ SYSTEMS: dict[str, Callable[[Task], System]] = {
 }
 
 
-def take_steps(system: System) -> Numbers:
-    """The mean seconds of the task's steps, and the first one's loss.
+def take_steps(system: System) -> dict[str, float]:
+    """Seconds of a step, of as many as the task says, and the first one's loss.
 
     The processor's own seconds are what a busy machine changes least; beside a GPU they are what starting work takes.
     """
@@ -230,26 +228,23 @@ def take_steps(system: System) -> Numbers:
 
 def fits(system: System, size: int) -> bool:
     """Whether a step with `size` pictures finds room, beside the optimiser's state, which a first step makes."""
-
-    def take_step() -> None:
+    enough = True
+    try:
         batch = system.batch(size)
         for _ in range(1 if system.optimizer.state else 2):
             system.step(batch)
         synchronize(system.device)
-
-    enough = True
-    try:
-        take_step()
     except torch.OutOfMemoryError:
         enough = False
     # not in `except`, where the error still holds the failed step's tensors
+    batch = None
     system.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
     return enough
 
 
-def answer(system: System, line: str) -> Numbers:
+def answer(system: System, line: str) -> dict[str, float]:
     """Does what a line asks for."""
     what, *numbers = line.split()
     if what == "memory":
@@ -261,14 +256,21 @@ def answer(system: System, line: str) -> Numbers:
 
 
 def main() -> None:
-    """`train_worker SYSTEM TASK …`: a name and the task as JSON."""
+    """`train_worker.py SYSTEM TASK`: a name and the task as JSON."""
     name, task = sys.argv[1], Task(**json.loads(sys.argv[2]))
     if task.limit_gib:
         total = torch.cuda.get_device_properties(task.device).total_memory
         torch.cuda.set_per_process_memory_fraction(task.limit_gib * 2**30 / total)
     start = time.perf_counter()
     system = SYSTEMS[name](task)
-    serve({"load s": time.perf_counter() - start}, partial(answer, system))
+    say({"load s": time.perf_counter() - start})
+    for line in sys.stdin:
+        say(answer(system, line.strip()))
+
+
+def command(name: str, task: Task) -> list[str]:
+    """What starts the worker."""
+    return [sys.executable, "-m", __name__, name, json.dumps(asdict(task))]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pbe.checkpoints.seeding import seeded_state
 from pbe.models.lora import LoRAConfig
 from pbe.models.paint_by_example import Condition, PaintByExample
 from pbe.sampling import SAMPLERS, NoiseSchedule, guided_eps, leading, make_generators, randn
+from pbe.training.loss import loss_weights
 from pbe.training.module import PaintByExampleTraining, TrainingConfig
 from tests.training import test_module as test_training
 
@@ -179,7 +180,7 @@ def test_a_training_loss_is_made_on_its_device_and_waits_for_nothing(settings, m
     with CopiesToGPU() as copies:
         with torch.autocast("cuda", torch.bfloat16):
             losses = module.batch_losses(batch)
-        loss = (losses * module.weights(batch.draws.t)).mean()
+        loss = (losses * loss_weights(module.schedule, batch.draws.t, module.config.loss)).mean()
     assert copies.waited_for == [False] * len(copies.waited_for) != []
     bands = module.by_band(losses.detach(), batch.draws.t)
     assert {(x.device.type, x.dtype) for x in (loss, *bands.values())} == {("cuda", torch.float32)}
@@ -238,7 +239,11 @@ def test_a_run_trains_on_a_gpu(precision, tmp_path):
     """With all that a run has: clipping, averages, validation, sample grids, checkpoints, and going on from one."""
     toy, run = toy_run.write(tmp_path), tmp_path / "run"
     settings = ["trainer.accelerator=gpu", "trainer.devices=1", f"trainer.precision={precision}"]
-    settings += ["trainer.gradient_clip_val=1.0", "samples={every_n_steps: 2, steps: 2, count: 2}", f"run={run}"]
+    settings += [
+        "trainer.gradient_clip_val=1.0",
+        "samples={every_n_steps: 2, edit: {steps: 2}, count: 2}",
+        f"run={run}",
+    ]
     settings += ["trainer.val_check_interval=2", "training.gradient_checkpointing=1"]
     if precision != "32-true":
         settings += [f"training.frozen={'float16' if precision == '16-mixed' else 'bfloat16'}", "training.norms=half"]

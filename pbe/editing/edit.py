@@ -6,7 +6,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
@@ -117,8 +116,6 @@ def edit_region(
 ) -> list[Picture]:
     """The photos, one per seed, with `repaint` (H, W) edited in one window: condition → sample → decode → composite."""
     device, resolution = model.device, settings.resolution or model.config.resolution
-    grid = SPACINGS[settings.spacing](NoiseSchedule.scaled_linear(), settings.steps)
-    sampler = partial(get_sampler(settings.sampler), grid=grid, eta=settings.eta, callback=callback)
     box = place_window(repaint, settings.window, settings.margin, resolution)
     size = windows.model_size(box, resolution, multiple=model.config.vae.downsampling)
     width = feather_width(box, resolution) if settings.feather is None else settings.feather
@@ -129,11 +126,8 @@ def edit_region(
         seen, keep = crop_window(batch, repaint, box, size)
         with on_device(model.vae, device):
             condition = window_condition(model, seen, keep, context, len(batch))
-        generators = make_generators(settings.seed + first, len(batch))
-        x_T = randn(condition.z_masked.shape[1:], generators, device)
         with on_device(model.unet, device):
-            eps = guided_eps(model, condition, settings.guidance, grid, settings.guidance_interval)
-            z_0 = sampler(eps, x_T, generators=generators)
+            z_0 = sample_latents(model, condition, settings, settings.seed + first, callback)
         with on_device(model.vae, device):
             edited = model.vae.decode(z_0.to(model.dtype))[..., : size[0], : size[1]]
         check_finite(edited)
@@ -144,6 +138,18 @@ def edit_region(
             for photo, one in zip(batch, edited, strict=True)
         ]
     return results
+
+
+def sample_latents(
+    model: PaintByExample, condition: Condition, settings: EditSettings, seed: int, callback: Callback | None = None
+) -> Tensor:
+    """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with the seeds `seed`, `seed + 1`, …"""
+    generators = make_generators(seed, len(condition.z_masked))
+    x_T = randn(condition.z_masked.shape[1:], generators, model.device)
+    grid = SPACINGS[settings.spacing](NoiseSchedule.scaled_linear(), settings.steps)
+    eps = guided_eps(model, condition, settings.guidance, grid, settings.guidance_interval)
+    sampler = get_sampler(settings.sampler)
+    return sampler(eps, x_T, grid, eta=settings.eta, generators=generators, callback=callback)
 
 
 def check_finite(edited: Tensor) -> None:

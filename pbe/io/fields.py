@@ -20,19 +20,24 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`, or below it, and of them the multiples of `step`; of a list its length."""
+    """The numbers from `low`, or above it, to `high`, or below it, and of them the multiples of `step`; of a list its
+    length."""
 
     low: float
     high: float = math.inf
+    above: bool = False
     below: bool = False
     step: int = 1
 
     def __contains__(self, number: float) -> bool:
-        within = self.low <= number < self.high if self.below else self.low <= number <= self.high
-        return within and (self.step == 1 or number % self.step == 0)
+        above = number > self.low if self.above else number >= self.low
+        below = number < self.high if self.below else number <= self.high
+        return above and below and (self.step == 1 or number % self.step == 0)
 
     def __str__(self) -> str:
         multiple = f", a multiple of {self.step}" if self.step > 1 else ""
+        if self.above:
+            return f"above {self.low}" + (f" and below {self.high}" if self.high < math.inf else "")
         if self.high == math.inf:
             return f"of at least {self.low}{multiple}"
         return f"of at least {self.low} and below {self.high}" if self.below else f"from {self.low} to {self.high}"
@@ -53,6 +58,12 @@ def field_docs(owner: type) -> dict[str, str]:
             assert isinstance(field.target, ast.Name)
             docs[field.target.id] = " ".join(str(below.value.value).split())
     return docs
+
+
+def check_fields(owner: Any, section: str) -> None:
+    """Checks and converts all fields of a dataclass; a message calls them `section.name`."""
+    for name, annotation in field_types(type(owner)).items():
+        setattr(owner, name, check(f"{section}.{name}", getattr(owner, name), annotation))
 
 
 def check(name: str, value: Any, annotation: Any) -> Any:
@@ -86,10 +97,10 @@ def describe(annotation: Any) -> str:
         return _either([repr(choice) for choice in arguments])
     if origin in (Union, UnionType):  # None stands for the default, which nobody needs to be told to give
         return _either([describe(argument) for argument in arguments if argument is not NoneType])
-    if origin is tuple:
+    if origin in (tuple, list):
         return f"a list of {describe(arguments[0]).removeprefix('a ').replace('number', 'numbers', 1)}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names[annotation]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+    return names.get(origin or annotation) or annotation.__name__
 
 
 def _either(choices: list[str]) -> str:
@@ -101,7 +112,7 @@ def _converted(value: Any, annotation: Any) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         converted = _converted(value, arguments[0])
-        number = len(converted) if isinstance(converted, tuple) else converted
+        number = len(converted) if isinstance(converted, list | tuple) else converted
         if any(isinstance(extra, Range) and number not in extra for extra in arguments[1:]):
             raise ValueError
         return converted
@@ -118,11 +129,13 @@ def _converted(value: Any, annotation: Any) -> Any:
         raise ValueError
     if origin is tuple:
         return _tuple(value, arguments)
+    if origin is list and isinstance(value, list | tuple):
+        return [_converted(item, arguments[0]) for item in value]
     if annotation in (int, float):
         return _number(value, annotation)
     if annotation is bool and str(value) in ("True", "False"):  # numpy's too
         return bool(value)
-    if annotation is not bool and isinstance(value, annotation):
+    if annotation is not bool and isinstance(value, origin or annotation):
         return value
     raise ValueError
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from pbe.data import recipe_config
 from pbe.data.datamodule import DataConfig
 from pbe.models.vae import VAEConfig
 from pbe.training.callbacks.checkpoints import CheckpointConfig
@@ -19,22 +20,33 @@ from pbe.training.module import TrainingConfig
 from pbe.training.optimizer import OptimizerConfig
 from pbe.training.vae import VAETrainingConfig
 
+# Settings that have another name now, of recipes too.
+RENAMED = {
+    "training.draws": "training.noise_draws",
+    "samples.steps": "samples.edit.steps",
+    "samples.guidance": "samples.edit.guidance",
+    "samples.seed": "samples.edit.seed",
+    **{f"data.recipe.{old}": f"data.recipe.{new}" for old, new in recipe_config.RENAMED.items()},
+}
+
 
 @dataclass
 class RunConfig:
-    """What every training run has.
-
-    run: its folder, for checkpoints, metrics and this config.
-    seed: of the initial weights; `data.seed` is that of everything else.
-    trainer: arguments of `lightning.Trainer`.
-    """
+    """What every training run has."""
 
     run: str = "runs/run"
+    """Its folder, for checkpoints, metrics and this config."""
     seed: int = 0
+    """Of the initial weights; `data.seed` is that of everything else."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `lightning.Trainer`."""
+
+    @property
+    def has_validation(self) -> bool:
+        return bool(self.data.val_size) or self.data.val_source is not None
 
 
 @dataclass
@@ -47,7 +59,7 @@ class PaintByExampleRun(RunConfig):
     samples: SamplesConfig = field(default_factory=SamplesConfig)
 
     def __post_init__(self) -> None:
-        if self.samples.every_n_steps and not has_validation(self.data):
+        if self.samples.every_n_steps and not self.has_validation:
             raise ValueError(
                 "samples are made of validation pictures: set data.val_size or data.val_source, "
                 "or samples.every_n_steps=null"
@@ -56,29 +68,27 @@ class PaintByExampleRun(RunConfig):
 
 @dataclass
 class VAERun(RunConfig):
-    """Training an autoencoder.
-
-    init: a checkpoint whose autoencoder is where training starts, or "scratch", where `size` says how large it is.
-    """
+    """Training an autoencoder."""
 
     task: Literal["vae"] = "vae"
     init: str = "scratch"
+    """A checkpoint whose autoencoder is where training starts, or "scratch"."""
     size: VAEConfig = field(default_factory=VAEConfig)
+    """From scratch only: how large the autoencoder is."""
     training: VAETrainingConfig = field(default_factory=VAETrainingConfig)
 
     def __post_init__(self) -> None:
-        if not has_validation(self.data):
+        if not self.has_validation:
             raise ValueError("the latents' scale is measured on validation pictures: set data.val_size or .val_source")
+        if self.init == "scratch" and self.training.train == "decoder":
+            raise ValueError("training.train=decoder needs init=, a checkpoint whose encoder stays as it is")
 
 
-def has_validation(data: DataConfig) -> bool:
-    return bool(data.val_size) or data.val_source is not None
+Run = PaintByExampleRun | VAERun
+TASKS: dict[str, type[Run]] = {"paint_by_example": PaintByExampleRun, "vae": VAERun}
 
 
-TASKS: dict[str, type[PaintByExampleRun] | type[VAERun]] = {"paint_by_example": PaintByExampleRun, "vae": VAERun}
-
-
-def load_config(settings: Sequence[str]) -> PaintByExampleRun | VAERun:
+def load_config(settings: Sequence[str]) -> Run:
     """The settings of YAML files and overrides such as `data.batch_size=8`, of which later ones win.
 
     A YAML file may name another in `base`, relative to itself, whose values it changes. `task` chooses the dataclass.
@@ -86,15 +96,27 @@ def load_config(settings: Sequence[str]) -> PaintByExampleRun | VAERun:
     """
     merged = OmegaConf.create()
     for setting in settings:
-        merged = merge(merged, read_override(setting) if "=" in setting else read_yaml(Path(setting)), setting)
+        changes = read_override(setting) if "=" in setting else read_yaml(Path(setting))
+        check_names(changes, setting)
+        merged = merge(merged, changes, setting)
     task = merged.get("task", "paint_by_example")
     if task not in TASKS:
         raise ValueError(f"task={task} is not one of {', '.join(TASKS)}")
     origin = " ".join(settings)
     try:
-        return OmegaConf.to_object(merge(OmegaConf.structured(TASKS[task]), merged, origin))
+        return cast(Run, OmegaConf.to_object(merge(OmegaConf.structured(TASKS[task]), merged, origin)))
     except OmegaConfBaseException as error:  # such as an interpolation that leads nowhere
         raise ValueError(f"{origin}: {explain(error)}") from None
+
+
+def check_names(changes: DictConfig, origin: str) -> None:
+    """ValueError for the old name of a setting that has another one now."""
+    for old, new in RENAMED.items():
+        node: Any = changes
+        for part in old.split("."):
+            node = node._get_node(part) if isinstance(node, DictConfig) else None
+        if node is not None:
+            raise ValueError(f"{origin}: {old} is now called {new}")
 
 
 def read_yaml(path: Path) -> DictConfig:
@@ -124,7 +146,7 @@ def read_override(setting: str) -> DictConfig:
 
 def merge(config: DictConfig, changes: DictConfig, origin: str) -> DictConfig:
     try:
-        return OmegaConf.merge(config, changes)
+        return cast(DictConfig, OmegaConf.merge(config, changes))
     except (OmegaConfBaseException, ValueError, TypeError) as error:  # TypeError: settings where a list is wanted
         raise ValueError(f"{origin}: {explain(error)}") from None
 
@@ -134,15 +156,15 @@ def explain(error: Exception) -> str:
     first, *_ = str(error).splitlines()
     key = getattr(error, "full_key", None)
     if isinstance(getattr(error, "child_node", None), (ListConfig, TupleConfig)):
-        return f"{key} is a list, written [a, b]; got {error.value}"
+        return f"{key} is a list, written [a, b]; got {getattr(error, 'value', None)}"
     return f"{key}: {first}" if key else first
 
 
-def to_dict(config: PaintByExampleRun | VAERun) -> dict[str, Any]:
+def to_dict(config: Run) -> dict[str, Any]:
     """The settings as plain containers."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
 
-def save_config(config: PaintByExampleRun | VAERun, path: Path) -> None:
+def save_config(config: Run, path: Path) -> None:
     """Writes all settings, defaults too, as a YAML file that `load_config` reads."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")

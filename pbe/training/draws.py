@@ -1,5 +1,7 @@
 """A training step's random numbers."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,13 +9,14 @@ import torch
 from torch import Tensor
 
 from pbe.data.example import Example
+from pbe.models.vae import VAEConfig
 from pbe.sampling import randn
 
 
-class Draws(NamedTuple):
+class NoiseDraws(NamedTuple):
     """The random numbers of one step. Each sample's follow from its own seed: not from its batch or its process.
 
-    With K draws a sample, the first of all samples come first, then the second of all, and so on.
+    With K draws per sample, the first of all samples come first, then the second of all, and so on.
     """
 
     t: Tensor  # (K B,) long, 0 <= t < T
@@ -22,14 +25,36 @@ class Draws(NamedTuple):
     drop: Tensor  # (K B,) uniform in [0, 1): below the probability, the exemplar is dropped
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """Examples and what was drawn for them."""
 
     example: Example
-    draws: Draws
+    draws: NoiseDraws
+
+    def to(self, device: torch.device | str) -> TrainingBatch:
+        """The batch on a device; a CUDA device copies while the CPU goes on."""
+        non_blocking = torch.device(device).type == "cuda"
+        example, draws = (
+            [x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in part] for part in self
+        )
+        return TrainingBatch(Example(*example), NoiseDraws(*draws))
 
 
-def make_draws(seeds: Sequence[int], latent_shape: Sequence[int], num_timesteps: int, count: int = 1) -> Draws:
+def add_noise_draws(example: Example, vae: VAEConfig, num_timesteps: int = 1000, count: int = 1) -> TrainingBatch:
+    """A batch of examples, on the CPU, with `count` noise draws per sample, which follow from the examples' seeds."""
+    shape = latent_shape(example.image, vae)
+    return TrainingBatch(example, make_noise_draws(example.seed.tolist(), shape, num_timesteps, count))
+
+
+def latent_shape(image: Tensor, vae: VAEConfig) -> tuple[int, int, int]:
+    """The shape (4, h, w) of one latent of images (B, 3, H, W)."""
+    H, W = image.shape[-2:]
+    return vae.latent_channels, -(-H // vae.downsampling), -(-W // vae.downsampling)
+
+
+def make_noise_draws(
+    seeds: Sequence[int], latent_shape: Sequence[int], num_timesteps: int, count: int = 1
+) -> NoiseDraws:
     """`count` draws for each of the samples with these seeds, on the CPU; `latent_shape` is (4, h, w).
 
     A sample's first draw is the same whatever `count` is; the timesteps of the others are T / count apart from it and
@@ -44,7 +69,7 @@ def make_draws(seeds: Sequence[int], latent_shape: Sequence[int], num_timesteps:
         drop.append(torch.cat([torch.rand(1, generator=g) for g in generators]))
         noise.append(randn(latent_shape, generators))
     shifts = [k * num_timesteps // count for k in range(count)]
-    return Draws(
+    return NoiseDraws(
         drop=torch.cat(drop),
         t=torch.cat([(t + shift) % num_timesteps for shift in shifts]),
         noise=torch.cat(noise),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -15,14 +15,16 @@ from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
 from pbe.checkpoints.infer_config import Shapes, vae_config
 from pbe.checkpoints.loading import hints_of, load_model
 from pbe.checkpoints.meta_device import build_on_meta
+from pbe.io.fields import check_fields
+from pbe.models.blocks import ResBlock
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
-from pbe.models.unet import ResBlock, SpatialTransformer, UNet
+from pbe.models.unet import SpatialTransformer, UNet
 from pbe.models.vae import AutoencoderKL, VAEConfig
 
 Part = Literal["unet", "mapper", "final_ln", "proj_out", "null_context", "clip"]
 
-# The parts of the model that can be trained or drawn anew, by how their parameters' names begin. The autoencoder is
-# none of them: the loss is measured in its latents, which it would learn to make constant.
+# The parts of the model that can be trained or started again, by how their parameters' names begin. The autoencoder is
+# not among them: the loss is measured in its latents, which it would learn to make constant.
 PARTS: dict[Part, str] = {
     "unet": "model.diffusion_model.",
     "mapper": "cond_stage_model.mapper.",
@@ -34,32 +36,23 @@ PARTS: dict[Part, str] = {
 VAE_PREFIX = "first_stage_model."
 
 
-def check_parts(key: str, parts: Sequence[str]) -> None:
-    """ValueError, which begins with the config's `key`, naming the first that is no part."""
-    for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"{key}: {part!r} is no part of the model; choose from {', '.join(PARTS)}")
-
-
 @dataclass
 class ModelConfig:
-    """What training starts from.
-
-    init: a checkpoint of Paint by Example in any layout that `pbe.load_model` reads, or "scratch".
-    reset: parts whose weights are drawn anew, whatever `init` holds.
-    size: from scratch only: the networks' sizes, but for the autoencoder's, which its file decides.
-    vae: from scratch only: a checkpoint with a trained autoencoder, such as the task `vae` makes.
-    tokens: what passes of the exemplar, see `ExemplarConfig`; None: as `init` or `size` has it.
-    """
+    """What training starts from."""
 
     init: str = "scratch"
+    """A checkpoint of Paint by Example in any layout that `pbe.load_model` reads, or "scratch"."""
     reset: list[Part] = field(default_factory=list)
+    """Parts that start from seeded weights, whatever `init` holds."""
     size: PaintByExampleConfig | None = None
+    """From scratch only: the networks' sizes, but for the autoencoder's, which its file decides."""
     vae: str | None = None
+    """From scratch only: a checkpoint with a trained autoencoder, such as the task `vae` makes."""
     tokens: Literal["class", "all"] | None = None
+    """What passes of the exemplar, see `ExemplarConfig`; None: as `init` or `size` has it."""
 
     def __post_init__(self) -> None:
-        check_parts("model.reset", self.reset)
+        check_fields(self, "model")
 
 
 def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
@@ -74,7 +67,7 @@ def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
             missing = "model.size" if config.size is None else "model.vae (train one: configs/vae.yaml)"
             raise ValueError(f"model.init=scratch needs {missing}")
         vae, state = read_vae(config.vae)
-        size, drawn = replace(config.size, vae=vae), tuple(PARTS.values())
+        size, seeded = replace(config.size, vae=vae), tuple(PARTS.values())
     else:
         for name in ("size", "vae"):
             if getattr(config, name) is not None:
@@ -83,15 +76,15 @@ def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
         if not isinstance(loaded, PaintByExample):
             raise ValueError(
                 f"model.init={config.init} holds {type(loaded).__name__}, training needs Paint by Example: "
-                "`tools/checkpoint.py expand --clip` makes it from Stable Diffusion"
+                "`pbe checkpoint expand --clip` makes it from Stable Diffusion"
             )
         # A float32 file is mapped into memory, and must not be what is trained.
         state = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
-        size, drawn = loaded.config, tuple(PARTS[part] for part in config.reset)
+        size, seeded = loaded.config, tuple(PARTS[part] for part in config.reset)
     if config.tokens is not None:
         size = replace(size, exemplar=replace(size.exemplar, tokens=config.tokens))
     model = build_on_meta(PaintByExample, size)
-    state |= initial_weights(model, generator, drawn)
+    state |= initial_weights(model, generator, seeded)
     model.load_state_dict(state, assign=True)
     return model.train()
 
@@ -100,6 +93,14 @@ def starting_vae(size: VAEConfig, seed: int) -> AutoencoderKL:
     """An autoencoder with seeded weights."""
     vae = build_on_meta(AutoencoderKL, size)
     vae.load_state_dict(dict(initial_weights(vae, torch.Generator().manual_seed(seed))), assign=True)
+    return vae
+
+
+def loaded_vae(path: str | Path, latent_scale: float | None = None) -> AutoencoderKL:
+    """The autoencoder in a checkpoint, as `read_vae` finds it; with another `latent_scale` where one is given."""
+    size, state = read_vae(path)
+    vae = build_on_meta(AutoencoderKL, size if latent_scale is None else replace(size, latent_scale=latent_scale))
+    vae.load_state_dict({name.removeprefix(VAE_PREFIX): x for name, x in state.items()}, assign=True)
     return vae
 
 
@@ -116,7 +117,7 @@ def read_vae(path: str | Path) -> tuple[VAEConfig, dict[str, Tensor]]:
     expected = {VAE_PREFIX + name: tuple(p.shape) for name, p in vae.state_dict().items()}
     if expected != shapes:
         odd = sorted({name for name, _ in expected.items() ^ shapes.items()})
-        raise CheckpointError(f"{path} holds an autoencoder of another kind: {len(odd)} tensors differ, as {odd[0]}")
+        raise CheckpointError(f"{path} holds another kind of autoencoder: {len(odd)} tensors differ, as {odd[0]}")
     return config, {name: checkpoint.tensor(name).to(torch.float32, copy=True) for name in names}
 
 

@@ -1,17 +1,70 @@
-"""How a training step's networks run in less time and memory; what they hold under their names stays the same."""
+"""How a training step's networks run in less time and memory: by variants that are swapped in for their modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pbe.models.blocks import ResBlock
+from pbe.models.clip import CLIPVisionTower
 from pbe.models.paint_by_example import PaintByExample
-from pbe.models.unet import Downsample, ResBlock, SpatialTransformer, TransformerBlock, UNet, Upsample
+from pbe.models.unet import Downsample, SpatialTransformer, TransformerBlock, UNet, Upsample
+from pbe.models.vae import AutoencoderKL
+
+
+class Variant(nn.Module):
+    """Computes otherwise what `original` does, of a class beside this one: with its parts and parameters, under the
+    same names."""
+
+    def __init__(self, original: nn.Module):
+        vars(self).update(vars(original))
+
+
+def swap(
+    root: nn.Module, variants: Mapping[type[nn.Module], type[Variant]], among: Collection[nn.Module] | None = None
+) -> None:
+    """Puts variants in the place of the modules in `root` that have these types; of those `among` them alone."""
+    for name, module in list(root.named_modules()):
+        if type(module) in variants and (among is None or module in among):
+            root.set_submodule(name, variants[type(module)](module))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Activations that are computed again
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """The function's value, of which nothing but the inputs is kept for the backward pass: it runs again there (Chen et
+    al. 2016, arXiv 1604.06174)."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+
+
+class RecomputedResBlock(Variant, ResBlock):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return recomputed(super().forward, x, emb)
+
+
+class RecomputedTransformer(Variant, SpatialTransformer):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return recomputed(super().forward, x, context)
+
+
+def checkpoint_blocks(unet: UNet, which: bool | int) -> None:
+    """Has all blocks (True) recomputed in the backward pass, or those of this many levels of highest resolution.
+
+    The first three levels take about the same time, and each keeps about half as much as the one above. Raises
+    `ValueError` where the network has fewer levels.
+    """
+    levels = blocks_by_level(unet)
+    num_levels = len(levels) if which is True else which
+    if num_levels > len(levels):
+        raise ValueError(f"training.gradient_checkpointing={num_levels}, but the UNet has {len(levels)} levels")
+    chosen = {block for level in levels[:num_levels] for block in level}
+    swap(unet, {ResBlock: RecomputedResBlock, SpatialTransformer: RecomputedTransformer}, chosen)
 
 
 def blocks_by_level(unet: UNet) -> list[list[nn.Module]]:
@@ -28,91 +81,103 @@ def blocks_by_level(unet: UNet) -> list[list[nn.Module]]:
     return [[layer for layer in layers if isinstance(layer, (ResBlock, SpatialTransformer))] for layers in levels]
 
 
-def checkpoint_blocks(unet: UNet, which: bool | int) -> None:
-    """Makes each block keep its inputs alone for the backward pass, and run again there (Chen et al. 2016, arXiv
-    1604.06174): all blocks (True), or those of so many levels of highest resolution.
+# ----------------------------------------------------------------------------------------------------------------------
+# Cross-attention over one token
 
-    The first three levels take about the same time, and each keeps about half as much as the one above. Raises
-    `ValueError` where the network has fewer levels.
+
+class SingleTokenBlock(Variant, TransformerBlock):
+    """A transformer block for contexts of one token (B, 1, context_dim), of which cross-attention is a linear map.
+
+    The softmax over one score is 1, so that query, key and `norm2` change nothing and get no gradient: equal up to the
+    order of sums.
     """
-    levels = blocks_by_level(unet)
-    num_levels = len(levels) if which is True else which
-    if num_levels > len(levels):
-        raise ValueError(f"training.gradient_checkpointing={num_levels}, but the UNet has {len(levels)} levels")
-    for block in (block for level in levels[:num_levels] for block in level):
-        # nothing in a block is random
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2.to_out(self.attn2.to_v(context))  # (B, 1, C), the same for all positions
+        return x + self.ff(self.norm3(x))
 
 
 def skip_queries(unet: UNet) -> None:
-    """Makes cross-attention the linear map of the context that it is while the context has a single token.
+    """Leaves out what a context of one token makes needless, but in blocks where it trains, as adapters can."""
+    blocks = [block for block in unet.modules() if isinstance(block, TransformerBlock)]
+    unread = {block: nn.ModuleList([block.norm2, block.attn2.to_q, block.attn2.to_k]) for block in blocks}
+    frozen = {block for block, parts in unread.items() if not any(p.requires_grad for p in parts.parameters())}
+    swap(unet, {TransformerBlock: SingleTokenBlock}, frozen)
 
-    The softmax over one score is 1, so that query, key and `norm2` change nothing and get no gradient: equal up to the
-    order of sums. Blocks in which one of them trains, as adapters can, stay as they are.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Half precision
+
+
+class GroupNormAsGiven(Variant, nn.GroupNorm):
+    """Returns the precision that it is given.
+
+    Under autocast CUDA's norms return float32: values of twice the size, which the backward pass keeps. The statistics
+    are float32 either way.
     """
-    for block in unet.modules():
-        if isinstance(block, TransformerBlock):
-            unread = (block.norm2, block.attn2.to_q, block.attn2.to_k)
-            if not any(parameter.requires_grad for module in unread for parameter in module.parameters()):
-                block.forward = partial(forward_single_token, block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def forward_single_token(block: TransformerBlock, x: Tensor, context: Tensor) -> Tensor:
-    """The block over x (B, N, C), for a context (B, 1, context_dim)."""
-    x = x + block.attn1(block.norm1(x))
-    x = x + block.attn2.to_out(block.attn2.to_v(context))  # (B, 1, C), the same for all positions
-    return x + block.ff(block.norm3(x))
+class LayerNormAsGiven(Variant, nn.LayerNorm):
+    """As `GroupNormAsGiven`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def keep_norms_half(unet: UNet) -> None:
-    """Makes norms return the precision that they are given.
-
-    Under autocast CUDA's return float32: values of twice the size, which the backward pass keeps. The statistics are
-    float32 either way.
-    """
-    for module in unet.modules():
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            module.forward = partial(norm_as_given, module)
+    """Has all norms return the precision that they are given."""
+    swap(unet, {nn.GroupNorm: GroupNormAsGiven, nn.LayerNorm: LayerNormAsGiven})
 
 
-def norm_as_given(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
-    """`norm` of x, in the precision of x."""
-    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        if isinstance(norm, nn.GroupNorm):
-            return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+class FrozenVAE(Variant, AutoencoderKL):
+    """An autoencoder that does not train, computed in its parameters' precision."""
+
+    def moments(self, image: Tensor) -> Tensor:
+        return in_precision_of(self.quant_conv.weight, super().moments, image)
+
+    def decode(self, z_0: Tensor) -> Tensor:
+        return in_precision_of(self.quant_conv.weight, super().decode, z_0)
 
 
-def halve_frozen(model: PaintByExample, dtype: torch.dtype, layers: bool) -> dict[str, Tensor]:
+class FrozenTower(Variant, CLIPVisionTower):
+    """CLIP's tokens where they do not train, computed in their parameters' precision."""
+
+    def tokens(self, image: Tensor) -> Tensor:
+        return in_precision_of(self.pre_layrnorm.weight, super().tokens, image)
+
+
+def in_precision_of(parameter: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The float32 result of a frozen network in a parameter's precision, whatever autocast would choose."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return function(x.to(parameter.dtype)).float()
+
+
+def cast_frozen(model: PaintByExample, dtype: torch.dtype, layers: bool) -> dict[str, Tensor]:
     """Casts what does not train to `dtype`, in place; returns the values that it had, on the CPU, by name.
 
     The autoencoder, and CLIP's tokens unless they train, are computed in `dtype` throughout, and give float32.
     `layers`: the weights of all other linear and convolution layers that do not train too, as those beneath adapters:
     the model then runs under autocast to `dtype` alone.
     """
-    vae, vision = model.vae, model.cond_stage_model.vision
-    tower = (vision.embeddings, vision.pre_layrnorm, vision.encoder)
-    halved = list(vae.parameters())
-    vae.moments, vae.decode = partial(computed_in, dtype, vae.moments), partial(computed_in, dtype, vae.decode)
-    in_tower = [parameter for module in tower for parameter in module.parameters()]
-    if not any(parameter.requires_grad for parameter in in_tower):
-        halved += in_tower
-        vision.tokens = partial(computed_in, dtype, vision.tokens)
+    vision = model.cond_stage_model.vision
+    tower = nn.ModuleList([vision.embeddings, vision.pre_layrnorm, vision.encoder])
+    cast = {*model.vae.parameters()}
+    swap(model, {AutoencoderKL: FrozenVAE})
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
+        cast |= {*tower.parameters()}
+        swap(model, {CLIPVisionTower: FrozenTower})
     if layers:
-        for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                halved += [p for p in (module.weight, module.bias) if p is not None and not p.requires_grad]
-    chosen = {id(parameter) for parameter in halved}
+        linear = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        cast |= {p for module in linear for p in (module.weight, module.bias) if p is not None and not p.requires_grad}
     before = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) in chosen:
+        if parameter in cast:
             before[name] = parameter.data.cpu()
             parameter.data = parameter.data.to(dtype)
     return before
-
-
-def computed_in(dtype: torch.dtype, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The float32 result of a frozen network in `dtype`, whatever autocast would choose."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return function(x.to(dtype)).float()

@@ -5,38 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-import lightning
 import torch
 from torch import nn
+
+from pbe.io.fields import Range, check_fields
+
+if TYPE_CHECKING:
+    import lightning
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 
 @dataclass
 class OptimizerConfig:
-    """Settings of AdamW; the defaults are Paint by Example's.
+    """Settings of AdamW; the defaults are Paint by Example's."""
 
-    lr: reached linearly after `warmup_steps` optimiser steps, from `warmup_start` times itself.
-    decay_steps: steps after the warm-up in which the rate falls to 0 along a cosine; None: it stays.
-    """
-
-    lr: float = 1e-5
-    weight_decay: float = 0.01
-    warmup_steps: int = 10_000
-    warmup_start: float = 1e-6
-    decay_steps: int | None = None
+    lr: Annotated[float, Range(0, above=True)] = 1e-5
+    """The highest learning rate."""
+    weight_decay: Annotated[float, Range(0)] = 0.01
+    """Of all parameters that train."""
+    warmup_steps: Annotated[int, Range(0)] = 10_000
+    """Optimiser steps in which the rate rises to `lr` along a line."""
+    warmup_start: Annotated[float, Range(0, 1)] = 1e-6
+    """The share of `lr` that the warm-up starts from."""
+    decay_steps: Annotated[int, Range(1)] | None = None
+    """Steps after the warm-up in which the rate falls to 0 along a cosine; None: it stays."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"optimizer.lr must be positive, got {self.lr}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
-        if not 0 <= self.warmup_start <= 1:
-            raise ValueError(f"optimizer.warmup_start must be between 0 and 1, got {self.warmup_start}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optimizer.warmup_steps must be at least 0, got {self.warmup_steps}")
-        if self.decay_steps is not None and self.decay_steps < 1:
-            raise ValueError(f"optimizer.decay_steps must be at least 1, or null for none, got {self.decay_steps}")
+        check_fields(self, "optimizer")
 
 
 def lr_factor(step: int, config: OptimizerConfig) -> float:
@@ -54,7 +51,7 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, fused: bo
     return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
-def make_optimizer(module: lightning.LightningModule, config: OptimizerConfig) -> dict[str, Any]:
+def make_optimizer(module: lightning.LightningModule, config: OptimizerConfig) -> OptimizerLRSchedulerConfig:
     """What `configure_optimizers` returns: AdamW over the parameters that train, and its learning rate's schedule."""
     trainer = module.trainer
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None

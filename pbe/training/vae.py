@@ -5,47 +5,41 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import lightning
 import torch
 from torch import Tensor
 
 from pbe.data.example import Example
+from pbe.io.fields import Range, check_fields
 from pbe.models.vae import AutoencoderKL
 from pbe.sampling import randn
+from pbe.training.draws import latent_shape
 from pbe.training.initialization import VAE_PREFIX
-from pbe.training.module import check_finite, log_validation
-from pbe.training.optimizer import OptimizerConfig, make_optimizer
+from pbe.training.optimizer import OptimizerConfig
+from pbe.training.task import TrainingTask, data_of, sum_over_processes
 
 
 @dataclass
 class VAETrainingConfig:
-    """How an autoencoder is trained.
-
-    train: "all" of it, or the "decoder" alone: the latents stay what they are, and a model trained on them can take
-        the decoder over (`tools/checkpoint.py set-vae`).
-    kl_weight: of the Kullback-Leibler divergence, a mean over latent values, against the mean absolute error.
-    """
+    """How an autoencoder is trained."""
 
     train: Literal["all", "decoder"] = "all"
-    kl_weight: float = 1e-4
+    """All of it, or the decoder alone: the latents stay what they are, and a model trained on them can take the decoder
+    over (`pbe checkpoint set-vae`)."""
+    kl_weight: Annotated[float, Range(0)] = 1e-4
+    """Of the Kullback-Leibler divergence, a mean over latent values, against the mean absolute error."""
 
     def __post_init__(self) -> None:
-        if self.train not in ("all", "decoder"):
-            raise ValueError(f"training.train must be all or decoder, got {self.train!r}")
-        if not self.kl_weight >= 0:
-            raise ValueError(f"training.kl_weight must be at least 0, got {self.kl_weight}")
+        check_fields(self, "training")
 
 
-class VAETraining(lightning.LightningModule):
+class VAETraining(TrainingTask):
     """Trains an autoencoder on the images of batches of `Example`.
 
     Its checkpoints have the autoencoder's keys as they are in Paint by Example, and an entry `pbe` with `about` and
     with the `latent_scale` that brings its latents to unit variance, measured on the validation pictures where the
     encoder trains.
-
-    Raises `FloatingPointError` in the step whose loss is not finite, naming the batch's files.
     """
 
     def __init__(
@@ -55,22 +49,17 @@ class VAETraining(lightning.LightningModule):
         optimizer: OptimizerConfig,
         about: Mapping[str, Any] | None = None,
     ):
-        super().__init__()
+        super().__init__(optimizer, about)
         if config.train == "all" and vae.config.latent_scale != 1:
             raise ValueError(f"an autoencoder is trained with latent_scale 1, got {vae.config.latent_scale}")
         if config.train == "decoder":
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        self.vae, self.config, self.optimizer_config, self.about = vae, config, optimizer, dict(about or {})
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        return make_optimizer(self, self.optimizer_config)
+        self.vae, self.config = vae, config
 
     def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> tuple[Example, Tensor]:
-        H, W = batch.image.shape[-2:]
-        f = self.vae.config.downsampling
         generators = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
-        return batch, randn((self.vae.config.latent_channels, -(-H // f), -(-W // f)), generators)
+        return batch, randn(latent_shape(batch.image, self.vae.config), generators)
 
     def errors(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Each picture's mean absolute error and divergence from N(0, 1), (B,) both."""
@@ -84,10 +73,8 @@ class VAETraining(lightning.LightningModule):
         example, noise = batch
         l1, kl = self.errors(example.image, noise)
         losses = l1 + self.config.kl_weight * kl
-        loss = losses.mean()
-        check_finite(loss, self.global_step + 1, example.file)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return {"loss": loss, "metrics": {"loss": losses.detach(), "l1": l1.detach(), "kl": kl.detach()}}
+        metrics = {"loss": losses.detach(), "l1": l1.detach(), "kl": kl.detach()}
+        return self.step_result(losses.mean(), example.file, metrics)
 
     # --- validation ---------------------------------------------------------------------------------------
 
@@ -99,19 +86,19 @@ class VAETraining(lightning.LightningModule):
         self.sums += torch.tensor([l1.sum().item(), kl.sum().item(), len(l1)], dtype=torch.float64)
 
     def on_validation_epoch_end(self) -> None:
-        l1, kl, n = total(self, self.sums)
-        log_validation(self, {"val/l1": l1 / n, "val/kl": kl / n})
+        l1, kl, n = sum_over_processes(self.trainer, self.sums).tolist()
+        self.log_validation({"val/l1": l1 / n, "val/kl": kl / n})
 
     @torch.no_grad()
     def measure_scale(self) -> float:
         """1 / the standard deviation of the validation pictures' latents."""
         sums = torch.zeros(3, dtype=torch.float64)  # of values, squares and ones
-        loader = self.trainer.val_dataloaders or self.trainer.datamodule.val_dataloader()
+        loader = self.trainer.val_dataloaders or data_of(self.trainer).val_dataloader()
         for batch in itertools.islice(loader, self.num_scale_batches(len(loader))):
             example, noise = self.on_before_batch_transfer(batch, 0)
             z = self.vae.encode(example.image.to(self.device)).sample(noise.to(self.device)).cpu().double()
             sums += torch.tensor([z.sum().item(), z.square().sum().item(), z.numel()], dtype=torch.float64)
-        first, second, n = total(self, sums)
+        first, second, n = sum_over_processes(self.trainer, sums).tolist()
         return (second / n - (first / n) ** 2) ** -0.5
 
     def num_scale_batches(self, available: int) -> int:
@@ -131,10 +118,3 @@ class VAETraining(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {"vae." + name.removeprefix(VAE_PREFIX): x for name, x in state.items()}
-
-
-def total(module: lightning.LightningModule, sums: Tensor) -> list[float]:
-    """Sums over all processes."""
-    if module.trainer.world_size > 1:
-        sums = module.trainer.strategy.reduce(sums.to(module.device), reduce_op="sum")
-    return sums.tolist()

@@ -15,8 +15,9 @@ from pbe.checkpoints.meta_device import build_on_meta
 from pbe.cli.train import main
 from pbe.models.lora import LoRAConfig, is_adapter
 from pbe.models.unet import ResBlock, SpatialTransformer, UNet, UNetConfig
+from pbe.training import loss as training_loss
 from pbe.training import module as training_module
-from pbe.training.memory import blocks_by_level, norm_as_given
+from pbe.training.memory import GroupNormAsGiven, LayerNormAsGiven, blocks_by_level
 from pbe.training.module import PaintByExampleTraining, TrainingConfig
 from tests.training import test_module as test_training
 
@@ -133,13 +134,13 @@ def test_flash_attention_alone_suffices_in_half_precision():
 def test_norms_give_what_they_are_given():
     x = torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(0))
     group, layer = torch.nn.GroupNorm(8, 32, eps=1e-6), torch.nn.LayerNorm(8, eps=1e-3)
-    for norm in (group, layer):
+    for norm, as_given in ((group, GroupNormAsGiven(group)), (layer, LayerNormAsGiven(layer))):
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
         expected = norm(x)
-        assert torch.equal(norm_as_given(norm, x), expected)
+        assert torch.equal(as_given(x), expected)
         with torch.autocast("cpu", torch.bfloat16):
-            half = norm_as_given(norm, x.bfloat16())
+            half = as_given(x.bfloat16())
         assert half.dtype == torch.bfloat16
         # x, the weight, the bias and the result are rounded to 8 bits, statistics are not
         torch.testing.assert_close(half.float(), expected, atol=0.03, rtol=0.02)
@@ -235,7 +236,7 @@ def test_frozen_layers_beneath_adapters_need_the_same_precision(toy, capsys):
         *settings,
         "trainer.precision=bf16-mixed",
         "trainer.val_check_interval=1",
-        "samples={every_n_steps: 1, steps: 1}",
+        "samples={every_n_steps: 1, edit: {steps: 1}}",
     )
     saved = toy_run.checkpoint(toy.parent / "adapters", 1)["state_dict"]
     assert saved
@@ -267,11 +268,11 @@ def test_pictures_are_encoded_in_slices(monkeypatch):
     calls = []
     encode = partial(type(module.model.vae).encode, module.model.vae)
     monkeypatch.setattr(module.model.vae, "encode", lambda x: calls.append(len(x)) or encode(x))
-    whole = module.encode(batch, draws.posterior_noise)
-    monkeypatch.setattr(training_module, "ENCODED_PIXELS", 4 * 32 * 32)
-    sliced = module.encode(batch, draws.posterior_noise)
+    whole = training_loss.encode(module.model, batch, draws.posterior_noise)
+    monkeypatch.setattr(training_loss, "ENCODED_PIXELS", 4 * 32 * 32)
+    sliced = training_loss.encode(module.model, batch, draws.posterior_noise)
     assert calls == [6, 4, 2]
-    for a, b in zip(whole, sliced, strict=True):
+    for a, b in zip((whole[0], *whole[1]), (sliced[0], *sliced[1]), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -23,12 +23,13 @@ from pbe.checkpoints.adapters import load_lora
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.loading import open_recognised
 from pbe.checkpoints.surgery import expand, extract_ema
-from pbe.cli.train import main, make_module
+from pbe.cli.train import main
 from pbe.data.datamodule import ExampleDataModule
 from pbe.data.example import Example
+from pbe.editing.settings import EditSettings
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.models.lora import LoRAConfig, is_adapter
-from pbe.models.paint_by_example import PaintByExample, latent_mask
+from pbe.models.paint_by_example import Condition, PaintByExample
 from pbe.models.unet import UNet
 from pbe.training.callbacks import checkpoints, samples
 from pbe.training.callbacks.checkpoints import (
@@ -42,10 +43,13 @@ from pbe.training.callbacks.checkpoints import (
 from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics
 from pbe.training.callbacks.samples import SamplesConfig, sample_grid
 from pbe.training.config import load_config
+from pbe.training.draws import make_noise_draws
 from pbe.training.ema import ParameterAverage
 from pbe.training.initialization import PARTS, ModelConfig, initial_weights, read_vae, starting_model
-from pbe.training.module import PaintByExampleTraining, TrainingConfig, check_finite, make_draws, trained_names
+from pbe.training.loss import check_finite, denoising_losses, drop_exemplars, encode, loss_weights, training_losses
+from pbe.training.module import PaintByExampleTraining, TrainingConfig, trained_names
 from pbe.training.optimizer import OptimizerConfig, adamw, lr_factor, make_optimizer
+from pbe.training.run import make_module
 from pbe.training.vae import VAETraining
 
 
@@ -72,6 +76,12 @@ def example(n: int = 3, side: int = 32) -> Example:
     return Example(images, images, mask, exemplar, torch.arange(n) + 5, [f"{i}.png" for i in range(n)])
 
 
+def denoise(
+    module: PaintByExampleTraining, z_0: torch.Tensor, condition: Condition, t: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
+    return denoising_losses(module.model, module.schedule, z_0, condition, t, noise)
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     return toy_run.write(tmp_path_factory.mktemp("toy"))
@@ -81,7 +91,7 @@ def toy(tmp_path_factory):
 def finished(toy):
     """A finished run of 10 steps with averages, and with sample grids."""
     run = toy.parent / "finished"
-    toy_run.run(toy, f"run={run}", "samples={every_n_steps: 5, steps: 2, count: 3}", "data.batch_size=2")
+    toy_run.run(toy, f"run={run}", "samples={every_n_steps: 5, edit: {steps: 2}, count: 3}", "data.batch_size=2")
     return run
 
 
@@ -95,13 +105,16 @@ def test_golden_loss_and_gradients():
     with torch.no_grad():
         z_masked, mask = module.model.encode_masked(inputs["image"], inputs["mask"])
     names = [name.removeprefix("grad_norm:") for name in golden if name.startswith("grad_norm:")]
+    null_context, p = module.model.null_context, module.config.drop_exemplar
     contexts = {
-        "train_loss": module.drop_exemplars(module.model.encode_exemplar(inputs["reference"]), torch.ones(2)),
-        "train_loss_uncond": module.drop_exemplars(torch.zeros(2, 1, 768), torch.zeros(2)),
+        "train_loss": drop_exemplars(module.model.encode_exemplar(inputs["reference"]), null_context, torch.ones(2), p),
+        "train_loss_uncond": drop_exemplars(torch.zeros(2, 1, 768), null_context, torch.zeros(2), p),
     }
     losses = {}
     for name, context in contexts.items():
-        losses[name] = module.losses(inputs["x0"], z_masked, mask, context, inputs["t"], inputs["train_noise"]).mean()
+        losses[name] = denoise(
+            module, inputs["x0"], Condition(z_masked, mask, context), inputs["t"], inputs["train_noise"]
+        ).mean()
         assert losses[name].item() == pytest.approx(golden[name].item(), rel=1e-4)
     gradients = torch.autograd.grad(losses["train_loss"], [module.model.get_parameter(name) for name in names])
     for name, gradient in zip(names, gradients, strict=True):
@@ -109,14 +122,14 @@ def test_golden_loss_and_gradients():
 
 
 def test_draws_follow_from_the_seed_alone():
-    together = make_draws([3, 4, 5], (4, 8, 8), 1000)
-    alone = make_draws([4], (4, 8, 8), 1000)
+    together = make_noise_draws([3, 4, 5], (4, 8, 8), 1000)
+    alone = make_noise_draws([4], (4, 8, 8), 1000)
     assert all(torch.equal(x[1:2], y) for x, y in zip(together, alone, strict=True))
     assert all(not torch.equal(x[0], x[1]) for x in together)
 
 
 def test_draws_are_distributed_as_they_should():
-    draws = make_draws(range(4000), (4, 2, 2), 1000)
+    draws = make_noise_draws(range(4000), (4, 2, 2), 1000)
     # of 4000 uniform draws the mean is within 5 standard errors (1000 / sqrt(12 * 4000) = 4.6) of the middle
     assert draws.t.double().mean().item() == pytest.approx(499.5, abs=23)
     assert draws.t.min() < 10
@@ -129,13 +142,13 @@ def test_draws_are_distributed_as_they_should():
 
 
 def test_several_draws_of_a_sample_cover_the_timesteps_evenly():
-    one, four = make_draws(range(50), (4, 8, 8), 1000), make_draws(range(50), (4, 8, 8), 1000, count=4)
+    one, four = make_noise_draws(range(50), (4, 8, 8), 1000), make_noise_draws(range(50), (4, 8, 8), 1000, count=4)
     assert torch.equal(four.posterior_noise, one.posterior_noise)
     assert all(torch.equal(x[:50], y) for x, y in zip((four.t, four.noise, four.drop), one[:2] + one[3:], strict=True))
     assert four.t.view(4, 50).sort(dim=0)[0].diff(dim=0).eq(250).all()
     assert len(four.drop.unique()) == 200
     assert len(four.noise[:, 0, 0, 0].unique()) == 200
-    three = make_draws(range(4000), (4, 1, 1), 1000, count=3).t.view(3, 4000)
+    three = make_noise_draws(range(4000), (4, 1, 1), 1000, count=3).t.view(3, 4000)
     for t in three:  # each is uniform on its own
         assert t.double().mean().item() == pytest.approx(499.5, abs=23)
         assert (t.min() < 10) & (t.max() > 990)
@@ -143,25 +156,17 @@ def test_several_draws_of_a_sample_cover_the_timesteps_evenly():
 
 @pytest.mark.parametrize("by", ["sample", "batch"])
 def test_several_draws_are_as_many_batches_of_the_same_samples(by):
-    module = training(draws=3, drop_exemplar=0.5, drop_exemplar_by=by)
+    module = training(noise_draws=3, drop_exemplar=0.5, drop_exemplar_by=by)
     batch = module.on_before_batch_transfer(example(), 0)
     losses = module.batch_losses(batch)
     with torch.no_grad():
-        z_0, z_masked = module.encode(batch.example, batch.draws.posterior_noise)
-        mask = latent_mask(batch.example.mask, module.model.config.vae.downsampling)
-        context = module.model.encode_exemplar(batch.example.exemplar)
+        z_0, condition = encode(module.model, batch.example, batch.draws.posterior_noise)
         for k in range(3):
             its = slice(3 * k, 3 * k + 3)
             dropped = batch.draws.drop[its] < 0.5 if by == "sample" else batch.draws.drop[:1].expand(3) < 0.5
-            null = module.model.null_context.expand_as(context)
-            alone = module.losses(
-                z_0,
-                z_masked,
-                mask,
-                torch.where(dropped[:, None, None], null, context),
-                batch.draws.t[its],
-                batch.draws.noise[its],
-            )
+            null = module.model.null_context.expand_as(condition.context)
+            kept = condition._replace(context=torch.where(dropped[:, None, None], null, condition.context))
+            alone = denoise(module, z_0, kept, batch.draws.t[its], batch.draws.noise[its])
             torch.testing.assert_close(losses[its], alone, rtol=1e-4, atol=1e-6)
     metrics = module.training_step(batch, 0)["metrics"]
     assert torch.allclose(metrics["loss"], losses.detach().view(3, 3).mean(dim=0))  # a value a picture
@@ -172,8 +177,8 @@ def test_several_draws_are_as_many_batches_of_the_same_samples(by):
 def test_latents_are_samples_of_both_pictures():
     module, batch = training(), example()
     draws = module.on_before_batch_transfer(batch, 0).draws
-    z_0, z_masked = module.encode(batch, draws.posterior_noise)
-    for i, (z, image) in enumerate(((z_0, batch.image), (z_masked, batch.masked_image))):
+    z_0, condition = encode(module.model, batch, draws.posterior_noise)
+    for i, (z, image) in enumerate(((z_0, batch.image), (condition.z_masked, batch.masked_image))):
         with torch.no_grad():
             posterior = module.model.vae.encode(image)
         assert torch.allclose(z, posterior.mean + posterior.std * draws.posterior_noise[:, i], atol=1e-5)
@@ -181,14 +186,23 @@ def test_latents_are_samples_of_both_pictures():
 
 def test_exemplars_are_dropped_by_sample_or_by_batch():
     context, u = torch.zeros(4, 1, 64), torch.tensor([0.1, 0.3, 0.19, 0.9])
-    module = training(drop_exemplar=0.2)
-    null = module.model.null_context[0]
-    assert [torch.equal(c, null) for c in module.drop_exemplars(context, u)] == [True, False, True, False]
-    module = training(drop_exemplar=0.2, drop_exemplar_by="batch")
-    assert [torch.equal(c, null) for c in module.drop_exemplars(context, u)] == [True] * 4
-    assert [torch.equal(c, null) for c in module.drop_exemplars(context, u.flip(0))] == [False] * 4
-    module = training(drop_exemplar=0.0)
-    assert torch.equal(module.drop_exemplars(context, torch.zeros(4)), context)
+    null = tiny_model().null_context
+
+    def dropped(*arguments) -> list[bool]:
+        return [torch.equal(c, null[0]) for c in drop_exemplars(context, null, *arguments)]
+
+    assert dropped(u, 0.2) == [True, False, True, False]
+    assert dropped(u, 0.2, "batch") == [True] * 4
+    assert dropped(u.flip(0), 0.2, "batch") == [False] * 4
+    assert torch.equal(drop_exemplars(context, null, torch.zeros(4), 0.0), context)
+
+
+def test_the_loss_is_whole_without_lightning():
+    """A plain loop's loss is the module's, and its gradients reach what trains."""
+    module = training(drop_exemplar=0.3)
+    batch = module.on_before_batch_transfer(example(), 0)
+    losses = training_losses(tiny_model(), module.schedule, batch.to("cpu"), drop_exemplar=0.3)
+    assert torch.allclose(losses, module.batch_losses(batch), rtol=1e-5)
 
 
 def test_a_sample_s_loss_does_not_depend_on_its_batch():
@@ -220,12 +234,12 @@ def test_the_velocity_s_error_is_the_noise_s_over_alpha_bar():
     z_t = alpha * z_0 + sigma * eps
     v, v_hat = alpha * eps - sigma * z_0, alpha * eps_hat - sigma * (z_t - sigma * eps_hat) / alpha
     expected = (v_hat - v).square() / (eps_hat - eps).square()
-    torch.testing.assert_close(module.weights(t), expected.float())
-    assert training().weights(t).tolist() == [1, 1, 1]
+    torch.testing.assert_close(loss_weights(module.schedule, t, "velocity"), expected.float())
+    assert loss_weights(module.schedule, t, "noise").tolist() == [1, 1, 1]
 
     step = module.training_step(module.on_before_batch_transfer(example(), 0), 0)
     assert step["loss"] > 1.01 * step["metrics"]["loss"].mean()  # what is logged stays comparable
-    with pytest.raises(ValueError, match=r"training\.loss must be noise or velocity"):
+    with pytest.raises(ValueError, match=r"training\.loss must be 'noise' or 'velocity', got 'x_0'"):
         TrainingConfig(loss="x_0")
 
 
@@ -359,15 +373,17 @@ def test_average():
 def test_settings_of_training_that_cannot_be():
     """In code too, where no YAML is checked against the types."""
     for settings, message in (
-        ({"train": ["unet", "vae"]}, "training.train: 'vae' is no part of the model; choose from unet, mapper,"),
-        ({"drop_exemplar_by": "picture"}, "training.drop_exemplar_by must be sample or batch, got 'picture'"),
+        ({"train": ["unet", "vae"]}, r"training\.train must be .*'unet', 'mapper',.*, got \['unet', 'vae'\]"),
+        ({"drop_exemplar_by": "picture"}, r"training\.drop_exemplar_by must be 'sample' or 'batch', got 'picture'"),
     ):
         with pytest.raises(ValueError, match=message):
             TrainingConfig(**settings)
-    with pytest.raises(ValueError, match=r"model\.reset: 'vae' is no part of the model"):
+    with pytest.raises(ValueError, match=r"model\.reset must be .*'unet'.*, got \['vae'\]"):
         ModelConfig(reset=["vae"])
-    with pytest.raises(ValueError, match=r"samples\.guidance must be finite and at least 0, got inf"):
-        SamplesConfig(guidance=math.inf)
+    with pytest.raises(ValueError, match=r"samples\.edit\.guidance must be .* at least 0, got inf"):
+        SamplesConfig(edit={"guidance": math.inf})
+    with pytest.raises(ValueError, match=r"samples\.edit\.seam: .* choose one of steps, guidance"):
+        SamplesConfig(edit={"seam": "poisson"})
 
 
 # --- where it starts ------------------------------------------------------------------------------------------
@@ -634,7 +650,7 @@ def test_a_run_with_several_draws(toy):
     one, three = toy.parent / "one_draw", toy.parent / "three_draws"
     settings = ("trainer.max_steps=1", "optimizer.warmup_steps=0", "trainer.val_check_interval=1", "data.batch_size=4")
     toy_run.run(toy, f"run={one}", *settings)
-    toy_run.run(toy, f"run={three}", *settings, "training.draws=3")
+    toy_run.run(toy, f"run={three}", *settings, "training.noise_draws=3")
     a, b = (toy_run.metrics(run, "train/loss")[1] for run in (one, three))
     assert math.isfinite(b)
     assert a != b
@@ -686,12 +702,11 @@ def test_validation_compares_with_the_exemplar_of_the_sample_before():
     metrics = validate(module, examples, batch_size=4)
     draws = module.on_before_batch_transfer(examples, 0).draws
     with torch.no_grad():
-        z_0, z_masked = module.encode(examples, draws.posterior_noise)
-        mask = latent_mask(examples.mask, 4)
-        context = module.model.encode_exemplar(examples.exemplar)
+        z_0, right_one = encode(module.model, examples, draws.posterior_noise)
+        wrong_one = right_one._replace(context=right_one.context.roll(1, 0))
         right, wrong = (
-            torch.stack([module.losses(z_0, z_masked, mask, c, torch.full((4,), t), draws.noise) for t in (100, 800)])
-            for c in (context, context.roll(1, 0))
+            torch.stack([denoise(module, z_0, c, torch.full((4,), t), draws.noise) for t in (100, 800)])
+            for c in (right_one, wrong_one)
         )
     gain = (wrong - right).mean(dim=0)
     assert metrics["val/loss"] == pytest.approx(right.mean().item(), rel=1e-5)
@@ -740,7 +755,7 @@ def test_a_resumed_run_keeps_its_settings(finished, toy, capsys):
     assert "had 2 pictures in a batch over all processes and cannot go on with 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("setting", ["count=0", "steps=2000", "every_n_steps=-3"])
+@pytest.mark.parametrize("setting", ["count=0", "edit.steps=2000", "every_n_steps=-3"])
 def test_sample_settings_are_checked_at_the_start(toy, setting, capsys):
     assert main([str(toy), f"samples.{setting}"]) == 2
     assert f"samples.{setting.split('=')[0]}" in capsys.readouterr().err
@@ -820,7 +835,7 @@ def test_weights_are_trained_in_float32(toy, precision, capsys):
     [
         (["trainer.max_steps=abc"], "lightning.Trainer does not take trainer="),
         (["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches must be an integer of at least 1"),
-        (["training.draws=0"], "training.draws must be at least 1, got 0"),
+        (["training.noise_draws=0"], "training.noise_draws must be a whole number of at least 1, got 0"),
         (["data.batch_size=99"], "data.batch_size=99 is more than the 10 records of"),
         (["data.val_size=64"], "64 pictures (data.val_size) cannot be held out of the 12"),
         (["training={lora: {targets: ['(']}, train: [], ema_decay: null}"], "lora.targets: '('"),
@@ -892,7 +907,7 @@ def test_a_grid_that_cannot_be_made_does_not_end_the_run(toy, monkeypatch):
     monkeypatch.setattr(samples, "sample_grid", full)
     run = toy.parent / "no_grid"
     with pytest.warns(UserWarning, match="no sample grid of step 1: No space left"):
-        toy_run.run(toy, f"run={run}", "trainer.max_steps=2", "samples={every_n_steps: 1, steps: 2}")
+        toy_run.run(toy, f"run={run}", "trainer.max_steps=2", "samples={every_n_steps: 1, edit: {steps: 2}}")
     assert (run / "checkpoints" / "step-00000002.ckpt").exists()
 
 
@@ -921,7 +936,7 @@ def test_sample_grid_shows_each_picture_in_its_own_colours(monkeypatch):
     gray, blue = torch.full((1, 3, 28, 28), 0.6), torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(1, 3, 28, 28)
     for colours, expected in ((gray, (153, 153, 153)), (blue, (0, 0, 255))):
         shown = shown._replace(exemplar=(colours - mean) / std)
-        ((source, masked, exemplar, result, target),) = sample_grid(tiny_model(), shown, SamplesConfig(steps=1))
+        ((source, masked, exemplar, result, target),) = sample_grid(tiny_model(), shown, EditSettings(steps=1))
         assert exemplar.getpixel((14, 14)) == expected
     assert masked.getpixel((16, 16)) == (128, 128, 128)  # the mask's inside is 0 of [-1, 1]
     assert source.tobytes() == target.tobytes() != masked.tobytes()
@@ -929,7 +944,7 @@ def test_sample_grid_shows_each_picture_in_its_own_colours(monkeypatch):
 
 
 def test_sample_grid_shows_all_columns():
-    settings = SamplesConfig(steps=2, count=2)
+    settings = SamplesConfig(edit={"steps": 2}).settings
     picture = sample_grid(tiny_model(), example(2), settings)
     again = sample_grid(tiny_model(), example(2), settings)
     assert picture.tobytes() == again.tobytes()
@@ -971,7 +986,7 @@ def test_autoencoder_s_run(toy):
     data = ExampleDataModule(load_config([str(toy), "data.val_size=4"]).data)
     data.setup("fit")
     examples = next(iter(data.train_dataloader()))
-    z_0, _ = module.encode(examples, module.on_before_batch_transfer(examples, 0).draws.posterior_noise)
+    z_0, _ = encode(module.model, examples, module.on_before_batch_transfer(examples, 0).draws.posterior_noise)
     # two other pictures than the four it was measured on
     assert 0.5 < z_0.std() < 2
 

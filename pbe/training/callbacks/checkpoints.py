@@ -7,7 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning
 import torch
@@ -16,21 +16,23 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from pbe.io.atomic import replacing
+from pbe.io.fields import Range, check_fields
+from pbe.training.task import data_of
 
 CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
 @dataclass
 class CheckpointConfig:
-    """How often checkpoints are written, in optimiser steps, and how many of the last are kept."""
+    """When checkpoints are written, and for how long they are kept."""
 
-    every_n_steps: int = 1000
-    keep: int = 3
+    every_n_steps: Annotated[int, Range(1)] = 1000
+    """Optimiser steps between two checkpoints; the end of a run has one too."""
+    keep: Annotated[int, Range(1)] = 3
+    """How many of the last are kept."""
 
     def __post_init__(self) -> None:
-        for name in ("every_n_steps", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, "checkpoint")
 
 
 class Checkpoints(Checkpoint):
@@ -51,10 +53,9 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fast_dev_run:  # which leaves nothing behind
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # which leaves nothing behind
             return
-        global_batch = trainer.datamodule.config.batch_size * trainer.world_size
-        self.position = (trainer.current_epoch, (batch_idx + 1) * global_batch)
+        self.position = (trainer.current_epoch, (batch_idx + 1) * global_batch(trainer))
         step = trainer.global_step
         # The end is saved here too: later, Lightning counts an epoch that max_steps cut short as a whole one, from
         # where a longer run could not continue.
@@ -67,27 +68,24 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["data_position"] = self.position
-        checkpoint["global_batch"] = trainer.datamodule.config.batch_size * trainer.world_size
-        checkpoint["num_records"] = len(trainer.datamodule.train)
+        checkpoint["global_batch"], checkpoint["num_records"] = global_batch(trainer), num_records(trainer)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Lightning counts batches, and the position counts pictures: both go on only with batches of the same size.
-        global_batch = trainer.datamodule.config.batch_size * trainer.world_size
-        if checkpoint["global_batch"] != global_batch:
+        if checkpoint["global_batch"] != global_batch(trainer):
             raise ValueError(
                 f"the run had {checkpoint['global_batch']} pictures in a batch over all processes and cannot go on "
-                f"with {global_batch}: change data.batch_size with the number of devices"
+                f"with {global_batch(trainer)}: change data.batch_size with the number of devices"
             )
-        num_records = len(trainer.datamodule.train)
-        if checkpoint["num_records"] != num_records:
+        if checkpoint["num_records"] != num_records(trainer):
             raise ValueError(
-                f"the run's data had {checkpoint['num_records']} records and now has {num_records}: "
-                "it cannot go on among others where it was"
+                f"the run's data had {checkpoint['num_records']} records and now has {num_records(trainer)}: "
+                "restore the data, or begin another run with run="
             )
         self.position = checkpoint["data_position"]
-        trainer.datamodule.set_position(*self.position)
+        data_of(trainer).set_position(*self.position)
 
     def save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
         step = self.last_step = trainer.global_step
@@ -102,15 +100,28 @@ class Checkpoints(Checkpoint):
                 trainer.strategy.remove_checkpoint(path)
 
 
+def global_batch(trainer: Trainer) -> int:
+    """Pictures in a batch over all processes."""
+    return data_of(trainer).config.batch_size * trainer.world_size
+
+
+def num_records(trainer: Trainer) -> int:
+    """Objects that training draws from."""
+    train = data_of(trainer).train
+    assert train is not None
+    return len(train)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder that training wrote, from the first step to the last."""
-    found = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in folder.glob("step-*.ckpt")}
-    return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))
+    return sorted((path for path in folder.glob("step-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     """The number of optimiser steps after which a checkpoint was written, from its name."""
-    return int(CHECKPOINT_NAME.fullmatch(checkpoint.name)[1])
+    found = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    assert found, checkpoint
+    return int(found[1])
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from pbe.io.atomic import replacing
+from pbe.training.task import data_of, sum_over_processes
 
 
 class TrainingMetrics(Callback):
@@ -48,7 +49,7 @@ class TrainingMetrics(Callback):
             total = torch.stack([values.nansum(), counted.sum()]).float()
             self.totals[name] = self.totals[name].to(total.device) + total if name in self.totals else total
         step = trainer.global_step
-        if step == self.last_step or step % trainer.log_every_n_steps:
+        if step == self.last_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         self.last_step = step
         totals = self.reduced(trainer)
@@ -65,9 +66,7 @@ class TrainingMetrics(Callback):
         """[sum, count] of each metric over all processes; the one place where the device is waited for."""
         if not self.totals:
             return {}
-        totals = torch.stack(list(self.totals.values()))
-        if trainer.world_size > 1:
-            totals = trainer.strategy.reduce(totals, reduce_op="sum")
+        totals = sum_over_processes(trainer, torch.stack(list(self.totals.values())))
         return dict(zip(self.totals, totals.tolist(), strict=True))
 
     def on_save_checkpoint(
@@ -94,10 +93,9 @@ class TrainingMetrics(Callback):
 
 def skipped_pictures(trainer: Trainer) -> dict[str, float]:
     """How many pictures could not be used so far, over all processes, by split and reason; none: nothing."""
-    skipped = trainer.datamodule.skipped
+    skipped = data_of(trainer).skipped
     counts = torch.tensor([n for reasons in skipped.values() for n in reasons.values()], dtype=torch.float64)
-    if trainer.world_size > 1:
-        counts = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum")
+    counts = sum_over_processes(trainer, counts)
     names = [f"data/skipped_{split}_{reason.replace(' ', '_')}" for split, of in skipped.items() for reason in of]
     return {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}
 
@@ -141,7 +139,7 @@ class JSONLinesLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": int(step), **metrics}) + "\n")
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning
 import torch
@@ -20,32 +19,46 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
 from pbe.data.example import Example, collate
+from pbe.editing.edit import sample_latents
+from pbe.editing.settings import EditSettings
 from pbe.images.grids import grid
 from pbe.io.atomic import replacing
+from pbe.io.fields import Range, check_fields
+from pbe.io.suggest import did_you_mean
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
-from pbe.models.paint_by_example import Condition, PaintByExample, latent_mask
-from pbe.sampling import NoiseSchedule, ddim, guided_eps, leading, make_generators, randn
+from pbe.models.paint_by_example import PaintByExample
+from pbe.training.module import PaintByExampleTraining
+from pbe.training.task import data_of
+
+# those that say how latents are sampled: a grid has no window, seam or composite
+SAMPLING = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing", "seed")
 
 
 @dataclass
 class SamplesConfig:
-    """Pictures of what the model makes of validation examples, every `every_n_steps` (None: never)."""
+    """Pictures of what the model makes of validation examples."""
 
-    every_n_steps: int | None = 1000
-    count: int = 4
-    steps: int = 50
-    guidance: float = 5.0
-    seed: int = 0
+    every_n_steps: Annotated[int, Range(1)] | None = 1000
+    """Optimiser steps between two grids; None: no grids."""
+    count: Annotated[int, Range(1)] = 4
+    """How many examples, the first of validation."""
+    edit: dict[str, Any] = field(default_factory=lambda: {"sampler": "ddim", "seed": 0})
+    """How they are edited: the settings of `EditSettings` that say how latents are sampled."""
 
     def __post_init__(self) -> None:
-        if self.every_n_steps is not None and self.every_n_steps < 1:
-            raise ValueError(f"samples.every_n_steps must be at least 1, or null for none, got {self.every_n_steps}")
-        if self.count < 1:
-            raise ValueError(f"samples.count must be at least 1, got {self.count}")
-        if not 1 <= self.steps <= 1000:
-            raise ValueError(f"samples.steps must be 1 to 1000, got {self.steps}")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"samples.guidance must be finite and at least 0, got {self.guidance}")
+        check_fields(self, "samples")
+        for name in self.edit:
+            if name not in SAMPLING:
+                raise ValueError(f"samples.edit.{name}: a grid has no such setting{did_you_mean(name, SAMPLING)}")
+        try:
+            _ = self.settings
+        except ValueError as error:
+            raise ValueError(f"samples.edit.{error}") from None
+
+    @property
+    def settings(self) -> EditSettings:
+        """`edit`, checked."""
+        return EditSettings(**self.edit)
 
 
 class SampleGrids(Callback):
@@ -68,6 +81,7 @@ class SampleGrids(Callback):
         if step == self.last_step or every is None or step % every:
             return
         self.last_step = step
+        assert isinstance(pl_module, PaintByExampleTraining)
         if trainer.is_global_zero:
             try:
                 self.write(trainer, pl_module, step)
@@ -75,11 +89,11 @@ class SampleGrids(Callback):
                 warnings.warn(f"no sample grid of step {step}: {error}", stacklevel=2)
         trainer.strategy.barrier("samples")
 
-    def write(self, trainer: Trainer, pl_module: lightning.LightningModule, step: int) -> None:
+    def write(self, trainer: Trainer, module: PaintByExampleTraining, step: int) -> None:
         if self.examples is None:
-            self.examples = first_examples(trainer.datamodule.val_dataloader(), self.config.count)
-        with pl_module.averaged(), trainer.precision_plugin.forward_context():
-            picture = sample_grid(pl_module.model, self.examples, self.config)
+            self.examples = first_examples(data_of(trainer).val_dataloader(), self.config.count)
+        with module.averaged(), trainer.precision_plugin.forward_context():
+            picture = sample_grid(module.model, self.examples, self.config.settings)
         with replacing(self.folder / f"step-{step:08}.png", overwrite=True) as part:
             picture.save(part, "PNG")
         for logger in trainer.loggers:
@@ -94,27 +108,19 @@ def first_examples(loader: Iterable[Example], count: int) -> Example:
 
 
 @torch.no_grad()
-def sample_grid(model: PaintByExample, examples: Example, config: SamplesConfig) -> Image.Image:
+def sample_grid(model: PaintByExample, examples: Example, settings: EditSettings) -> Image.Image:
     """A row for each example (on any device): source | masked | exemplar | result | target. The result is the model's
     own picture, before any compositing."""
-    masked_image, mask, exemplar = (
-        x.to(model.device) for x in (examples.masked_image, examples.mask, examples.exemplar)
-    )
-    condition = Condition(
-        z_masked=model.vae.encode(masked_image).mean.float(),
-        mask=latent_mask(mask, model.config.vae.downsampling),
-        context=model.encode_exemplar(exemplar),
-    )
-    generators = make_generators(config.seed, len(masked_image))
-    x_T = randn(condition.z_masked.shape[1:], generators, model.device)
-    steps = leading(NoiseSchedule.scaled_linear(), config.steps)
-    z_0 = ddim(guided_eps(model, condition, config.guidance, steps), x_T, steps)
-    H, W = masked_image.shape[-2:]
+    source, mask, exemplar = (x.to(model.device) for x in (examples.source, examples.mask, examples.exemplar))
+    condition = model.condition(source, mask, exemplar)
+    condition = condition._replace(z_masked=condition.z_masked.float())  # whatever autocast chose
+    z_0 = sample_latents(model, condition, settings, settings.seed)
+    H, W = source.shape[-2:]
     result = model.vae.decode(z_0)[..., :H, :W]
     mean, std = (exemplar.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     columns = {
-        "source": examples.source / 2 + 0.5,
-        "masked": masked_image / 2 + 0.5,
+        "source": source / 2 + 0.5,
+        "masked": examples.masked_image / 2 + 0.5,
         "exemplar": exemplar * std + mean,
         "result": result / 2 + 0.5,
         "target": examples.image / 2 + 0.5,

@@ -1,0 +1,214 @@
+"""A training run, from its config to its end: the checks before it, its trainer, its module, its folder."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from pbe.checkpoints.formats.opening import open_checkpoint
+from pbe.data.datamodule import ExampleDataModule, check_sizes
+from pbe.io.atomic import locked
+from pbe.io.suggest import did_you_mean
+from pbe.training.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    check_room,
+    clear_parts,
+    list_checkpoints,
+    prepare_folder,
+    step_of,
+)
+from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics, skipped_pictures
+from pbe.training.callbacks.samples import SampleGrids
+from pbe.training.config import PaintByExampleRun, Run, save_config, to_dict
+from pbe.training.initialization import loaded_vae, starting_model, starting_vae
+from pbe.training.module import PaintByExampleTraining
+from pbe.training.task import TrainingTask
+from pbe.training.vae import VAETraining
+
+# arguments of lightning.Trainer that the config has no say in
+OURS = ("callbacks", "logger", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing")
+
+# 32-bit weights, computed with in 32 or 16 bits; weights of 16 bits alone would lose updates as small as these
+PRECISIONS = (32, "32", "32-true", "16-mixed", "bf16-mixed")
+
+# what Lightning warns of without reason
+UNTRUE_HERE = (
+    ".*dataloader is not resumable",  # its sampler is
+    ".*overridden `on_before_batch_transfer` in `LightningModule`",
+    ".*does not have many workers",  # their number is the user's choice
+)
+
+
+def train(config: Run, resume: bool = False) -> dict[str, int]:
+    """Runs the training that `config` describes, in its folder, to its end.
+
+    Returns how many pictures could not be used, over all processes, by split and reason; in the first process alone.
+
+    Raises before training: `ValueError` for settings that do not fit, `FileExistsError` for a folder with checkpoints
+    and without `resume`, `OSError` where the folder cannot hold the run. `FloatingPointError` where training diverges.
+    """
+    check_trainer(config.trainer)
+    folder = Path(config.run)
+    with claimed(folder):
+        checkpoints = list_checkpoints(folder / "checkpoints")
+        last = checkpoints[-1] if checkpoints else None
+        if last:
+            check_resume(config, last, resume)
+        data = open_data(config)  # before the networks, which take longer, and before anything is written
+        trainer = make_trainer(config, folder, step_of(last) if last else 0)
+        module = make_module(config)
+        if is_first_process():  # the other processes find the folder as it is now
+            clear_parts(folder)
+            check_room(folder, checkpoint_bytes(module) * (config.checkpoint.keep + 1 - len(checkpoints)))
+            save_config(config, folder / "config.yaml")
+        with warnings.catch_warnings():
+            for message in UNTRUE_HERE:
+                warnings.filterwarnings("ignore", message=message)
+            trainer.fit(module, data, ckpt_path=last)
+        skipped = skipped_pictures(trainer)
+        return {name.removeprefix("data/skipped_"): int(n) for name, n in skipped.items()} if is_first_process() else {}
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that the command started; Lightning starts the others later, by the same command."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder exists, and is this run's alone. OSError where it cannot be written, or another process has it."""
+    if not is_first_process():
+        yield
+        return
+    prepare_folder(folder)
+    with locked(folder / ".lock", f"another process is training in {folder}"):
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_trainer(arguments: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for what `lightning.Trainer` does not take, or is decided by this program."""
+    known = inspect.signature(Trainer).parameters.keys()
+    for name in arguments:
+        if name in OURS:
+            raise ValueError(f"trainer.{name} is decided by this program, not by the config")
+        if name not in known:
+            raise ValueError(f"trainer.{name} is not an argument of lightning.Trainer{did_you_mean(name, known)}")
+    precision = arguments.get("precision", 32)
+    if precision not in PRECISIONS:
+        choices = ", ".join(str(choice) for choice in PRECISIONS[2:])
+        raise ValueError(f"trainer.precision={precision} is not one of {choices}")
+    for name in ("accumulate_grad_batches", "log_every_n_steps"):
+        value = arguments.get(name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"trainer.{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_resume(config: Run, last: Path, resume: bool) -> None:
+    """Raises `FileExistsError` without `resume` in a folder that has the checkpoint `last`, and `ValueError` where
+    `config` changes what the run began with.
+
+    The optimiser's state would go on as it was, and the records would tell of settings that were not used.
+    """
+    if not resume:
+        raise FileExistsError(
+            f"{config.run} has a run that came to step {step_of(last)}: --resume continues it, run= begins another"
+        )
+    before, now = open_checkpoint(last).extras["pbe"]["config"], to_dict(config)
+    changed = []
+    for section in ("task", "seed", "model", "size", "training", "optimizer", "data", "trainer"):
+        old, new = flatten(before.get(section), section), flatten(now.get(section), section)
+        changed += [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and matters(key)]
+    if changed:
+        raise ValueError(
+            f"--resume goes on with the settings the run began with; changed are {', '.join(changed)}. "
+            "Put them back, or begin another run with run= and model.init= this one's checkpoint"
+        )
+
+
+def matters(key: str) -> bool:
+    """Whether a run that goes on with another value of a setting would not be the same run."""
+    if key.startswith("trainer."):
+        return key in ("trainer.accumulate_grad_batches", "trainer.precision", "trainer.gradient_clip_val")
+    # Files may have moved, and batches are smaller with more devices; the checkpoint knows what must stay.
+    files = (".path", ".images", "model.init", "model.vae")
+    return not key.endswith((*files, "data.workers", "data.batch_size", "training.gradient_checkpointing"))
+
+
+def flatten(value: Any, prefix: str) -> dict[str, Any]:
+    """The leaves of nested dictionaries by dotted key."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {key: leaf for name, x in value.items() for key, leaf in flatten(x, f"{prefix}.{name}").items()}
+
+
+def checkpoint_bytes(module: TrainingTask) -> int:
+    """About how large a checkpoint is: what trains with AdamW's two moments of it, and the rest of the state."""
+    trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    rest = sum(x.nbytes for x in module.state_dict().values()) - trained
+    adapters_only = isinstance(module, PaintByExampleTraining) and module.config.lora
+    return 3 * trained + (0 if adapters_only else rest)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def open_data(config: Run) -> ExampleDataModule:
+    """The run's data, set up for training."""
+    data = ExampleDataModule(config.data)
+    data.setup("fit")
+    assert data.train is not None
+    if len(data.train) < config.data.batch_size:
+        records = f"{len(data.train)} records of {data.train.source.name}"
+        raise ValueError(f"data.batch_size={config.data.batch_size} is more than the {records}")
+    return data
+
+
+def make_module(config: Run) -> TrainingTask:
+    """The networks where training starts, and how they are trained."""
+    about = {"trained_on": f"{config.data.source.kind} {config.data.source.path}", "config": to_dict(config)}
+    if isinstance(config, PaintByExampleRun):
+        model = starting_model(config.model, config.seed)
+        check_sizes(config.data, model.config.vae.downsampling, model.config.exemplar.vision.image_size)
+        return PaintByExampleTraining(model, config.training, config.optimizer, about, config.seed)
+    if config.init == "scratch":
+        vae = starting_vae(config.size, config.seed)
+    else:  # where the encoder trains, the latents are measured again
+        vae = loaded_vae(config.init, latent_scale=1.0 if config.training.train == "all" else None)
+    return VAETraining(vae, config.training, config.optimizer, about)
+
+
+def make_trainer(config: Run, folder: Path, step: int) -> Trainer:
+    """The trainer of a run that begins after `step` optimiser steps."""
+    callbacks: list[Callback] = [TrainingMetrics(), Checkpoints(folder / "checkpoints", config.checkpoint)]
+    if isinstance(config, PaintByExampleRun) and config.samples.every_n_steps:
+        callbacks.append(SampleGrids(folder / "samples", config.samples))
+    loggers: list[Logger] = [JSONLinesLogger(folder / "metrics.jsonl", step)]
+    if find_spec("tensorboard"):  # the extra `log`
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    shards = str(config.trainer.get("strategy", "")).startswith(("fsdp", "deepspeed"))  # which write files of their own
+    try:
+        return Trainer(
+            **config.trainer,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[] if shards else [AtomicCheckpointIO()],
+            default_root_dir=folder,
+            use_distributed_sampler=False,
+        )
+    except TypeError as error:  # how Lightning meets a text where it wants a number
+        raise ValueError(f"lightning.Trainer does not take trainer={dict(config.trainer)}: {error}") from error
