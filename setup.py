@@ -39,7 +39,14 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["pbe", "pbe.*"]),
     package_data={
-        "pbe": ["weights/*", "evaluation/study/study.html", "app/*.html", "app/*.css", "app/*.js", "py.typed"]
+        "pbe": [
+            "weights/*",
+            "evaluation/**/*.html",
+            "app/*.html",
+            "app/*.css",
+            "app/*.js",
+            "py.typed",
+        ]
     },
     install_requires=[
         # A torchvision release names the one torch it was built for; a second pin here could only contradict it.

@@ -1,4 +1,4 @@
-"""Score checkpoints and other systems on COCOEE and benchmarks like it: `python tools/evaluate.py --help`."""
+"""Score checkpoints and other systems on COCOEE and test sets like it: `python tools/evaluate.py --help`."""
 
 import sys
 

@@ -1,48 +1,39 @@
 """The systems that the paper compares with, by name and under one interface.
 
-system = open_baseline("copy-paste", Weights())
-picture = system(Edit.read("photo.png", "mask.png", "exemplar.png", label="cat", seed=42))
+system = open_baseline("copy-paste", WeightFiles())
+picture = system(Task.read("photo.png", "mask.png", "exemplar.png", label="cat", seed=42))
 """
+
+from typing import Any
 
 from pbe.baselines.blended_diffusion import BlendedDiffusion
 from pbe.baselines.copy_paste import CopyPaste
 from pbe.baselines.paint_by_example import PaintByExampleSystem
 from pbe.baselines.stable_diffusion import StableDiffusionImage, StableDiffusionText
-from pbe.baselines.systems import Baseline, Edit, System, Weights, composited
+from pbe.baselines.systems import Baseline, System, Task, WeightFiles, composited
+from pbe.editing.settings import SAMPLING, EditSettings
 
-__all__ = ["BASELINES", "Baseline", "Edit", "System", "Weights", "composited", "get_baseline", "open_baseline"]
+__all__ = ["BASELINES", "Baseline", "System", "Task", "WeightFiles", "composited", "get_baseline", "open_baseline"]
 
-BLENDED = ("steps", "skipped", "augmentations", "clip_weight", "range_weight")
+
+def _published(owner: type, *names: str) -> dict[str, Any]:
+    """Settings by name, with the defaults of the dataclass that has them."""
+    return {name: getattr(owner, name) for name in names}
+
+
+DIFFUSION = _published(StableDiffusionText, "steps", "guidance")
+BLENDED = _published(BlendedDiffusion, "steps", "skipped", "augmentations", "clip_weight", "range_weight")
+EDITING = _published(EditSettings, *SAMPLING)
 BASELINES: dict[str, Baseline] = {
-    "copy-paste": Baseline(CopyPaste, CopyPaste.load, "cutout"),
-    "copy-paste-poisson": Baseline(CopyPaste, CopyPaste.load_poisson, "cutout"),
-    "stable-diffusion-text": Baseline(
-        StableDiffusionText,
-        StableDiffusionText.load,
-        "label",
-        files=("stable_diffusion", "vocabulary"),
-        settings=("steps", "guidance"),
-    ),
+    "copy-paste": Baseline(CopyPaste.load, "cutout"),
+    "copy-paste-poisson": Baseline(CopyPaste.load_poisson, "cutout"),
+    "stable-diffusion-text": Baseline(StableDiffusionText.load, "label", ("stable_diffusion", "vocabulary"), DIFFUSION),
     "stable-diffusion-image": Baseline(
-        StableDiffusionImage,
-        StableDiffusionImage.load,
-        "exemplar",
-        files=("stable_diffusion", "clip", "vocabulary"),
-        settings=("steps", "guidance"),
+        StableDiffusionImage.load, "exemplar", ("stable_diffusion", "clip", "vocabulary"), DIFFUSION
     ),
-    "blended-diffusion-text": Baseline(
-        BlendedDiffusion, BlendedDiffusion.load_text, "label", files=("adm", "clip", "vocabulary"), settings=BLENDED
-    ),
-    "blended-diffusion-image": Baseline(
-        BlendedDiffusion, BlendedDiffusion.load_image, "exemplar", files=("adm", "clip"), settings=BLENDED
-    ),
-    "paint-by-example": Baseline(
-        PaintByExampleSystem,
-        PaintByExampleSystem.load,
-        "exemplar",
-        files=("paint_by_example",),
-        settings=("sampler", "spacing", "steps", "guidance", "guidance_interval", "resolution"),
-    ),
+    "blended-diffusion-text": Baseline(BlendedDiffusion.load_text, "label", ("adm", "clip", "vocabulary"), BLENDED),
+    "blended-diffusion-image": Baseline(BlendedDiffusion.load_image, "exemplar", ("adm", "clip"), BLENDED),
+    "paint-by-example": Baseline(PaintByExampleSystem.load, "exemplar", ("paint_by_example",), EDITING),
 }
 
 
@@ -53,8 +44,8 @@ def get_baseline(name: str) -> Baseline:
     return BASELINES[name]
 
 
-def open_baseline(name: str, weights: Weights) -> System:
-    """The system called `name`, ready to edit, with its own settings (dataclass fields: `dataclasses.replace`).
+def open_baseline(name: str, weights: WeightFiles) -> System:
+    """The system called `name`, ready for tasks, with its published settings (`System.with_settings`).
 
     Raises:
         ValueError: for an unknown name, and for a file that the system needs and `weights` lacks.

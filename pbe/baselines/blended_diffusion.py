@@ -1,7 +1,7 @@
 """Blended Diffusion (Avrahami et al., CVPR 2022, arXiv 2111.14818): a pixel diffusion guided by CLIP's gradients.
 
 Where the paper and its released code differ the code is followed, since published comparisons ran it: the spherical
-distance for D_CLIP, the blend of x_0 and x_t that CLIP sees, the loss weights, and a start from the noised photo a
+distance for D_CLIP, the blend of x_0 and x_t that CLIP sees, the loss weights, and a start from the noised image a
 quarter of the way down. Two things are otherwise: the background has the noise level that a step arrives at, where the
 code's has that which it starts from; and a seed makes one picture, where the paper ranks many by CLIP.
 """
@@ -18,9 +18,8 @@ from torch import Tensor
 
 from pbe.baselines.latent_blending import background
 from pbe.baselines.learned_variance import Loss, Prediction, learned_variance_ddpm, respaced
-from pbe.baselines.stable_diffusion import image_embedding, load_clip
-from pbe.baselines.systems import Edit, Weights, to_picture
-from pbe.checkpoints.loading import load_model
+from pbe.baselines.stable_diffusion import image_embedding
+from pbe.baselines.systems import System, Task, WeightFiles, to_picture
 from pbe.models.adm import ADM
 from pbe.models.clip import CLIP, CLIP_MEAN, CLIP_STD
 from pbe.models.tokenizer import CLIPTokenizer
@@ -28,10 +27,10 @@ from pbe.sampling import Callback, NoiseSchedule, make_generators, randn
 
 
 @dataclass(frozen=True, eq=False)
-class BlendedDiffusion:
+class BlendedDiffusion(System):
     """Paints what brings CLIP's view of the masked region to "a photo of a <class>", or to the exemplar.
 
-    steps: of the respaced process, of which the first `skipped` are left out: the start is the noised photo.
+    steps: of the respaced process, of which the first `skipped` are left out: the start is the noised image.
     augmentations: how many views of each estimate CLIP sees, the first one as it is.
     clip_weight, range_weight: of the distance to the target, and of how far colours leave [-1, 1].
     tokenizer: for the target "text" alone.
@@ -56,25 +55,25 @@ class BlendedDiffusion:
             raise ValueError("target='text' needs a tokenizer")
 
     @classmethod
-    def load_text(cls, weights: Weights) -> "BlendedDiffusion":
-        """Raises as `load_model` does, and ValueError where a file is not given or is of another kind."""
+    def load_text(cls, weights: WeightFiles) -> "BlendedDiffusion":
+        """Raises as `WeightFiles.load` does."""
         return cls(*load_networks(weights), "text", CLIPTokenizer.from_file(weights.path("vocabulary")))
 
     @classmethod
-    def load_image(cls, weights: Weights) -> "BlendedDiffusion":
-        """Raises as `load_model` does, and ValueError where a file is not given or is of another kind."""
+    def load_image(cls, weights: WeightFiles) -> "BlendedDiffusion":
+        """Raises as `WeightFiles.load` does."""
         return cls(*load_networks(weights), "image")
 
-    def __call__(self, edit: Edit) -> Image.Image:
-        return to_picture(self.sample(edit), edit.size)
+    def __call__(self, task: Task) -> Image.Image:
+        return to_picture(self.sample(task), task.size)
 
     @torch.no_grad()
-    def sample(self, edit: Edit, callback: Callback | None = None) -> Tensor:
-        """The edit at the network's resolution, (1, 3, H', W') in about [-1, 1]: outside the mask exactly the photo."""
+    def sample(self, task: Task, callback: Callback | None = None) -> Tensor:
+        """The edit at the network's resolution, (1, 3, H', W') in about [-1, 1]: outside the mask exactly the image."""
         device = next(self.model.parameters()).device
         config = self.model.config
-        image, keep = edit.seen_at(config.resolution, config.multiple, device)
-        generators = make_generators(edit.seed, 1)
+        image, keep = task.network_inputs(config.resolution, config.multiple, device)
+        generators = make_generators(task.seed, 1)
         schedule = NoiseSchedule.linear()
         grid = respaced(schedule, self.steps)[self.skipped :]
         start = torch.tensor([grid[0].t], device=device)
@@ -84,16 +83,16 @@ class BlendedDiffusion:
             x_start,
             grid,
             generators=generators,
-            loss=self.loss(self.embed_target(edit), 1 - keep, generators),
+            loss=self.loss(self.embed_target(task), 1 - keep, generators),
             blend=background(image, keep, generators),
             callback=callback,
         )
 
-    def embed_target(self, edit: Edit) -> Tensor:
-        """CLIP's embedding (1, embed_dim) of the edit's text or exemplar, of length 1."""
+    def embed_target(self, task: Task) -> Tensor:
+        """CLIP's embedding (1, embed_dim) of the task's text or exemplar, of length 1."""
         if self.target == "image":
-            return F.normalize(image_embedding(self.clip, edit.exemplar).float(), dim=-1)
-        token_ids = self.tokenizer(edit.prompt(), self.clip.config.text.context_length, truncate=True)
+            return F.normalize(image_embedding(self.clip, task.exemplar).float(), dim=-1)
+        token_ids = self.tokenizer(task.prompt(), self.clip.config.text.context_length, truncate=True)
         return F.normalize(self.clip.encode_text(token_ids.to(self.clip.logit_scale.device)).float(), dim=-1)
 
     def loss(self, target: Tensor, repaint: Tensor, generators: Sequence[torch.Generator]) -> Loss:
@@ -182,9 +181,7 @@ def predict_with_random_classes(model: ADM, generators: Sequence[torch.Generator
     return prediction
 
 
-def load_networks(weights: Weights) -> tuple[ADM, CLIP]:
+def load_networks(weights: WeightFiles) -> tuple[ADM, CLIP]:
     """The diffusion network, and CLIP in float32, through which gradients pass; neither keeps gradients of its own."""
-    model = load_model(weights.path("adm"), weights.device, weights.dtype)
-    if not isinstance(model, ADM):
-        raise ValueError(f"{weights.adm} holds a {type(model).__name__}, not the guided-diffusion network needed here")
-    return model.requires_grad_(False), load_clip(replace(weights, dtype="float32")).requires_grad_(False)
+    model, clip = weights.load("adm", ADM), replace(weights, dtype="float32").load("clip", CLIP)
+    return model.requires_grad_(False), clip.requires_grad_(False)

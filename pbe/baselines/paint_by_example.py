@@ -1,51 +1,40 @@
-"""Paint by Example as the paper's benchmark ran it: the whole frame, PLMS, 50 steps, guidance 5."""
+"""Paint by Example as the paper's evaluation ran it: the whole frame, PLMS, 50 steps, guidance 5."""
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from pbe.acceleration import prepare_for_inference
-from pbe.baselines.systems import Edit, Weights
-from pbe.checkpoints.loading import load_model
-from pbe.editing.edit import edit as edit_picture
+from pbe.baselines.systems import System, Task, WeightFiles
+from pbe.editing.edit import edit
+from pbe.editing.settings import EditSettings
 from pbe.models.paint_by_example import PaintByExample
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, eq=False)
-class PaintByExampleSystem:
-    """Paints the exemplar's object with this library's own `edit`, without putting the photo's pixels back."""
+class PaintByExampleSystem(System):
+    """Paints the exemplar's object with this library's own `edit`, without putting the image's pixels back."""
 
     model: PaintByExample
-    steps: int = 50
-    guidance: float = 5.0
-    guidance_interval: list[int] | None = None
-    sampler: str = "plms"
-    spacing: Literal["leading", "trailing"] = "leading"
-    resolution: int | None = None
+    settings: EditSettings = EditSettings(window="full", composite=False)
 
     @classmethod
-    def load(cls, weights: Weights) -> "PaintByExampleSystem":
-        """Raises as `load_model` does, and ValueError where the file is not given or is of another kind."""
-        model = load_model(weights.path("paint_by_example"), weights.device, weights.dtype)
-        if not isinstance(model, PaintByExample):
-            raise ValueError(f"{weights.paint_by_example} holds a {type(model).__name__}, not a Paint by Example")
-        return cls(prepare_for_inference(model, consume=True))  # once, and not for each edit
+    def load(cls, weights: WeightFiles) -> PaintByExampleSystem:
+        """Raises as `WeightFiles.load` does."""
+        model = weights.load("paint_by_example", PaintByExample)
+        return cls(prepare_for_inference(model, consume=True))  # once, and not for each task
 
-    def __call__(self, edit: Edit) -> Image.Image:
-        (picture,) = edit_picture(
-            self.model,
-            Image.fromarray(edit.photo),
-            edit.repaint,
-            edit.exemplar,
-            steps=self.steps,
-            guidance=self.guidance,
-            guidance_interval=self.guidance_interval and tuple(self.guidance_interval),
-            sampler=self.sampler,
-            spacing=self.spacing,
-            seed=edit.seed,
-            window="full",
-            composite=False,
-            resolution=self.resolution,
-        )
+    def with_settings(self, **settings: Any) -> Self:
+        return replace(self, settings=replace(self.settings, **settings))
+
+    def __call__(self, task: Task) -> Image.Image:
+        settings = asdict(self.settings) | {"seed": task.seed}
+        (picture,) = edit(self.model, Image.fromarray(task.image), task.repaint, task.exemplar, **settings)
+        assert isinstance(picture, Image.Image)  # as the image that was given
         return picture

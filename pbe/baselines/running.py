@@ -1,161 +1,158 @@
-"""A system's results on a benchmark, a picture an item: what an earlier run made of the same things is kept."""
+"""A system's results on a test set, one picture per item: what an earlier run made of the same things is kept."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from pbe.baselines import Baseline, Edit, System, Weights, get_baseline
-from pbe.baselines.systems import Setting
-from pbe.batch.provenance import identify, made_from, save_described
-from pbe.batch.run import Outcome
+import torch
+
+from pbe.baselines import Baseline, System, Task, WeightFiles, get_baseline
+from pbe.batch.provenance import identify, is_finished, made_from, save_described
+from pbe.batch.run import Outcome, attempt
 from pbe.checkpoints.loading import choose_device, choose_dtype
 from pbe.editing.settings import MAX_SEED
-from pbe.evaluation.test_set import Benchmark, Item, result_files
+from pbe.evaluation.test_set import TestSet, result_files
 
 OF_ITEM = ("seed", "label", "inputs_crc32")  # what differs from result to result of a system
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a system's results follow from, beside the items; the i-th item has the seed `seed + i`.
+class SystemRun:
+    """A system on a test set; its i-th item has the seed `seed + i`.
 
-    about: the settings, and the name and checksum of each file, as JSON values.
+    about: what all its results follow from: the settings, and the name and checksum of each file, as JSON values.
     """
 
     name: str
     baseline: Baseline
-    weights: Weights
-    settings: dict[str, Setting]
+    weights: WeightFiles
+    settings: dict[str, Any]
     about: dict[str, Any]
+    test_set: TestSet
     seed: int
 
     def open(self) -> System:
         """The system, with its networks; raises as `open_baseline` does."""
-        return replace(self.baseline.load(self.weights), **self.settings)
+        return self.baseline.load(self.weights).with_settings(**self.settings)
+
+    def provenance_of(self, i: int) -> dict[str, Any]:
+        """What the i-th result follows from, as JSON values."""
+        item, guide = self.test_set.items[i], self.baseline.guide
+        files = {"image": item.image, "mask": item.mask}
+        if guide != "label":
+            files["exemplar"] = item.exemplar
+        if guide == "cutout" and item.exemplar_mask:
+            files["exemplar_mask"] = item.exemplar_mask
+        label = {"label": item.label} if guide == "label" else {}
+        crc32 = {name: f"{zlib.crc32(file.read_bytes()):08x}" for name, file in files.items()}
+        return {**self.about, "seed": self.seed + i, **label, "inputs_crc32": crc32}
+
+    def save_result(self, system: System, i: int, path: Path) -> None:
+        """Makes the i-th result and saves it with what it follows from."""
+        item, provenance = self.test_set.items[i], self.provenance_of(i)
+        # the networks see the whole patch, as in the paper
+        mask = item.exemplar_mask if self.baseline.guide == "cutout" else None
+        task = Task.read(item.image, item.mask, item.exemplar, exemplar_mask=mask, label=item.label, seed=self.seed + i)
+        save_described(system(task), path, provenance, self.name)
 
 
-def make_plan(
-    name: str,
-    weights: Weights,
-    benchmark: Benchmark,
-    given: Mapping[str, Setting],
-    seed: int = 42,
-) -> Plan:
-    """How the system called `name` is to run on a benchmark, with the settings `given` (`Baseline.choose_settings`).
+def prepare_run(
+    name: str, weights: WeightFiles, test_set: TestSet, given: Mapping[str, Any], seed: int = 42
+) -> SystemRun:
+    """A run of the system called `name` on a test set, with the settings `given` (`Baseline.choose_settings`).
 
     All that can be known to fail before hours of work does so here. ValueError for an unknown name, for a file that is
-    not given, for settings that make no sense, and where the system reads labels and the benchmark lacks some;
+    not given, for settings that make no sense, and where the system reads labels and the test set lacks some;
     FileNotFoundError for a file that is not there.
     """
     baseline = get_baseline(name)
     settings = baseline.choose_settings(given)
-    largest = MAX_SEED - len(benchmark.items) + 1
+    largest = MAX_SEED - len(test_set.items) + 1
     if not 0 <= seed <= largest:
         raise ValueError(f"seed must be between 0 and {largest}, got {seed}")
-    unlabelled = [item.name for item in benchmark.items if not item.label]
+    unlabelled = [item.name for item in test_set.items if not item.label]
     if baseline.guide == "label" and unlabelled:
         raise ValueError(
-            f"{name} reads the class of each object, and {len(unlabelled)} of the {len(benchmark.items)} items of "
-            f"{benchmark.folder} have none; the first is {unlabelled[0]}. --labels (the benchmark's labels=) gives them"
+            f"{name} reads the class of each object, and {len(unlabelled)} of the {len(test_set.items)} items of "
+            f"{test_set.folder} have none; the first is {unlabelled[0]}. --labels (the test set's labels=) gives them"
         )
+    return SystemRun(name, baseline, weights, settings, describe(name, weights, settings), test_set, seed)
+
+
+def describe(name: str, weights: WeightFiles, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A system with its settings, and the name and checksum of each of its files, as JSON values."""
     about: dict[str, Any] = {"system": name, **settings}
-    if baseline.files:
+    if files := get_baseline(name).files:
         dtype = choose_dtype(weights.dtype, choose_device(weights.device))
-        found = {kind: identify(Path(weights.path(kind)), dtype) for kind in baseline.files}
+        found = {kind: identify(Path(weights.path(kind)), dtype) for kind in files}
         about["weights"] = {kind: {"file": one.checkpoint, "crc32": one.crc32} for kind, one in found.items()}
         about["dtype"] = str(dtype).removeprefix("torch.")
-    return Plan(name, baseline, weights, settings, about, seed)
+    return about
 
 
-def run_plan(
-    plan: Plan,
-    benchmark: Benchmark,
-    out: Path,
-    redo: bool = False,
-    on_done: Callable[[Outcome], None] | None = None,
-) -> list[Outcome]:
-    """Writes each item's raw result to `out/<id>.png`, unless it is there; raises as `open_baseline` does."""
-    outcomes, maker = [], Maker(plan, out, redo)
-    for i, item in enumerate(benchmark.items):
-        outcomes.append(maker(item, i))
-        if on_done is not None:
-            on_done(outcomes[-1])
-    return outcomes
+# --- making results ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Maker:
-    """Makes a system's results one by one; its networks are read when the first is to be made.
+def result_maker(run: SystemRun, out: Path, redo: bool) -> Callable[[int], Outcome]:
+    """The function that writes a run's i-th result to `out/<id>.png`, unless it is there.
 
-    An item that fails becomes an outcome, as in a batch.
+    The networks are read when the first result is to be made, and what `SystemRun.open` raises is raised; an item
+    that fails becomes an outcome, as in a batch.
     """
+    system = cache(run.open)
 
-    plan: Plan
-    out: Path
-    redo: bool
-    system: System | None = None
-
-    def __call__(self, item: Item, i: int) -> Outcome:
-        path = self.out / f"{item.name}.png"
-        if not self.redo and is_finished(self.plan, item, i, path):
+    def make(i: int) -> Outcome:
+        path = out / f"{run.test_set.items[i].name}.png"
+        if not redo and is_finished(path, partial(run.provenance_of, i)):
             return Outcome(i, "skipped")
-        self.system = self.system or self.plan.open()
-        return run_item(self.plan, self.system, item, i, path)
+        return attempt(i, partial(run.save_result, system(), i, path))
+
+    return make
 
 
-def run_item(plan: Plan, system: System, item: Item, i: int, path: Path) -> Outcome:
-    """Makes and saves one result; what it follows from is stored in the file."""
-    try:
-        follows_from = settings_of(plan, item, i)
-        # the networks see the whole patch, as in the paper
-        mask = item.reference_mask if plan.baseline.guide == "cutout" else None
-        edit = Edit.read(
-            item.source, item.mask, item.reference, exemplar_mask=mask, label=item.label, seed=plan.seed + i
-        )
-        picture = system(edit)
-        save_described(picture, path, follows_from, plan.name)
-    except (ValueError, OSError, MemoryError) as error:
-        return Outcome(i, "failed", str(error))
-    except Exception as error:  # whatever befalls one item, hours into a run, those after it may still be fine
-        message = str(error).partition("\n")[0]
-        return Outcome(i, "failed", f"{type(error).__name__}: {message}")
-    return Outcome(i, "done")
+def run_distributed(
+    runs: Sequence[SystemRun],
+    folders: Mapping[str, Path],
+    devices: int,
+    num_nodes: int = 1,
+    device: str = "auto",
+    redo: bool = False,
+    progress: bool = True,
+) -> dict[str, list[Outcome]] | None:
+    """Writes the results of several systems on one test set, each to its folder, as `pbe.batch.distributed.divide`.
+
+    Returns the outcomes by system in the first process, None in the others.
+    """
+    from pbe.batch.distributed import divide
+
+    count = len(runs[0].test_set.items)
+
+    def set_up(device: torch.device) -> Callable[[int], Outcome]:
+        @lru_cache(maxsize=1)  # the networks of one system are in memory at a time
+        def maker(k: int) -> Callable[[int], Outcome]:
+            run = replace(runs[k], weights=replace(runs[k].weights, device=device))
+            return result_maker(run, folders[run.name], redo)
+
+        return lambda index: maker(index // count)(index % count)
+
+    outcomes = divide(len(runs) * count, set_up, device, devices, num_nodes, progress)
+    if outcomes is None:
+        return None
+    return {run.name: outcomes[k * count : (k + 1) * count] for k, run in enumerate(runs)}
 
 
-def is_finished(plan: Plan, item: Item, i: int, path: Path) -> bool:
-    """Whether an item's result is there and follows from the plan, its seed and the item's files as they are now."""
-    try:
-        return made_from(path) == settings_of(plan, item, i)
-    except OSError:
-        return False  # an input cannot be read: running the item says so
-
-
-def settings_of(plan: Plan, item: Item, i: int) -> dict[str, Any]:
-    """What an item's result follows from, as JSON values."""
-    files: dict[str, Path | None] = {"source": item.source, "mask": item.mask}
-    if plan.baseline.guide != "label":
-        files["reference"] = item.reference
-    if plan.baseline.guide == "cutout":
-        files["reference_mask"] = item.reference_mask
-    return {
-        **plan.about,
-        "seed": plan.seed + i,
-        **({"label": item.label} if plan.baseline.guide == "label" else {}),
-        "inputs_crc32": {name: f"{zlib.crc32(file.read_bytes()):08x}" for name, file in files.items() if file},
-    }
-
-
-def settings_in(benchmark: Benchmark, folder: Path) -> dict[str, Any]:
-    """What all the results in a folder were made with, the first item's seed among it, as the pictures themselves say.
+def settings_in(test_set: TestSet, folder: Path) -> dict[str, Any]:
+    """What all the results in a folder were made with, including the first item's seed, as the pictures say.
 
     Empty where they do not, or not all the same: results of other programs. Raises as `result_files`.
     """
     found = []
-    for i, path in enumerate(result_files(benchmark, folder)):
+    for i, path in enumerate(result_files(test_set, folder)):
         stored = made_from(path)
         made = {key: value for key, value in stored.items() if key not in OF_ITEM}
         found.append({**made, "seed": stored["seed"] - i} if "seed" in stored else made)

@@ -8,8 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from pbe.baselines.latent_blending import background, blended_ddim
-from pbe.baselines.systems import Edit, Weights, to_picture
-from pbe.checkpoints.loading import load_model
+from pbe.baselines.systems import System, Task, WeightFiles, to_picture
 from pbe.images.reading import exemplar_tensor
 from pbe.models.clip import CLIP
 from pbe.models.stable_diffusion import StableDiffusion
@@ -18,8 +17,8 @@ from pbe.sampling import Eps, NoiseSchedule, leading, make_generators, randn
 
 
 @dataclass(frozen=True, eq=False)
-class StableDiffusionText:
-    """Paints what "a photo of a <class>" says; needs the edit's label."""
+class StableDiffusionText(System):
+    """Paints what "a photo of a <class>" says; needs the task's label."""
 
     model: StableDiffusion
     tokenizer: CLIPTokenizer
@@ -27,22 +26,22 @@ class StableDiffusionText:
     guidance: float = 7.5
 
     @classmethod
-    def load(cls, weights: Weights) -> "StableDiffusionText":
-        """Raises as `load_model` does, and ValueError where a file is not given or is of another kind."""
+    def load(cls, weights: WeightFiles) -> "StableDiffusionText":
+        """Raises as `WeightFiles.load` does."""
         return cls(load_stable_diffusion(weights), CLIPTokenizer.from_file(weights.path("vocabulary")))
 
-    def __call__(self, edit: Edit) -> Image.Image:
-        return self.paint(edit, edit.prompt())
+    def __call__(self, task: Task) -> Image.Image:
+        return self.paint(task, task.prompt())
 
     @torch.no_grad()
-    def paint(self, edit: Edit, text: str) -> Image.Image:
-        """The edit guided by any text."""
+    def paint(self, task: Task, text: str) -> Image.Image:
+        """The task guided by any text."""
         null_context, context = encode_text(self.model, self.tokenizer, ["", text]).split(1)
-        return inpaint(self.model, edit, context, null_context, self.steps, self.guidance)
+        return inpaint(self.model, task, context, null_context, self.steps, self.guidance)
 
 
 @dataclass(frozen=True, eq=False)
-class StableDiffusionImage:
+class StableDiffusionImage(System):
     """Paints with CLIP's embedding of the exemplar in the text tower's place, without any fine-tuning.
 
     CLIP's towers share a space after their projections; Stable Diffusion was trained on the text tower's tokens before
@@ -64,39 +63,39 @@ class StableDiffusionImage:
             )
 
     @classmethod
-    def load(cls, weights: Weights) -> "StableDiffusionImage":
-        """Raises as `load_model` does, and ValueError where a file is not given or is of another kind."""
+    def load(cls, weights: WeightFiles) -> "StableDiffusionImage":
+        """Raises as `WeightFiles.load` does."""
         return cls(
             load_stable_diffusion(weights),
-            load_clip(weights),
+            weights.load("clip", CLIP),
             CLIPTokenizer.from_file(weights.path("vocabulary")),
         )
 
     @torch.no_grad()
-    def __call__(self, edit: Edit) -> Image.Image:
+    def __call__(self, task: Task) -> Image.Image:
         null_context = encode_text(self.model, self.tokenizer, [""])
-        context = image_embedding(self.clip, edit.exemplar)[:, None].to(null_context)  # (1, 1, context_dim)
+        context = image_embedding(self.clip, task.exemplar)[:, None].to(null_context)  # (1, 1, context_dim)
         # attention to many equal tokens is attention to one: this lets both halves of the guidance share a batch
         context = context.expand_as(null_context)
-        return inpaint(self.model, edit, context, null_context, self.steps, self.guidance)
+        return inpaint(self.model, task, context, null_context, self.steps, self.guidance)
 
 
 def inpaint(
-    model: StableDiffusion, edit: Edit, context: Tensor, null_context: Tensor, steps: int, guidance: float
+    model: StableDiffusion, task: Task, context: Tensor, null_context: Tensor, steps: int, guidance: float
 ) -> Image.Image:
     """The whole frame, its masked part sampled by DDIM with the rest put back, noised, at each step."""
     parameter = next(model.parameters())
     config = model.config
-    image, keep = edit.seen_at(config.resolution, config.vae.downsampling, parameter.device)
+    image, keep = task.network_inputs(config.resolution, config.vae.downsampling, parameter.device)
     z_0 = model.vae.encode(image.to(parameter.dtype)).mean.float()
     # a latent cell is painted if any of its pixels is
     keep = 1 - F.max_pool2d(1 - keep, config.vae.downsampling)
-    generators = make_generators(edit.seed, 1)
+    generators = make_generators(task.seed, 1)
     x_T = randn(z_0.shape[1:], generators, z_0.device)
     eps = guided_by_context(model, context, null_context, guidance)
     grid = leading(NoiseSchedule.scaled_linear(), steps)
     z_0 = blended_ddim(eps, x_T, grid, background(z_0, keep, generators))
-    return to_picture(model.vae.decode(z_0.to(parameter.dtype)), edit.size)
+    return to_picture(model.vae.decode(z_0.to(parameter.dtype)), task.size)
 
 
 def guided_by_context(model: StableDiffusion, context: Tensor, null_context: Tensor, guidance: float) -> Eps:
@@ -124,18 +123,9 @@ def image_embedding(clip: CLIP, exemplar: Image.Image) -> Tensor:
     return clip.encode_image(pixels.to(parameter.device, parameter.dtype))
 
 
-def load_stable_diffusion(weights: Weights) -> StableDiffusion:
-    model = load_model(weights.path("stable_diffusion"), weights.device, weights.dtype)
-    if not isinstance(model, StableDiffusion) or model.config.unet.in_channels != 4:
-        raise ValueError(
-            f"{weights.stable_diffusion} is not the Stable Diffusion v1 that this system needs: text to image, with 4 "
-            "input channels, not its inpainting model"
-        )
-    return model
-
-
-def load_clip(weights: Weights) -> CLIP:
-    model = load_model(weights.path("clip"), weights.device, weights.dtype)
-    if not isinstance(model, CLIP):
-        raise ValueError(f"{weights.clip} holds a {type(model).__name__}, not the CLIP that this system needs")
+def load_stable_diffusion(weights: WeightFiles) -> StableDiffusion:
+    model = weights.load("stable_diffusion", StableDiffusion)
+    if model.config.unet.in_channels != 4:
+        channels = model.config.unet.in_channels
+        raise ValueError(f"{weights.stable_diffusion} has {channels} input channels; text to image, with 4, is needed")
     return model

@@ -1,11 +1,13 @@
-"""A batch of edits on several devices, under Lightning's `Trainer.predict`."""
+"""Work divided over several devices, under Lightning's `Trainer.predict`: a batch's rows, or a test set's items."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import lightning
 import torch
@@ -19,56 +21,120 @@ from pbe.batch.run import Outcome, run_row
 from pbe.checkpoints.loading import choose_device
 from pbe.editing.loading import check_memory, limit_threads, load_editor
 
+Result = TypeVar("Result")
 
-def share_of(num_jobs: int, rank: int, world_size: int) -> range:
-    """The jobs of one process, by index: every `world_size`-th from `rank`.
 
-    All shares have one length, the last index of some may be `num_jobs` or more and means nothing to do: Lightning
-    refuses an empty share, and its own sampler for prediction fails where there are fewer rows than processes.
+def share_of(count: int, rank: int, world_size: int) -> range:
+    """The items of one process, of `count` by index: every `world_size`-th from `rank`.
+
+    All shares have one length, the last index of some may be `count` or more and means nothing to do: Lightning
+    refuses an empty share, and its own sampler for prediction fails where there are fewer items than processes.
     """
-    return range(rank, -(-num_jobs // world_size) * world_size, world_size)
+    return range(rank, -(-count // world_size) * world_size, world_size)
 
 
-class BatchEditing(lightning.LightningModule):
-    """Each process loads the model on its device, runs its share of the jobs and writes their pictures.
+class DividedWork(lightning.LightningModule, Generic[Result]):
+    """Each process calls `set_up` with its device, and what that returns with each index of its share.
 
-    After prediction `outcomes` holds what became of all the jobs, in every process.
+    After prediction `results` holds those of all indices, in every process. They must be picklable. What `set_up`
+    loads is no submodule: Lightning would move it to the device whole, and copy the first process's to all.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        checkpoint: Path,
-        dtype: str = "auto",
-        low_memory: bool = False,
-        compile: Compile | None = None,
-        redo: bool = False,
-    ):
+    def __init__(self, count: int, set_up: Callable[[torch.device], Callable[[int], Result]]):
         super().__init__()
-        self.jobs, self.checkpoint, self.model_dtype = jobs, checkpoint, dtype
-        self.low_memory, self.compile_networks, self.redo = low_memory, compile, redo
-        self.outcomes: list[Outcome] = []
+        self.count, self.set_up = count, set_up
+        self.results: dict[int, Result] = {}
 
     def setup(self, stage: str) -> None:
-        device = self.trainer.strategy.root_device
-        model = load_editor(self.checkpoint, device, self.model_dtype, self.low_memory, self.compile_networks)
-        limit_threads(model)
-        weights = identify(self.checkpoint, model.dtype)
-        # Not a submodule: Lightning would move it to the device whole, and copy the first process's to all.
-        self.run: Callable[[Job], Outcome] = partial(run_row, lambda: model, weights=weights, redo=self.redo)
+        self.work = self.set_up(self.trainer.strategy.root_device)
 
     def predict_dataloader(self) -> DataLoader:
-        return DataLoader(share_of(len(self.jobs), self.trainer.global_rank, self.trainer.world_size), batch_size=None)
+        share = share_of(self.count, self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(share, batch_size=None)  # type: ignore[arg-type]  # a range is a dataset
 
     def predict_step(self, index: int, batch_idx: int) -> None:
-        if index < len(self.jobs):
-            self.outcomes.append(self.run(self.jobs[index]))
+        if index < self.count:
+            self.results[index] = self.work(index)
 
     def on_predict_end(self) -> None:
-        if self.trainer.world_size > 1:
-            shares: list[list[Outcome]] = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(shares, self.outcomes)
-            self.outcomes = sorted(outcome for share in shares for outcome in share)
+        shares: list[dict[int, Result]] = [{} for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather_object(shares, self.results)
+        self.results = {index: result for share in shares for index, result in share.items()}
+
+
+def divide(
+    count: int,
+    set_up: Callable[[torch.device], Callable[[int], Result]],
+    device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    progress: bool = True,
+) -> list[Result] | None:
+    """The results of `set_up(device)(index)` for `count` indices, on `devices` processes of each of `num_nodes` nodes.
+
+    Returns them in the first process, None in the others: Lightning starts the program again for each. On several
+    nodes the program is started on each, by SLURM, torchrun, or with MASTER_ADDR and NODE_RANK set. The process group
+    is closed in the end: metrics computed later would wait for processes that have ended.
+
+    ValueError for a device that cannot be divided, or of which there are not enough.
+    """
+    work = DividedWork(count, set_up)
+    return [work.results[i] for i in range(count)] if predict(work, device, devices, num_nodes, progress) else None
+
+
+def predict(work: DividedWork, device: str, devices: int, num_nodes: int, progress: bool) -> bool:
+    """Does the work in all processes; whether this is the first of them. Raises as `divide`."""
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"device={device!r} cannot be several devices; choose one of auto, cpu, cuda, mps")
+    kind = choose_device(device).type
+    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(kind, devices)
+    if devices > there:
+        raise ValueError(f"devices={devices}, but torch sees {there} of type {kind} here")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    trainer = lightning.Trainer(
+        accelerator=kind,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy="ddp",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        inference_mode=False,  # `edit` wants no gradients anyway, and compiled networks are as in one process
+    )
+    try:
+        with warnings.catch_warnings():
+            # Beside making a picture, reading its row costs nothing; and the pictures are written, not returned.
+            warnings.filterwarnings("ignore", message=".*does not have many workers|predict returned None")
+            trainer.predict(work, return_predictions=False)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return trainer.is_global_zero
+
+
+# --- batches of edits -------------------------------------------------------------------------------------
+
+
+def row_runner(
+    jobs: Sequence[Job],
+    checkpoint: Path,
+    dtype: str = "auto",
+    low_memory: bool = False,
+    compile: Compile | None = None,
+    redo: bool = False,
+) -> Callable[[torch.device], Callable[[int], Outcome]]:
+    """What loads the model by `load_editor` on a device and runs the jobs with it, for `divide`."""
+
+    def set_up(device: torch.device) -> Callable[[int], Outcome]:
+        model = load_editor(checkpoint, device, dtype, low_memory, compile)
+        limit_threads(model)
+        run = partial(run_row, lambda: model, weights=identify(checkpoint, model.dtype), redo=redo)
+        return lambda index: run(jobs[index])
+
+    return set_up
 
 
 def run_jobs(
@@ -83,46 +149,7 @@ def run_jobs(
     redo: bool = False,
     progress: bool = True,
 ) -> list[Outcome] | None:
-    """Run every job once on `devices` processes of each of `num_nodes` nodes, each with a model of its own by
-    `load_editor`.
-
-    Returns the outcomes in the first process, None in the others: Lightning starts the program again for each. On
-    several nodes the program is started on each, by SLURM, torchrun, or with MASTER_ADDR and NODE_RANK set.
-    ValueError for a device that cannot be divided or is not there that often; else raises as `load_editor` does.
-    """
+    """Runs every job once, divided as by `divide`; raises as it and `load_editor` do."""
     check_memory(low_memory, compile)
-    editing = BatchEditing(jobs, checkpoint, dtype, low_memory, compile, redo)
-    trainer = predict_on(editing, device, devices, num_nodes, progress)
-    return editing.outcomes if trainer.is_global_zero else None
-
-
-def predict_on(
-    module: lightning.LightningModule, device: str, devices: int, num_nodes: int, progress: bool
-) -> lightning.Trainer:
-    """Has a module that divides its own work predict on several processes; the trainer that did.
-
-    ValueError for a device that cannot be divided or is not there that often.
-    """
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise ValueError(f"device={device!r} cannot be several devices; choose one of auto, cpu, cuda, mps")
-    kind = choose_device(device).type
-    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(kind, devices)
-    if devices > there:
-        raise ValueError(f"devices={devices}, but torch sees {there} of type {kind} here")
-    trainer = lightning.Trainer(
-        accelerator=kind,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy="ddp",
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        inference_mode=False,  # `edit` wants no gradients anyway, and compiled networks are as in one process
-    )
-    with warnings.catch_warnings():
-        # Beside making a picture, reading its row costs nothing; and the pictures are written, not returned.
-        warnings.filterwarnings("ignore", message=".*does not have many workers|predict returned None")
-        trainer.predict(module, return_predictions=False)
-    return trainer
+    set_up = row_runner(jobs, checkpoint, dtype, low_memory, compile, redo)
+    return divide(len(jobs), set_up, device, devices, num_nodes, progress)

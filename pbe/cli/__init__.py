@@ -12,7 +12,7 @@ COMMANDS = {
     "checkpoint": ("pbe.cli.checkpoint", "look into checkpoints and change them"),
     "train": ("pbe.cli.train", "train or fine-tune, as a YAML file says"),
     "index-boxes": ("pbe.cli.index_boxes", "make the boxes of OpenImages quick to look up"),
-    "evaluate": ("pbe.cli.evaluate", "score a checkpoint, or any results, on COCOEE or a benchmark like it"),
+    "evaluate": ("pbe.cli.evaluate", "score a checkpoint, or any results, on COCOEE or a test set like it"),
     "cut-out": ("pbe.cli.cut_out", "draw masks around objects, so that training can put them into other photos"),
     "plot-run": ("pbe.cli.plot_run", "draw the curves of a training run"),
     "show-data": ("pbe.cli.show_data", "see what becomes of training pictures, stage by stage"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import warnings
 from collections import Counter
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from pbe.batch.job import COLUMNS, FILES, RENAMED, Job, read_inputs, run_job
 from pbe.batch.provenance import (
@@ -26,7 +25,7 @@ from pbe.batch.provenance import (
 from pbe.batch.run import Outcome, is_done, read_jobs, run_row
 from pbe.cli.comparison import comparison, runs, variants
 from pbe.cli.errors import one_line_errors
-from pbe.cli.flags import Parser, add_model, add_settings, flag, load_for
+from pbe.cli.flags import Parser, add_model, add_renamed, add_settings, flag, load_for
 from pbe.editing.loading import check_memory
 from pbe.editing.settings import SETTINGS, EditSettings
 
@@ -93,20 +92,8 @@ def parser(prog: str | None = None) -> Parser:
     g.add_argument("--num-nodes", type=int, metavar="N", default=1, help="and over N nodes (default 1)")
 
     p.add_argument("--quiet", action="store_true", help="no progress bar")
-    for old, new in {**RENAMED, "sweep_scale": "sweep_guidance", "raw": "no_composite"}.items():
-        p.add_argument(flag(old), nargs="?", action=Renamed, new=flag(new), help=argparse.SUPPRESS)
+    add_renamed(p, {**RENAMED, "sweep_scale": "sweep_guidance", "raw": "no_composite"})
     return p
-
-
-class Renamed(argparse.Action):
-    """A flag's old name, which is an error that says the new one."""
-
-    def __init__(self, new: str, **options: Any):
-        super().__init__(**options)
-        self.new = new
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
-        parser.error(f"{self.option_strings[0]} is now {self.new}")
 
 
 @one_line_errors
@@ -217,8 +204,6 @@ def run_distributed(args: argparse.Namespace, jobs: Sequence[Job]) -> list[Outco
     """Runs the jobs in several processes; their outcomes in the first of them, None in the others."""
     from pbe.batch.distributed import run_jobs
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     return run_jobs(
         jobs,
         args.ckpt,

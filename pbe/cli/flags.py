@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
@@ -24,18 +25,36 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the arguments)\n")
 
 
+class Renamed(argparse.Action):
+    """A flag's old name, which is an error that says the new one."""
+
+    def __init__(self, new: str, **options: Any):
+        super().__init__(**options)
+        self.new = new
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+        parser.error(f"{self.option_strings[0]} is now {self.new}")
+
+
+def add_renamed(parser: argparse.ArgumentParser, names: Mapping[str, str]) -> None:
+    """Refuses flags by their old names, of which `names` gives the new ones."""
+    for old, new in names.items():
+        parser.add_argument(flag(old), nargs="?", action=Renamed, new=flag(new), help=argparse.SUPPRESS)
+
+
 def flag(name: str) -> str:
     """A setting's name as a flag."""
     return "--" + name.replace("_", "-")
 
 
-def add_settings(group: Group, defaults: EditSettings | None = None) -> None:
-    """A flag for each field of `EditSettings`, documented as it is there.
+def add_settings(group: Group, defaults: EditSettings | None = None, names: Iterable[str] = tuple(SETTINGS)) -> None:
+    """A flag for each field of `EditSettings`, or those in `names`, documented as it is there.
 
     The values stay texts, None where a flag is not given: `EditSettings.from_texts` reads them.
     """
     docs = setting_docs()
-    for name, annotation in SETTINGS.items():
+    for name in names:
+        annotation = SETTINGS[name]
         default = getattr(defaults or EditSettings, name)
         text = docs[name].removesuffix(".").replace("%", "%%")
         if default is not None:
@@ -97,6 +116,17 @@ def add_dtype(group: Group) -> None:
         default="auto",
         help="auto (default: float16 on cuda, bfloat16 on a CPU that computes in it), float32, bfloat16, float16",
     )
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """FileExistsError where --out is there and --force was not given: before anything is computed."""
+    if args.out.exists() and not args.force:
+        raise FileExistsError(f"{args.out} exists; --force replaces it")
+
+
+def add_force(group: Group) -> None:
+    """--force"""
+    group.add_argument("--force", action="store_true", help="replace what is there at --out")
 
 
 def load_for(args: argparse.Namespace) -> PaintByExample:

@@ -1,32 +1,41 @@
-"""What the commands of `pbe evaluate` share: a benchmark, the networks that judge, the report."""
+"""What the commands of `pbe evaluate` share: a test set, the networks that judge, the report."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pbe.cli.flags import Group, add_device, add_renamed
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from pbe.evaluation.scoring import Judges
-    from pbe.evaluation.test_set import Benchmark
+    from pbe.evaluation.test_set import TestSet
 
 
-def add_benchmark(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--bench", type=Path, required=True, help="COCOEE's folder, or one by `build`")
-    p.add_argument("--limit", type=int, help="its first items alone: for trials, not for figures")
-    p.add_argument("--labels", type=Path, help="CSV file with the columns id and label (default: those by `build`)")
+def add_test_set(p: argparse.ArgumentParser, is_part_allowed: bool = True) -> None:
+    p.add_argument("--test-set", type=Path, required=True, help="COCOEE's folder, or one by `build`")
+    add_renamed(p, {"bench": "test_set"})
+    if is_part_allowed:
+        p.add_argument("--limit", type=int, help="only its first items: for trials, not for published scores")
+        p.add_argument("--labels", type=Path, help="CSV file with the columns id and label (default: those by `build`)")
 
 
-def add_loading(p: argparse._ActionsContainer) -> None:
-    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, …")
-    p.add_argument("--batch-size", type=int, default=16, help="pictures a step through the backbones (default 16)")
+def add_results(p: argparse.ArgumentParser) -> None:
+    text = "systems; a folder alone goes by its name"
+    p.add_argument("--results", nargs="+", required=True, metavar="NAME=FOLDER", help=text)
+
+
+def add_loading(g: Group) -> None:
+    add_device(g)
+    g.add_argument("--batch-size", type=int, default=16, help="pictures per step through the backbones (default 16)")
     workers = min(4, usable_cores())
-    p.add_argument("--workers", type=int, default=workers, help=f"processes that read pictures (default {workers})")
+    g.add_argument("--workers", type=int, default=workers, help=f"processes that read pictures (default {workers})")
 
 
 def usable_cores() -> int:
@@ -41,19 +50,33 @@ def add_judges(p: argparse.ArgumentParser) -> None:
     g.add_argument("--mixture", type=Path, help="for QS: an .npz by fit-mixture or convert-mixture")
     g.add_argument("--lpips", type=Path, help="torchvision's AlexNet (alexnet-owt-7be5be79.pth), for background LPIPS")
     g.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default 1000; FID: 100)")
-    g.add_argument("--pictures", type=int, default=200, help="about so many items on the page (default 200)")
+    g.add_argument("--pictures", type=int, default=200, help="about how many items the page shows (default 200)")
     add_loading(g)
 
 
-def open_benchmark(args: argparse.Namespace) -> Benchmark:
-    from pbe.evaluation.test_set import Benchmark, read_labels
+def open_test_set(args: argparse.Namespace) -> TestSet:
+    from pbe.evaluation.test_set import TestSet, read_labels
 
-    return Benchmark(args.bench, args.limit, read_labels(args.labels) if args.labels else None)
+    return TestSet(args.test_set, args.limit, read_labels(args.labels) if args.labels else None)
+
+
+def named_folders(texts: Sequence[str]) -> dict[str, Path]:
+    """Folders by name, of texts NAME=FOLDER or FOLDER. ValueError for a name given twice."""
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, separator, rest = text.partition("=")
+        folder = Path(rest if separator else text)
+        name = name if separator else folder.name
+        if name in folders:
+            raise ValueError(f"two systems are called {name!r}; give NAME=FOLDER")
+        folders[name] = folder
+    return folders
 
 
 def load_judges(args: argparse.Namespace) -> Judges:
     from pbe.checkpoints.loading import choose_device
     from pbe.evaluation.backbones import load_backbone
+    from pbe.evaluation.bootstrap import Bootstrap
     from pbe.evaluation.lpips import load_lpips
     from pbe.evaluation.quality_score import load_mixture
     from pbe.evaluation.scoring import Judges, picture_files, real_moments
@@ -78,12 +101,12 @@ def load_judges(args: argparse.Namespace) -> Judges:
     for kind, backbone in backbones.items() if args.real else ():
         with progress(args, len(picture_files(args.real)), f"real photos, {kind}") as bar:
             real[kind] = real_moments(args.real, backbone, args.out, args.batch_size, args.workers, bar.update)
-    return Judges(backbones, real, mixture, lpips, args.resamples)
+    return Judges(backbones, real, mixture, lpips, Bootstrap(args.resamples))
 
 
 def write_scores(
     args: argparse.Namespace,
-    bench: Benchmark,
+    test_set: TestSet,
     judges: Judges,
     folders: Mapping[str, Path],
     settings: Mapping[str, Any],
@@ -93,12 +116,12 @@ def write_scores(
 
     found = []
     for system, folder in folders.items():
-        with progress(args, len(bench.items), f"scoring {system}") as bar:
-            found.append(score_results(bench, folder, judges, system, args.batch_size, args.workers, bar.update))
-    report = make_report(bench, found, judges, args.real and args.real.resolve().name, settings)
-    write_report(report, bench, folders, args.out, args.pictures)
+        with progress(args, len(test_set.items), f"scoring {system}") as bar:
+            found.append(score_results(test_set, folder, judges, system, args.batch_size, args.workers, bar.update))
+    report = make_report(test_set, found, judges, args.real and args.real.resolve().name, settings)
+    write_report(report, test_set, folders, args.out, args.pictures)
     print(table(report))
-    print(f"{args.out / 'report.html'}")
+    print(args.out / "report.html")
     return 0
 
 

@@ -91,6 +91,8 @@ class EditSettings:
 
 
 SETTINGS = field_types(EditSettings)
+# Those that the model's own picture of a window follows from, beside the seed.
+SAMPLING = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing", "resolution")
 
 
 class EditKeywords(TypedDict, total=False):

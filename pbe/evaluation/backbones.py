@@ -1,7 +1,7 @@
-"""The networks whose features the benchmark compares, each from a file the user names.
+"""The networks whose features are compared, each from a file the user names.
 
 `clip=ViT-B-32.pt` · `dino=dino_vits16_pretrain.pth` · `torchvision:resnet50=resnet50.pth` · `inception=….pth` ·
-`stand-in=….ckpt`. Loading is strict, and nothing is ever downloaded.
+`surrogate=….ckpt`. Loading is strict, and nothing is ever downloaded.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer, get_model, list_models
 
 from pbe.checkpoints.formats.opening import CheckpointError, read_state_dict
-from pbe.checkpoints.key_map import KeyMap, Rule, UnlistedNames, shorten
+from pbe.checkpoints.key_map import KeyMap, UnlistedNames, mismatches, renamed, shorten
 from pbe.checkpoints.loading import load_model
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.evaluation.cocoee import centre, normalise, to_tensor
-from pbe.evaluation.surrogate import load_stand_in, stand_in_view
+from pbe.evaluation.surrogate import load_surrogate, surrogate_input
 from pbe.models.clip import CLIP
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,19 +49,19 @@ class Backbone:
     device: torch.device
 
     @property
-    def is_stand_in(self) -> bool:
-        return self.kind == "stand-in"
+    def is_surrogate(self) -> bool:
+        return self.kind == "surrogate"
 
     @property
     def is_released_clip(self) -> bool:
-        """Whether it is the CLIP that the paper's figures were computed with."""
+        """Whether it is the CLIP that the paper's scores were computed with."""
         return self.kind == "clip" and self.name == "CLIP ViT-B/32"
 
     @torch.inference_mode()
-    def __call__(self, views: Sequence[Tensor]) -> Tensor:
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """float32 (B, num_features) on the CPU of prepared pictures, together if they are of one size."""
-        together = len({view.shape for view in views}) == 1
-        batches = [torch.stack(list(views))] if together else [view[None] for view in views]
+        together = len({x.shape for x in inputs}) == 1
+        batches = [torch.stack(list(inputs))] if together else [x[None] for x in inputs]
         return torch.cat([self.network(batch.to(self.device)).float().cpu() for batch in batches])
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
@@ -78,7 +78,7 @@ def load_backbone(text: str, device: str | torch.device = "cpu") -> Backbone:
     path, device = Path(file), torch.device(device)
     name, _, model = kind.partition(":")
     if not (separator and file and name in BACKBONES and (name == "torchvision") == bool(model)):
-        raise ValueError(f"{text!r} is no backbone; give KIND=FILE, with KIND one of {', '.join(KINDS)}")
+        raise ValueError(f"{text!r} is not a backbone; give KIND=FILE, with KIND one of {', '.join(KINDS)}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file of weights for {kind}")
     label, module, call, prepare = BACKBONES[name](path, model)
@@ -124,27 +124,28 @@ def _imagenet(image: Image.Image, size: int = 224, shorter: int = 256, bicubic: 
 
 def dino_table(layers: int) -> KeyMap:
     """The names of DINO's vision transformers (Caron et al. 2021, arXiv 2104.14294) as torchvision's."""
-    rules = [
-        Rule(("class_token",), ("cls_token",)),
-        Rule(("conv_proj",), ("patch_embed.proj",)),
-        Rule(("encoder.pos_embedding",), ("pos_embed",)),
-        Rule(("encoder.ln",), ("norm",)),
-    ]
+    whole = {
+        "class_token": "cls_token",
+        "conv_proj": "patch_embed.proj",
+        "encoder.pos_embedding": "pos_embed",
+        "encoder.ln": "norm",
+    }
+    block = {
+        "ln_1": "norm1",
+        "self_attention.in_proj_weight": "attn.qkv.weight",
+        "self_attention.in_proj_bias": "attn.qkv.bias",
+        "self_attention.out_proj": "attn.proj",
+        "ln_2": "norm2",
+        "mlp.0": "mlp.fc1",
+        "mlp.3": "mlp.fc2",
+    }
+    rules = renamed(whole)
     for i in range(layers):
-        ours, theirs = f"encoder.layers.encoder_layer_{i}", f"blocks.{i}"
-        rules += [
-            Rule((f"{ours}.ln_1",), (f"{theirs}.norm1",)),
-            Rule((f"{ours}.self_attention.in_proj_weight",), (f"{theirs}.attn.qkv.weight",)),
-            Rule((f"{ours}.self_attention.in_proj_bias",), (f"{theirs}.attn.qkv.bias",)),
-            Rule((f"{ours}.self_attention.out_proj",), (f"{theirs}.attn.proj",)),
-            Rule((f"{ours}.ln_2",), (f"{theirs}.norm2",)),
-            Rule((f"{ours}.mlp.0",), (f"{theirs}.mlp.fc1",)),
-            Rule((f"{ours}.mlp.3",), (f"{theirs}.mlp.fc2",)),
-        ]
+        rules += renamed(block, f"encoder.layers.encoder_layer_{i}.", f"blocks.{i}.")
     return KeyMap(rules)
 
 
-def _dino(path: Path, _: str) -> Parts:
+def _dino(path: Path, model_name: str) -> Parts:
     state = read_state_dict(path)
     layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     try:
@@ -153,7 +154,7 @@ def _dino(path: Path, _: str) -> Parts:
         image_size = patch * round((state["pos_embed"].shape[1] - 1) ** 0.5)
         mlp_width = len(state["blocks.0.mlp.fc1.bias"])
     except (UnlistedNames, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is no vision transformer of DINO's: {error}") from None
+        raise CheckpointError(f"{path} is not a vision transformer of DINO's: {error}") from None
     sizes = (image_size, patch, layers, max(1, width // 64), width, mlp_width)
     model = build_on_meta(lambda given: VisionTransformer(*given), sizes)
     model.heads = nn.Identity()
@@ -170,7 +171,7 @@ def _torchvision(path: Path, name: str) -> Parts:
     model = build_on_meta(partial(get_model, weights=None), name)
     heads = [head for head in HEADS if hasattr(model, head)]
     if len(heads) != 1:
-        raise ValueError(f"torchvision's {name} is no classifier whose features can be told from its logits")
+        raise ValueError(f"torchvision's {name} is not a classifier whose features can be told from its logits")
     load_strictly(model, state, path)
     setattr(model, heads[0], nn.Identity())
     return f"torchvision {name}", model, lambda x: model(x).flatten(1), _imagenet
@@ -179,13 +180,9 @@ def _torchvision(path: Path, name: str) -> Parts:
 def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Fills a model on `meta` with a file's tensors; CheckpointError that tells which do not fit."""
     expected = model.state_dict()
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
-    misshaped = [name for name in expected if name in state and expected[name].shape != state[name].shape]
-    faults = (("lacks", missing), ("has no place for", unexpected), ("has the wrong shape in", misshaped))
-    if any(names for _, names in faults):
-        text = "; ".join(f"{verb} {len(names)}: {shorten(names)}" for verb, names in faults if names)
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: it {text}")
+    shapes = [{name: tuple(tensor.shape) for name, tensor in one.items()} for one in (state, expected)]
+    if faults := mismatches(*shapes):
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: it {'; '.join(faults)}")
     model.load_state_dict({name: state[name].to(expected[name].dtype) for name in expected}, assign=True)
 
 
@@ -201,7 +198,7 @@ def _inception(path: Path, _: str) -> Parts:
         tensors = Path(folder) / "inception.pth"
         torch.save(read_state_dict(path), tensors)
         try:
-            # Resized as by the first implementation, which published figures follow, not antialiased.
+            # Resized as by the first implementation, which published scores follow, not antialiased.
             model = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(tensors), antialias=False)
         except RuntimeError as error:
             raise CheckpointError(f"{path} does not fit torch-fidelity's Inception: {error}") from None
@@ -212,9 +209,9 @@ def _bytes(image: Image.Image) -> Tensor:
     return (to_tensor(image) * 255).round().byte()  # the network resizes and normalises itself
 
 
-def _stand_in(path: Path, _: str) -> Parts:
-    model = load_stand_in(path)
-    return "stand-in classifier", model, model.features, partial(stand_in_view, size=model.config.image_size)
+def _surrogate(path: Path, _: str) -> Parts:
+    model = load_surrogate(path)
+    return "surrogate", model, model.features, partial(surrogate_input, size=model.config.image_size)
 
 
 BACKBONES: dict[str, Callable[[Path, str], Parts]] = {
@@ -222,6 +219,6 @@ BACKBONES: dict[str, Callable[[Path, str], Parts]] = {
     "dino": _dino,
     "torchvision": _torchvision,
     "inception": _inception,
-    "stand-in": _stand_in,
+    "surrogate": _surrogate,
 }
 KINDS = tuple("torchvision:MODEL" if name == "torchvision" else name for name in BACKBONES)

@@ -11,14 +11,6 @@ import torch
 from torch import Tensor
 
 
-class Estimate(NamedTuple):
-    """A figure with its bootstrap interval: float64 tensors without dimensions."""
-
-    value: Tensor
-    low: Tensor
-    high: Tensor
-
-
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Mean (C,) and unbiased covariance (C, C) of `count` feature vectors, in float64."""
@@ -54,7 +46,7 @@ def frechet_distance(a: Moments, b: Moments, quick: bool = False) -> Tensor:
 
     The root's trace is the sum of the singular values of Σ_a^½ Σ_b^½: the product's own square root loses half of the
     digits where a covariance is singular, as it is for fewer pictures than features. `quick` loses them too, and
-    spares b's root.
+    does without b's root.
     """
     if quick:
         trace_of_root = torch.linalg.eigvalsh(a.root @ b.covariance @ a.root).clamp(min=0).sqrt().sum()
@@ -67,23 +59,45 @@ def frechet_distance(a: Moments, b: Moments, quick: bool = False) -> Tensor:
 # --- bootstrap --------------------------------------------------------------------------------------------
 
 
-def bootstrap(
-    statistic: Callable[[Tensor], Tensor], samples: Tensor, resamples: int, generator: torch.Generator
-) -> Tensor:
-    """`statistic` of `resamples` draws of len(samples) rows with replacement: float64 (resamples,)."""
-    draws = []
-    for _ in range(resamples):
-        chosen = torch.randint(len(samples), (len(samples),), generator=generator)
-        draws.append(statistic(samples[chosen.to(samples.device)]))
-    return torch.stack(draws).double()
+class Interval(NamedTuple):
+    """A value with its bootstrap interval: float64 tensors without dimensions."""
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
 
 
-def interval(value: Tensor, draws: Tensor, level: float, centred: bool) -> Estimate:
-    """The middle `level` of the draws as an interval around `value`.
+@dataclass(frozen=True)
+class Bootstrap:
+    """Intervals of `level` from `resamples` draws with replacement, by a generator seeded with `seed`."""
 
-    `centred` moves the draws so that their mean is the value: for statistics such as FID, which resampling itself
-    makes larger.
-    """
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=draws.device)
-    low, high = torch.quantile(draws + (value - draws.mean() if centred else 0), tails)
-    return Estimate(value, low, high)
+    resamples: int = 1000
+    level: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.resamples < 1:
+            raise ValueError(f"resamples must be 1 or more, got {self.resamples}")
+        if not 0 < self.level < 1:
+            raise ValueError(f"level must be between 0 and 1, got {self.level:g}")
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def draws(self, statistic: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
+        """`statistic` of each draw of len(samples) rows: float64 (resamples,)."""
+        generator, found = self.generator(), []
+        for _ in range(self.resamples):
+            chosen = torch.randint(len(samples), (len(samples),), generator=generator)
+            found.append(statistic(samples[chosen.to(samples.device)]))
+        return torch.stack(found).double()
+
+    def interval(self, value: Tensor, draws: Tensor, centred: bool = False) -> Interval:
+        """The middle `level` of the draws as an interval around `value`.
+
+        `centred` moves the draws so that their mean is the value: for statistics such as FID, which resampling itself
+        makes larger.
+        """
+        tails = torch.tensor([(1 - self.level) / 2, (1 + self.level) / 2], dtype=torch.float64, device=draws.device)
+        low, high = torch.quantile(draws + (value - draws.mean() if centred else 0), tails)
+        return Interval(value, low, high)

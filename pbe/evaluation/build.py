@@ -1,7 +1,7 @@
-"""A benchmark like COCOEE from photos with labelled boxes (arXiv 2211.13227, section 4.1).
+"""A test set like COCOEE from photos with labelled boxes (arXiv 2211.13227, section 4.1).
 
-A source is a square part of a photo with one object's box to repaint; its reference is the patch of an object of the
-same category in another photo, the one whose features are nearest to those of the source's own object.
+An image is a square part of a photo with one object's box to repaint; its exemplar is the patch of an object of the
+same category in another photo, the one whose features are nearest to those of the image's own object.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from pbe.data.records import Record, Source, upright_size
 from pbe.evaluation.backbones import Backbone
 from pbe.evaluation.cocoee import read_rgb, squared
 from pbe.evaluation.surrogate import object_box
-from pbe.evaluation.test_set import MANIFEST, REFERENCE_MASKS
+from pbe.evaluation.test_set import EXEMPLAR_MASKS, MANIFEST
 from pbe.images.windows import Box
 from pbe.io.atomic import replacing
 
@@ -32,13 +32,13 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What a benchmark is made by.
+    """What a test set is made by.
 
-    num_items: how many sources; None takes all that fit.
-    size: side of the sources in pixels. area: least and most share of a source that its box takes.
-    grow: pixels of a reference's surroundings on each side of its box, as in training.
-    min_side: of a reference's box, in pixels.
-    candidates: how many objects of a category, drawn by the seed, are looked at for references.
+    num_items: how many images; None takes all that fit.
+    size: side of the images in pixels. area: least and most share of an image that its box takes.
+    grow: pixels of an exemplar's surroundings on each side of its box, as in training.
+    min_side: of an exemplar's box, in pixels.
+    candidates: how many objects of a category, drawn by the seed, are looked at for exemplars.
     """
 
     num_items: int | None = 3500
@@ -66,71 +66,72 @@ class _Object(NamedTuple):
 
 
 class _Chosen(NamedTuple):
-    """A source before its reference is known."""
+    """An image before its exemplar is known."""
 
     id: int
     record: Record
+    position: int  # of the box among the record's
     box: Box  # in the photo
     window: Box
     label: str
 
 
-def build_benchmark(
-    sources: Source,
-    references: Source,
+def build_test_set(
+    images: Source,
+    exemplars: Source,
     out: str | Path,
     backbone: Backbone,
     config: BuildConfig = BuildConfig(),
     overwrite: bool = False,
     on_item: Callable[[], None] | None = None,
 ) -> int:
-    """Writes a folder in COCOEE's layout with `benchmark.json`, and returns the number of its items.
+    """Writes a folder in COCOEE's layout with `test_set.json`, and returns the number of its items.
 
-    Where the reference's object has a mask, it stands beside: `Ref_mask_3500/<id>_ref_mask.png`, white on the object.
+    Where the exemplar's object has a mask, it stands beside: `Ref_mask_3500/<id>_ref_mask.png`, white on the object.
 
-    `sources` and `references` may be one data set: an object's own photo is never its reference. The same data,
-    settings and backbone give the same folder. Sources whose category has no object in another photo are left out.
+    `images` and `exemplars` may be one data set: an object's own photo is never its exemplar. The same data,
+    settings and backbone give the same folder. Images whose category has no object in another photo are left out.
     Ids are those in the files' names, as in COCO's, if all have one; else they count from 1.
 
     ValueError where labels are missing or nothing fits; FileExistsError for an existing folder unless `overwrite`.
     """
     out = Path(out)
     if out.exists() and not (overwrite and (out / "id_list.npy").is_file()):
-        raise FileExistsError(f"{out} exists; --force (overwrite=True) replaces it, if it is a benchmark")
+        raise FileExistsError(f"{out} exists; --force (overwrite=True) replaces it, if it is a test set")
     rng = np.random.default_rng(config.seed)
-    candidates = _by_label(references, config, rng)
-    ids = _ids(sources)
+    candidates = _by_label(exemplars, config, rng)
+    ids = _ids(images)
     features: dict[str, tuple[list[_Object], Tensor]] = {}
-    items = []
+    items: list[dict[str, Any]] = []
     with replacing(out, overwrite) as part:
         for folder in ("GT_3500", "Ref_3500", "Mask_bbox_3500"):
             (part / folder).mkdir(parents=True)
-        for i in rng.permutation(len(sources)).tolist():
+        for i in rng.permutation(len(images)).tolist():
             if len(items) == config.num_items:
                 break
-            chosen = _choose(sources[i], ids[i], config, rng)
+            chosen = _choose(images[i], ids[i], config, rng)
             if chosen is None or chosen.label not in candidates:
                 continue
             if chosen.label not in features:
-                features[chosen.label] = _candidate_features(candidates[chosen.label], references, backbone, config)
-            found = _nearest(chosen, references, *features[chosen.label], backbone, config)
+                features[chosen.label] = _candidate_features(candidates[chosen.label], exemplars, backbone, config)
+            found = _nearest(chosen, exemplars, *features[chosen.label], backbone, config)
             if found is None:
                 continue
-            reference, similarity = found
-            items.append(_write(part, chosen, references[reference.record], reference.box, similarity, config))
+            nearest, similarity = found
+            items.append(_write(part, chosen, exemplars[nearest.record], nearest.box, similarity, config))
             if on_item is not None:
                 on_item()
         if len(items) < 2:
             raise ValueError(
-                f"{sources.name} gives {len(items)} items: boxes of {config.area[0]:g} to {config.area[1]:g} of a "
+                f"{images.name} gives {len(items)} items: boxes of {config.area[0]:g} to {config.area[1]:g} of a "
                 f"square, whose category has a box of {config.min_side} pixels or more in another photo, are too few"
             )
         items.sort(key=lambda item: item["id"])
         np.save(part / "id_list.npy", np.array([item["id"] for item in items], dtype=np.int64))
         manifest = {
             "pbe": __version__,
-            "sources": Path(sources.name).name,
-            "references": Path(references.name).name,
+            "images": Path(images.name).name,
+            "exemplars": Path(exemplars.name).name,
             "backbone": {"name": backbone.name, "file": backbone.file, "sha256": backbone.sha256},
             "settings": asdict(config),
             "items": items,
@@ -139,7 +140,7 @@ def build_benchmark(
     return len(items)
 
 
-# --- sources ----------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------
 
 
 def _ids(source: Source) -> list[int]:
@@ -164,21 +165,21 @@ def _choose(record: Record, id_: int, config: BuildConfig, rng: np.random.Genera
                 min(max((low + high - side) // 2, 0), length - side)
                 for low, high, length in ((box.x0, box.x1, width), (box.y0, box.y1, height))
             )
-            return _Chosen(id_, record, box, Box(x0, y0, x0 + side, y0 + side), labels[i])
+            return _Chosen(id_, record, i, box, Box(x0, y0, x0 + side, y0 + side), labels[i])
     return None
 
 
 def _labels(record: Record) -> tuple[str, ...]:
     if record.labels is None or not all(record.labels):
-        raise ValueError(f"{record.image} has no category, and a reference is of the same category")
+        raise ValueError(f"{record.image} has no category, and an exemplar is of its image's category")
     return record.labels
 
 
-# --- references -------------------------------------------------------------------------------------------
+# --- exemplars -------------------------------------------------------------------------------------------
 
 
 def _by_label(source: Source, config: BuildConfig, rng: np.random.Generator) -> dict[str, list[_Object]]:
-    """The objects that may be references, by category, at most `candidates` of each."""
+    """The objects that may be exemplars, by category, at most `candidates` of each."""
     found: dict[str, list[_Object]] = {}
     for i in range(len(source)):
         for k, label in enumerate(_labels(source[i])):
@@ -193,19 +194,17 @@ def _by_label(source: Source, config: BuildConfig, rng: np.random.Generator) -> 
 def _patch(record: Record, i: int, config: BuildConfig) -> tuple[Image.Image, Box]:
     """An object with some surroundings, and its box."""
     image = read_rgb(record.image)
-    box = object_box(record, image.size[::-1], i)
-    return _grown_crop(image, box, config), box
-
-
-def _grown_crop(image: Image.Image, box: Box, config: BuildConfig) -> Image.Image:
-    return image.crop(box.grown(config.grow, image.size[::-1]))
+    size = image.height, image.width
+    box = object_box(record, size, i)
+    return image.crop(box.grown(config.grow, size)), box
 
 
 def _candidate_features(
     objects: list[_Object], source: Source, backbone: Backbone, config: BuildConfig
 ) -> tuple[list[_Object], Tensor]:
     """The objects that are large enough, and their features (N, C) of length 1."""
-    kept, features, patches = [], [], []
+    kept: list[_Object] = []
+    features, patches = [], []
     for number, one in enumerate(objects):
         patch, box = _patch(source[one.record], one.box, config)
         if min(box.width, box.height) >= config.min_side:
@@ -219,17 +218,17 @@ def _candidate_features(
 
 def _nearest(
     chosen: _Chosen,
-    references: Source,
+    exemplars: Source,
     objects: list[_Object],
     features: Tensor,
     backbone: Backbone,
     config: BuildConfig,
 ) -> tuple[_Object, float] | None:
-    """The object in another photo whose features have the greatest cosine with the source's, and that cosine."""
-    patch = _grown_crop(read_rgb(chosen.record.image), chosen.box, config)
+    """The object in another photo whose features have the greatest cosine with the image's, and that cosine."""
+    patch, _ = _patch(chosen.record, chosen.position, config)
     similarity = features @ F.normalize(backbone.features([squared(patch)])[0], dim=0)
     for k in similarity.argsort(descending=True, stable=True).tolist():
-        if references[objects[k].record].image.resolve() != chosen.record.image.resolve():
+        if exemplars[objects[k].record].image.resolve() != chosen.record.image.resolve():
             return objects[k], similarity[k].item()
     return None
 
@@ -238,35 +237,35 @@ def _nearest(
 
 
 def _write(
-    out: Path, chosen: _Chosen, reference: Record, reference_box: int, similarity: float, config: BuildConfig
-) -> dict[str, object]:
+    out: Path, chosen: _Chosen, exemplar: Record, exemplar_box: int, similarity: float, config: BuildConfig
+) -> dict[str, Any]:
     """Writes an item's pictures; returns its entry of the manifest."""
     name, size = f"{chosen.id:012d}", config.size
     scale = size / chosen.window.width
-    source = read_rgb(chosen.record.image).crop(chosen.window).resize((size, size), Image.Resampling.LANCZOS)
+    image = read_rgb(chosen.record.image).crop(chosen.window).resize((size, size), Image.Resampling.LANCZOS)
     x0, y0, x1, y1 = (
         round((value - offset) * scale)
         for value, offset in zip(chosen.box, (*chosen.window[:2], *chosen.window[:2]), strict=True)
     )
     mask = Image.new("L", (size, size))
     mask.paste(255, (x0, y0, max(x1, x0 + 2), max(y1, y0 + 2)))
-    patch, box = _patch(reference, reference_box, config)
-    source.save(out / "GT_3500" / f"{name}_GT.png")
+    patch, box = _patch(exemplar, exemplar_box, config)
+    image.save(out / "GT_3500" / f"{name}_GT.png")
     patch.save(out / "Ref_3500" / f"{name}_ref.png")
     mask.save(out / "Mask_bbox_3500" / f"{name}_mask.png")
-    if reference.masks is not None:
-        drawn = reference.masks[reference_box].draw(upright_size(reference.image))
+    if exemplar.masks is not None:
+        drawn = exemplar.masks[exemplar_box].draw(upright_size(exemplar.image))
         shown = drawn[box.grown(config.grow, drawn.shape).slices]
         if shown.any():  # else the mask is not of this box
-            (out / REFERENCE_MASKS).mkdir(exist_ok=True)
-            Image.fromarray(shown).save(out / REFERENCE_MASKS / f"{name}_ref_mask.png")
+            (out / EXEMPLAR_MASKS).mkdir(exist_ok=True)
+            Image.fromarray(shown).save(out / EXEMPLAR_MASKS / f"{name}_ref_mask.png")
     return {
         "id": chosen.id,
         "label": chosen.label,
-        "source": chosen.record.image.name,
+        "image": chosen.record.image.name,
         "window": list(chosen.window),
         "box": list(chosen.box),
-        "reference": reference.image.name,
-        "reference_box": list(box),
+        "exemplar": exemplar.image.name,
+        "exemplar_box": list(box),
         "similarity": round(similarity, 6),
     }

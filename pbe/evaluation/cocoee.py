@@ -1,4 +1,4 @@
-"""What the networks of the benchmark see of a picture: whole or a region, at their size."""
+"""How the released scripts prepare pictures for the networks that judge: whole or a region, at their size."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ REAL_SIZE = 512  # to which the released script brings real photos before they a
 
 def read_rgb(path: Path, name: str = "picture") -> Image.Image:
     """A picture file as 8-bit RGB, upright; raises as `read_picture`."""
-    rgb = read_picture(path, name).rgb()[0].permute(1, 2, 0).numpy()
-    return Image.fromarray(np.rint((rgb + 1) * 127.5).astype(np.uint8))
+    return read_picture(path, name).to_rgb8()
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -52,7 +51,7 @@ def real_photo(image: Image.Image) -> Image.Image:
     return centre(image, REAL_SIZE, bicubic=False)
 
 
-# --- the CLIP score's views, as released ------------------------------------------------------------------
+# --- what the CLIP score compares, as released ------------------------------------------------------------------
 
 
 def released_box(mask: Path) -> Box:
@@ -74,6 +73,6 @@ def released_region(result: Image.Image, box: Box) -> Tensor:
     return F.interpolate(pixels, size=(CLIP_SIZE, CLIP_SIZE), mode="bilinear", align_corners=False)[0]
 
 
-def released_reference(reference: Image.Image) -> Tensor:
-    """A reference for CLIP: (3, 224, 224), resized by Pillow's bicubic filter whatever its aspect."""
-    return normalise(to_tensor(squared(reference)))
+def released_exemplar(exemplar: Image.Image) -> Tensor:
+    """A exemplar for CLIP: (3, 224, 224), resized by Pillow's bicubic filter whatever its aspect."""
+    return normalise(to_tensor(squared(exemplar)))

@@ -1,4 +1,4 @@
-"""Composited results, as `pbe.edit` gives them, from raw ones: the source's pixels outside the mask, with its seam."""
+"""Composited results, as `pbe.edit` gives them, from raw ones: the image's pixels outside the mask, with its seam."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def composite_result(item: Item, raw: Path, out: Path) -> None:
     crc = f"{zlib.crc32(raw.read_bytes()):08x}"
     if out.is_file() and _made_of(out) == crc:
         return
-    source, painted = read_picture(item.source, "source"), read_picture(raw, "raw result")
-    height, width = source.size
+    image, painted = read_picture(item.image), read_picture(raw, "raw result")
+    height, width = image.size
     window, repaint = Box(0, 0, width, height), item.repaint()
-    matched = meet_photo(painted.rgb(), source.rgb(), 1 - windows.extract_repaint(repaint, window, source.size))
-    weights = windows.feather_weights(repaint, feather_width(window, min(source.size)))
-    pixels = windows.composite(source.pixels, matched, window, weights)
-    save_picture(source.with_pixels(pixels), out, {"raw_crc32": crc})
+    matched = meet_photo(painted.rgb(), image.rgb(), 1 - windows.extract_repaint(repaint, window, image.size))
+    weights = windows.feather_weights(repaint, feather_width(window, min(image.size)))
+    composited = image.with_pixels(windows.composite(image.pixels, matched, window, weights))
+    assert isinstance(composited, Image.Image)  # as the file is
+    save_picture(composited, out, {"raw_crc32": crc})
 
 
 def _made_of(path: Path) -> str | None:

@@ -1,13 +1,14 @@
-"""The benchmark's figures as torchmetrics `Metric`s, which gather over processes; each computes an `Estimate`.
+"""Scores of a test set as torchmetrics `Metric`s, which gather over processes; each computes an `Interval`.
 
-What an interval tells is how much the figure would move with other pictures of the same benchmark. It follows from the
-pictures and the seed alone, not from their order, the batches or the number of processes.
+An interval tells how much the score would move with other pictures of the same test set. It follows from the pictures
+and the seed alone, not from their order, the batches or the number of processes.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,47 +17,47 @@ from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.utilities import dim_zero_cat
 
-from pbe.evaluation.bootstrap import Estimate, Moments, bootstrap, frechet_distance, interval
+from pbe.evaluation.bootstrap import Bootstrap, Interval, Moments, frechet_distance
 from pbe.evaluation.quality_score import GaussianMixture
 
+BOOTSTRAP = Bootstrap()
+FID_BOOTSTRAP = Bootstrap(resamples=100)  # each draw costs as much as the score itself
 QS_RANGE = 300  # the log-density at which the released script's quality score is full
 SSIM_REACH = 5  # pixels from the centre to the edge of SSIM's Gaussian window, whose sigma is 1.5
 
 
-class _Bootstrapped(Metric):
-    """A metric with an interval of `level` from `resamples` draws of a generator seeded with `seed`."""
+class BootstrappedMetric(Metric):
+    """A metric that computes a value with its bootstrap interval."""
 
     is_differentiable = False
     full_state_update = False
+    higher_is_better: bool
 
-    def __init__(self, resamples: int, level: float = 0.95, seed: int = 0):
+    def __init__(self, bootstrap: Bootstrap):
         super().__init__()
-        if resamples < 1 or not 0 < level < 1:
-            raise ValueError(f"resamples must be 1 or more and level between 0 and 1, got {resamples} and {level}")
-        self.resamples, self.level, self.seed = resamples, level, seed
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        self.bootstrap = bootstrap
 
 
 # --- distances between sets -------------------------------------------------------------------------------
 
 
-class FrechetDistance(_Bootstrapped):
+class FrechetDistance(BootstrappedMetric):
     """Fréchet distance between the features of real and generated pictures: FID on any backbone's features.
 
     Of the real pictures only sums are kept, so that there may be any number; or their `real` moments are given. The
     features of the generated ones are kept for the interval, which holds the real pictures fixed. Resampling makes
-    the distance itself larger; the interval is the draws' around the figure. The figure's own bias remains: compare
-    only figures of equally many pictures.
+    the distance itself larger; the interval is the draws' around the score. The score's own bias remains: compare
+    only scores over the same number of pictures.
     """
 
     higher_is_better = False
+    real_count: Tensor
+    real_total: Tensor
+    real_outer: Tensor
+    generated: list[Tensor]
 
-    def __init__(
-        self, num_features: int, real: Moments | None = None, resamples: int = 100, level: float = 0.95, seed: int = 0
-    ):
-        super().__init__(resamples, level, seed)
+    def __init__(self, num_features: int, real: Moments | None = None, bootstrap: Bootstrap = FID_BOOTSTRAP):
+        super().__init__(bootstrap)
         if real is not None and real.mean.shape != (num_features,):
             raise ValueError(f"the real pictures' moments are of {len(real.mean)} features, not of {num_features}")
         self.num_features, self.real = num_features, real
@@ -80,45 +81,41 @@ class FrechetDistance(_Bootstrapped):
         self.real_total += features.sum(dim=0)
         self.real_outer += features.T @ features
 
-    def compute(self) -> Estimate:
+    def compute(self) -> Interval:
         real = self.real or Moments.from_sums(self.real_total, self.real_outer, int(self.real_count))
         features = dim_zero_cat(self.generated).double()
         features = features[features[:, 0].argsort(stable=True)]
         value = frechet_distance(real, Moments.of(features))
-        draws = bootstrap(
-            lambda chosen: frechet_distance(real, Moments.of(chosen), quick=True),
-            features,
-            self.resamples,
-            self._generator(),
-        )
-        estimate = interval(value, draws, self.level, centred=True)
-        return estimate._replace(low=estimate.low.clamp(min=0))
+        draws = self.bootstrap.draws(lambda drawn: frechet_distance(real, Moments.of(drawn), quick=True), features)
+        found = self.bootstrap.interval(value, draws, centred=True)
+        return found._replace(low=found.low.clamp(min=0))
 
 
 # --- means over pictures ----------------------------------------------------------------------------------
 
 
-class PictureMean(_Bootstrapped):
-    """The mean over pictures of what a subclass's `score` gives for each; NaN stands for no score and counts not."""
+class PictureMean(BootstrappedMetric):
+    """The mean over pictures of what a subclass's `score` gives for each; NaN, for no score, is left out."""
 
-    def __init__(self, resamples: int = 1000, level: float = 0.95, seed: int = 0):
-        super().__init__(resamples, level, seed)
+    scores: list[Tensor]
+
+    def __init__(self, bootstrap: Bootstrap = BOOTSTRAP):
+        super().__init__(bootstrap)
         self.add_state("scores", [], dist_reduce_fx="cat")
 
     @abstractmethod
-    def score(self, *pictures: Tensor) -> Tensor:
-        """One figure a picture: (B,)."""
+    def score(self, *inputs: Any, **_: Any) -> Tensor:
+        """One score per picture: (B,)."""
 
-    def update(self, *pictures: Tensor) -> None:
-        self.scores.append(self.score(*pictures).double())
+    def update(self, *inputs: Tensor) -> None:
+        self.scores.append(self.score(*inputs).double())
 
-    def compute(self) -> Estimate:
+    def compute(self) -> Interval:
         scores = dim_zero_cat(self.scores)
         scores = scores[~scores.isnan()].sort().values
         if not len(scores):
             raise ValueError(f"{type(self).__name__} has no picture to compute a mean of")
-        draws = bootstrap(torch.mean, scores, self.resamples, self._generator())
-        return interval(scores.mean(), draws, self.level, centred=False)
+        return self.bootstrap.interval(scores.mean(), self.bootstrap.draws(torch.mean, scores))
 
 
 class LogDensity(PictureMean):
@@ -126,8 +123,8 @@ class LogDensity(PictureMean):
 
     higher_is_better = True
 
-    def __init__(self, mixture: GaussianMixture, resamples: int = 1000, level: float = 0.95, seed: int = 0):
-        super().__init__(resamples, level, seed)
+    def __init__(self, mixture: GaussianMixture, bootstrap: Bootstrap = BOOTSTRAP):
+        super().__init__(bootstrap)
         self.mixture = mixture
 
     def score(self, features: Tensor) -> Tensor:
@@ -147,40 +144,40 @@ class QualityScore(LogDensity):
 
 
 class FeatureSimilarity(PictureMean):
-    """100 × the cosine between the features of a result's region and of its reference: the CLIP score, if they are
-    CLIP's and of the views that the released script takes."""
+    """100 × the cosine between the features of a result's region and of its exemplar: the CLIP score, if they are
+    CLIP's and of pictures prepared as by the released script."""
 
     higher_is_better = True
 
-    def score(self, features: Tensor, reference: Tensor) -> Tensor:
+    def score(self, features: Tensor, exemplar: Tensor) -> Tensor:
         """Of two (B, C)."""
-        return 100 * F.cosine_similarity(features.double(), reference.double(), dim=1)
+        return 100 * F.cosine_similarity(features.double(), exemplar.double(), dim=1)
 
 
 class BackgroundMSE(PictureMean):
-    """Mean squared difference to the source outside the mask; colours in [0, 1]."""
+    """Mean squared difference to the image outside the mask; colours in [0, 1]."""
 
     higher_is_better = False
 
-    def score(self, result: Tensor, source: Tensor, keep: Tensor) -> Tensor:
+    def score(self, result: Tensor, image: Tensor, keep: Tensor) -> Tensor:
         """Of (B, 3, H, W) twice, and the mask (B, 1, H, W) with 1 = keep."""
-        squared = (result.double() - source.double()).square().mean(dim=1, keepdim=True)
+        squared = (result.double() - image.double()).square().mean(dim=1, keepdim=True)
         return (squared * keep).sum(dim=(1, 2, 3)) / keep.sum(dim=(1, 2, 3))
 
 
 class BackgroundSSIM(PictureMean):
-    """Structural similarity (Wang et al. 2004) to the source outside the mask; colours in [0, 1].
+    """Structural similarity (Wang et al. 2004) to the image outside the mask; colours in [0, 1].
 
     Only windows count that lie inside the picture and hold no pixel of the mask; a picture without any has no score.
     """
 
     higher_is_better = True
 
-    def score(self, result: Tensor, source: Tensor, keep: Tensor) -> Tensor:
+    def score(self, result: Tensor, image: Tensor, keep: Tensor) -> Tensor:
         """Of (B, 3, H, W) twice, and the mask (B, 1, H, W) with 1 = keep."""
         # float32 errs by a few 1e-6, and is 16 times as fast on a CPU as float64
         _, ssim = structural_similarity_index_measure(
-            result.float(), source.float(), data_range=1.0, reduction="none", return_full_image=True
+            result.float(), image.float(), data_range=1.0, reduction="none", return_full_image=True
         )
         hidden = F.pad(1 - keep.double(), [SSIM_REACH] * 4, value=1.0)
         counts = 1 - F.max_pool2d(hidden, 2 * SSIM_REACH + 1, stride=1)  # (B, 1, H, W)
@@ -188,17 +185,15 @@ class BackgroundSSIM(PictureMean):
 
 
 class BackgroundLPIPS(PictureMean):
-    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) to the source, the mask's pixels grey in both."""
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) to the image, the mask's pixels grey in both."""
 
     higher_is_better = False
 
-    def __init__(
-        self, lpips: Callable[[Tensor, Tensor], Tensor], resamples: int = 1000, level: float = 0.95, seed: int = 0
-    ):
-        super().__init__(resamples, level, seed)
+    def __init__(self, lpips: Callable[[Tensor, Tensor], Tensor], bootstrap: Bootstrap = BOOTSTRAP):
+        super().__init__(bootstrap)
         self.lpips = lpips
 
-    def score(self, result: Tensor, source: Tensor, keep: Tensor) -> Tensor:
+    def score(self, result: Tensor, image: Tensor, keep: Tensor) -> Tensor:
         """Of (B, 3, H, W) twice in [0, 1], and the mask (B, 1, H, W) with 1 = keep."""
-        result, source = ((2 * picture - 1) * keep for picture in (result, source))
-        return self.lpips(result, source)
+        result, image = ((2 * picture - 1) * keep for picture in (result, image))
+        return self.lpips(result, image)

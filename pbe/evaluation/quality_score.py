@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ class GaussianMixture:
         return torch.logsumexp(torch.stack(log_terms, dim=1), dim=1)
 
     def to(self, device: torch.device) -> GaussianMixture:
-        return GaussianMixture(*(getattr(self, name).to(device) for name in ARRAYS), self.features)
+        arrays = {name: getattr(self, name).to(device) for name in ARRAYS}
+        return replace(self, **arrays)
 
 
 def check_fit(N: int, C: int, components: int) -> None:
@@ -78,7 +79,8 @@ def fit_mixture(features: Tensor, components: int = 20, seed: int = 0, described
     ImportError without the extra `eval`; ValueError for fewer pictures than components times features, of which
     covariances would be singular.
     """
-    check_fit(*features.shape, components)
+    N, C = features.shape
+    check_fit(N, C, components)
     from sklearn.mixture import GaussianMixture as Fit
 
     fit = Fit(components, covariance_type="full", random_state=seed).fit(features.double().numpy())
@@ -113,18 +115,18 @@ def load_mixture(path: str | Path) -> GaussianMixture:
     path = Path(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = [torch.from_numpy(file[name].astype(np.float64)) for name in ARRAYS]
-            return GaussianMixture(*arrays, str(file["features"]))
+            arrays = {name: torch.from_numpy(file[name].astype(np.float64)) for name in ARRAYS}
+            return GaussianMixture(**arrays, features=str(file["features"]))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such mixture") from None
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no mixture of this library ({error}); convert-mixture reads a pickle") from None
+        raise ValueError(f"{path} is not a mixture of this library ({error}); convert-mixture reads a pickle") from None
 
 
 def convert_mixture(path: str | Path, described: str = "") -> GaussianMixture:
     """The mixture in a pickle of scikit-learn's GaussianMixture, of any covariance type; nothing in it is executed.
 
-    Of Python 3's pickles (protocol 2 and above). FileNotFoundError, or ValueError where the file is no such pickle.
+    Of Python 3's pickles (protocol 2 and above). FileNotFoundError, or ValueError where the file is not such a pickle.
     """
     path = Path(path)
     if not path.is_file():
@@ -133,7 +135,7 @@ def convert_mixture(path: str | Path, described: str = "") -> GaussianMixture:
         with path.open("rb") as file:
             found, _ = read_pickle(file)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is no sound pickle: {error}") from None
+        raise ValueError(f"{path} is not a sound pickle: {error}") from None
     state = found.state if isinstance(found, Placeholder) else None
     if not (isinstance(state, dict) and type(found).name.startswith("sklearn.mixture.")):
         raise ValueError(f"{path} does not hold a mixture of scikit-learn")
@@ -145,7 +147,7 @@ def convert_mixture(path: str | Path, described: str = "") -> GaussianMixture:
         weights, means, P = (torch.from_numpy(_array(state[name])) for name in names)
         return GaussianMixture(weights, means, _full(P, state["covariance_type"], *means.shape), described)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no mixture that can be read: {error}") from None
+        raise ValueError(f"{path} holds a mixture that cannot be read: {error}") from None
 
 
 def _full(P: Tensor, kind: Any, K: int, C: int) -> Tensor:
@@ -159,15 +161,15 @@ def _full(P: Tensor, kind: Any, K: int, C: int) -> Tensor:
             return torch.diag_embed(P)
         case "spherical":
             return P[:, None, None] * torch.eye(C, dtype=P.dtype)
-    raise ValueError("its covariance type is none of full, tied, diag, spherical")
+    raise ValueError(f"its covariance type is {kind!r}, not full, tied, diag or spherical")
 
 
 def _array(value: Any) -> np.ndarray:
     """A numpy array of floats from what `read_pickle` keeps of it: its shape, dtype and bytes; float64."""
     match value:
         case Placeholder(state=(_, tuple() as shape, dtype, fortran, data)):  # multiarray._reconstruct, then a state
-            order = "F" if fortran else "C"
-        case Placeholder(args=(data, dtype, tuple() as shape, str() as order)):  # numeric._frombuffer, of protocol 5
+            layout = "F" if fortran else "C"
+        case Placeholder(args=(data, dtype, tuple() as shape, str() as layout)):  # numeric._frombuffer, of protocol 5
             pass
         case _:
             raise ValueError("a field is not an array")
@@ -177,4 +179,5 @@ def _array(value: Any) -> np.ndarray:
     byte_order = dtype.state[1] if isinstance(dtype, Placeholder) and isinstance(dtype.state, tuple) else None
     if not isinstance(data, bytes | bytearray) or kind not in ("f4", "f8") or byte_order not in ("<", ">"):
         raise ValueError("a field is not an array of floats")
-    return np.frombuffer(bytes(data), dtype=f"{byte_order}{kind}").reshape(shape, order=order).astype(np.float64)
+    values = np.frombuffer(bytes(data), dtype=f"{byte_order}{kind}")
+    return values.reshape(shape, order="F" if layout == "F" else "C").astype(np.float64)

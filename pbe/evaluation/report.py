@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
@@ -16,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import pbe
 from pbe.evaluation.cocoee import read_rgb
-from pbe.evaluation.html import number, render
+from pbe.evaluation.html import jpeg_uri, number, render, titles
 from pbe.evaluation.published import COLUMNS, PUBLISHED
-from pbe.evaluation.scoring import TITLES, Figure, Judges, Scores
-from pbe.evaluation.test_set import Benchmark, Item, result_files
-from pbe.images.windows import mask_bounding_box
-from pbe.io.atomic import replacing
+from pbe.evaluation.scoring import TITLES, Judges, Score, SystemScores
+from pbe.evaluation.test_set import Item, TestSet, result_files
+from pbe.images.grids import with_box
+from pbe.io.atomic import write_text
 
 WORST = 20
 THUMBNAIL = 128  # pixels high
@@ -33,14 +32,14 @@ MAX_COLUMNS = 8  # of results
 PACKAGES = ("torch", "torchvision", "torchmetrics", "lightning", "numpy", "pillow")
 
 
-def title(figure: Figure, judges: Judges) -> str:
-    """A figure's name as reports show it: with its backbone, and an arrow to the better side."""
-    backbone = f" ({judges.backbones[figure.backbone].name})" if figure.backbone else ""
-    return f"{TITLES[figure.name]}{backbone} {'↑' if figure.higher_is_better else '↓'}"
+def title(score: Score, judges: Judges) -> str:
+    """A score's name as reports show it: with its backbone, and an arrow to the better side."""
+    backbone = f" ({judges.backbones[score.backbone].name})" if score.backbone else ""
+    return f"{TITLES[score.name]}{backbone} {'↑' if score.higher_is_better else '↓'}"
 
 
 def describe_judges(judges: Judges, real: str | None) -> dict[str, Any]:
-    """What the figures were made with, as JSON values; `real` names the real photos' folder."""
+    """What the scores were made with, as JSON values; `real` names the real photos' folder."""
     return {
         "backbones": [
             {
@@ -49,85 +48,75 @@ def describe_judges(judges: Judges, real: str | None) -> dict[str, Any]:
                 "file": one.file,
                 "sha256": one.sha256,
                 "features": one.num_features,
-                "stand_in": one.is_stand_in,
+                "surrogate": one.is_surrogate,
             }
             for kind, one in judges.backbones.items()
         ],
         "real": real and {"folder": real, "pictures": {kind: one.count for kind, one in judges.real.items()}},
         "mixture": judges.mixture and {"components": len(judges.mixture.weights), "features": judges.mixture.features},
         "lpips": judges.lpips is not None,
-        "bootstrap": {"resamples": judges.resamples, "level": judges.level, "seed": judges.seed},
+        "bootstrap": asdict(judges.bootstrap),
     }
 
 
 def make_report(
-    benchmark: Benchmark, scores: Sequence[Scores], judges: Judges, real: str | None, settings: Mapping[str, Any]
+    test_set: TestSet, scores: Sequence[SystemScores], judges: Judges, real: str | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All of an evaluation as JSON values; `settings` say how the results were made."""
     return {
         "pbe": pbe.__version__,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "benchmark": {
-            "folder": benchmark.folder.resolve().name,
-            "items": len(benchmark.items),
-            "of": benchmark.total,
-            "id_list_sha256": hashlib.sha256((benchmark.folder / "id_list.npy").read_bytes()).hexdigest(),
+        "test_set": {
+            "folder": test_set.folder.resolve().name,
+            "items": len(test_set.items),
+            "of": test_set.total,
+            "id_list_sha256": hashlib.sha256((test_set.folder / "id_list.npy").read_bytes()).hexdigest(),
         },
         "settings": dict(settings),
         "judges": describe_judges(judges, real),
         "systems": [
             {
                 "system": one.system,
-                "figures": [
-                    {"key": figure.key, "title": title(figure, judges), **asdict(figure)} for figure in one.figures
-                ],
+                "scores": [{"key": score.key, "title": title(score, judges), **asdict(score)} for score in one.scores],
                 "per_item": {
                     key: {
                         item.name: None if math.isnan(value) else value
-                        for item, value in zip(benchmark.items, values.tolist(), strict=True)
+                        for item, value in zip(test_set.items, values.tolist(), strict=True)
                     }
                     for key, values in one.per_item.items()
                 },
             }
             for one in scores
         ],
-        "labels": {item.name: item.label for item in benchmark.items if item.label},
+        "labels": {item.name: item.label for item in test_set.items if item.label},
         "published": {"columns": COLUMNS, "rows": [one._asdict() for one in PUBLISHED]},
     }
 
 
 def write_report(
-    report: Mapping[str, Any],
-    benchmark: Benchmark,
-    results: Mapping[str, Path],
-    out: str | Path,
-    max_pictures: int = 200,
+    report: Mapping[str, Any], test_set: TestSet, results: Mapping[str, Path], out: str | Path, max_pictures: int = 200
 ) -> None:
     """Writes `report.json`, `report.md` and `report.html` into a folder; `results` are the systems' folders by name."""
-    out = Path(out)
-    shown = choose_items(report, benchmark, max_pictures)
-    files = {system: result_files(benchmark, folder) for system, folder in results.items()}
+    files = [result_files(test_set, folder) for folder in results.values()]
     pictures = {
-        benchmark.items[i].name: strip(benchmark.items[i], [found[i] for found in files.values()]) for i in shown
+        test_set.items[i].name: strip(test_set.items[i], [found[i] for found in files])
+        for i in choose_items(report, test_set, max_pictures)
     }
-    for name, text in (
-        ("report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
-        ("report.md", markdown(report) + "\n"),
-        ("report.html", render(report, pictures, WORST)),
-    ):
-        with replacing(out / name, overwrite=True) as part:
-            part.write_text(text, encoding="utf-8")
+    page = render(report, pictures, WORST)
+    data = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    for name, text in (("report.json", data), ("report.md", markdown(report) + "\n"), ("report.html", page)):
+        write_text(Path(out) / name, text)
 
 
-def choose_items(report: Mapping[str, Any], benchmark: Benchmark, most: int) -> list[int]:
-    """The items whose pictures a page shows: all, or the worst by each score and others evenly spread, `most` or so."""
-    count = len(benchmark.items)
+def choose_items(report: Mapping[str, Any], test_set: TestSet, most: int) -> list[int]:
+    """The items whose pictures a page shows: all, or about `most`, the worst by each score and others evenly spread."""
+    count = len(test_set.items)
     if count <= most:
         return list(range(count))
-    position = {item.name: i for i, item in enumerate(benchmark.items)}
+    position = {item.name: i for i, item in enumerate(test_set.items)}
     shown = set(np.linspace(0, count - 1, most).astype(int).tolist())
     for system in report["systems"]:
-        better = {figure["key"]: figure["higher_is_better"] for figure in system["figures"]}
+        better = {score["key"]: score["higher_is_better"] for score in system["scores"]}
         for key, values in system["per_item"].items():
             there = [name for name, value in values.items() if value is not None]
             there.sort(key=values.__getitem__, reverse=not better[key])
@@ -136,45 +125,36 @@ def choose_items(report: Mapping[str, Any], benchmark: Benchmark, most: int) -> 
 
 
 def strip(item: Item, results: Sequence[Path]) -> str:
-    """Source with the mask's box, reference, and results, side by side, small, as a JPEG in a data URI.
+    """Image with the mask's box, exemplar, and results, side by side, small, as a JPEG in a data URI.
 
-    Many results stand in rows: with composited ones after as many raw ones, a system's two are above each other.
+    Many results stand in rows: with the composited ones after the raw ones, a system's two are above each other.
     """
-    source = read_rgb(item.source)
-    box = mask_bounding_box(item.repaint())
-    draw = ImageDraw.Draw(source)
-    line = max(2, source.height // 100)
-    draw.rectangle((box.x0, box.y0, box.x1 - 1, box.y1 - 1), outline=(230, 30, 30), width=line)
-    source, reference, *results = (
-        thumbnail(cell) for cell in (source, read_rgb(item.reference), *map(read_rgb, results))
+    image, exemplar, *cells = (
+        cell.resize((min(2 * THUMBNAIL, max(1, round(cell.width * THUMBNAIL / cell.height))), THUMBNAIL))
+        for cell in (with_box(read_rgb(item.image), item.repaint()), *map(read_rgb, (item.exemplar, *results)))
     )
-    first = source.width + reference.width + 4
-    columns = math.ceil(len(results) / math.ceil(len(results) / MAX_COLUMNS))
-    rows = math.ceil(len(results) / columns)
-    canvas = Image.new("RGB", (first + columns * (source.width + 2) - 2, rows * (THUMBNAIL + 2) - 2), "white")
-    canvas.paste(source, (0, 0))
-    canvas.paste(reference, (source.width + 2, 0))
-    for i, result in enumerate(results):  # each as large as the source
-        canvas.paste(result, (first + i % columns * (source.width + 2), i // columns * (THUMBNAIL + 2)))
+    first = image.width + exemplar.width + 4
+    columns = math.ceil(len(cells) / math.ceil(len(cells) / MAX_COLUMNS))
+    rows = math.ceil(len(cells) / columns)
+    canvas = Image.new("RGB", (first + columns * (image.width + 2) - 2, rows * (THUMBNAIL + 2) - 2), "white")
+    canvas.paste(image, (0, 0))
+    canvas.paste(exemplar, (image.width + 2, 0))
+    for i, cell in enumerate(cells):  # each as large as the image
+        canvas.paste(cell, (first + i % columns * (image.width + 2), i // columns * (THUMBNAIL + 2)))
     data = io.BytesIO()
     canvas.save(data, format="JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+    return jpeg_uri(data.getvalue())
 
 
-def thumbnail(image: Image.Image) -> Image.Image:
-    return image.resize((min(2 * THUMBNAIL, max(1, round(image.width * THUMBNAIL / image.height))), THUMBNAIL))
+# --- text -------------------------------------------------------------------------------------------------
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The figures as text: a row a system, with the intervals below."""
-    titles = {figure["key"]: figure["title"] for one in report["systems"] for figure in one["figures"]}
+    """The scores as text: one row per system, with the intervals below."""
     columns = [["", *(text for one in report["systems"] for text in (one["system"], ""))]]
-    for key, title in titles.items():
-        cells = []
-        for one in report["systems"]:
-            figure = next((figure for figure in one["figures"] if figure["key"] == key), None)
-            cells += cell(figure, report["benchmark"]["items"]) if figure else ("", "")
-        columns.append([title, *cells])
+    found = cells_of(report)
+    for key, head in titles(report).items():
+        columns.append([head, *(text for one in found for text in one.get(key, ("", "")))])
     widths = [max(map(len, cells)) for _, *cells in columns]
     heads = [
         textwrap.wrap(head.replace(" ↑", "\xa0↑").replace(" ↓", "\xa0↓"), max(width, 12), break_long_words=False)
@@ -185,23 +165,28 @@ def table(report: Mapping[str, Any]) -> str:
     heads = [[""] * (height - len(head)) + head for head in heads]
     lines = [*zip(*heads, strict=True), *zip(*(cells for _, *cells in columns), strict=True)]
     text = ["  ".join([f"{line[0]:{widths[0]}}", *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-    if any(backbone["stand_in"] for backbone in report["judges"]["backbones"]):
-        text.append("Figures of the stand-in classifier compare with nothing published.")
+    if any(backbone["surrogate"] for backbone in report["judges"]["backbones"]):
+        text.append("Do not compare the surrogate's scores with published ones.")
     return "\n".join(text).replace("\xa0", " ")
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The figures as a table of Markdown: a row a system, each figure with its interval."""
-    titles = {figure["key"]: figure["title"] for one in report["systems"] for figure in one["figures"]}
-    lines = [["", *titles.values()], ["---"] * (len(titles) + 1)]
-    for one in report["systems"]:
-        found = {figure["key"]: cell(figure, report["benchmark"]["items"]) for figure in one["figures"]}
-        lines.append([one["system"].replace("|", "\\|"), *(" ".join(found.get(key, ())) for key in titles)])
+    """The scores as a table of Markdown: one row per system, each score with its interval."""
+    heads = titles(report)
+    lines = [["", *heads.values()], ["---"] * (len(heads) + 1)]
+    for one, cells in zip(report["systems"], cells_of(report), strict=True):
+        lines.append([one["system"].replace("|", "\\|"), *(" ".join(cells.get(key, ())) for key in heads)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(figure: Mapping[str, Any], items: int) -> tuple[str, str]:
-    """A figure, and its interval with the number of items if it is not over all."""
-    value, low, high = (number(figure[name]) for name in ("value", "low", "high"))
-    count = f" n={figure['count']}" if figure["count"] < items else ""
-    return value, f"[{low}, {high}]{count}"
+def cells_of(report: Mapping[str, Any]) -> list[dict[str, tuple[str, str]]]:
+    """By system and key: a score, and its interval with the number of items if it is not over all."""
+    systems = []
+    for one in report["systems"]:
+        cells = {}
+        for score in one["scores"]:
+            value, low, high = (number(score[name]) for name in ("value", "low", "high"))
+            count = f" n={score['count']}" if score["count"] < report["test_set"]["items"] else ""
+            cells[score["key"]] = (value, f"[{low}, {high}]{count}")
+        systems.append(cells)
+    return systems

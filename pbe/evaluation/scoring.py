@@ -1,12 +1,12 @@
-"""Scoring a folder of results: every figure that the given networks allow, over all items and for each of them."""
+"""Scoring a folder of results: every score that the given networks allow, over all items and for each of them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,21 +15,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pbe.evaluation.backbones import Backbone
-from pbe.evaluation.bootstrap import Moments
+from pbe.evaluation.bootstrap import Bootstrap, Moments
 from pbe.evaluation.cocoee import (
     read_rgb,
     real_photo,
     released_box,
-    released_reference,
+    released_exemplar,
     released_region,
     squared,
     to_tensor,
 )
 from pbe.evaluation.lpips import LPIPS
 from pbe.evaluation.metrics import (
+    FID_BOOTSTRAP,
     BackgroundLPIPS,
     BackgroundMSE,
     BackgroundSSIM,
+    BootstrappedMetric,
     FeatureSimilarity,
     FrechetDistance,
     LogDensity,
@@ -37,12 +39,11 @@ from pbe.evaluation.metrics import (
     QualityScore,
 )
 from pbe.evaluation.quality_score import GaussianMixture
-from pbe.evaluation.test_set import Benchmark, Item, read_result, result_files
+from pbe.evaluation.test_set import Item, TestSet, read_result, result_files
 from pbe.images.windows import mask_bounding_box
 from pbe.io.atomic import replacing
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-FID_RESAMPLES = 100  # each costs as much as the figure itself
 
 TITLES = {
     "fid": "FID",
@@ -61,7 +62,7 @@ TITLES = {
 class Judges:
     """What results are scored with.
 
-    backbones: by kind; only the CLIP that the paper used makes figures that compare with the paper's.
+    backbones: by kind; only the CLIP that the paper used makes scores that compare with the paper's.
     real: the moments of real photos by the same kinds, for FID.
     mixture: on the features it was fitted on, CLIP ViT-B/32's for QS; on others it gives the bare log-density.
     """
@@ -70,9 +71,7 @@ class Judges:
     real: Mapping[str, Moments] = field(default_factory=dict)
     mixture: GaussianMixture | None = None
     lpips: LPIPS | None = None
-    resamples: int = 1000
-    level: float = 0.95
-    seed: int = 0
+    bootstrap: Bootstrap = Bootstrap()
 
     def __post_init__(self) -> None:
         if self.mixture is not None and self.mixture_backbone() is None:
@@ -93,8 +92,8 @@ def identity(backbone: Backbone) -> str:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One figure of one system, with its bootstrap interval and the number of pictures it is over."""
+class Score:
+    """One score of one system, with its bootstrap interval and the number of pictures it is over."""
 
     name: str
     value: float
@@ -103,7 +102,7 @@ class Figure:
     count: int
     higher_is_better: bool
     backbone: str | None = None  # its kind
-    is_stand_in: bool = False
+    is_surrogate: bool = False
     is_released: bool = False  # computed as the paper's
 
     @property
@@ -112,138 +111,134 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """A system's figures, and its scores for each item by figure's key, in the benchmark's order (NaN: none)."""
+class SystemScores:
+    """A system's scores, and those of each item by the score's key, in the test set's order (NaN: none)."""
 
     system: str
-    figures: tuple[Figure, ...]
+    scores: tuple[Score, ...]
     per_item: Mapping[str, np.ndarray]
 
 
 def score_results(
-    benchmark: Benchmark,
+    test_set: TestSet,
     results: str | Path,
     judges: Judges,
     system: str,
     batch_size: int = 16,
     workers: int = 0,
     on_batch: Callable[[int], None] | None = None,
-) -> Scores:
+) -> SystemScores:
     """Scores the results in a folder; `on_batch` is called with the number of items that were read.
 
-    FileNotFoundError where results are missing, ValueError for one that is damaged or of another size than its source.
+    FileNotFoundError where results are missing, ValueError for one that is damaged or of another size than its image.
     """
     prepare = {kind: backbone.prepare for kind, backbone in judges.backbones.items()}
-    dataset = _Items(benchmark.items, result_files(benchmark, results), prepare)
-    metrics = _make_metrics(judges)
+    dataset = _Items(test_set.items, result_files(test_set, results), prepare)
+    columns = _make_columns(judges)
     for batch in DataLoader(dataset, batch_size, num_workers=workers, collate_fn=list):
         for kind, backbone in judges.backbones.items():
-            views = {name: [seen[kind][name] for seen in batch] for name in batch[0][kind]}
-            _update(metrics, kind, {name: backbone(list_) for name, list_ in views.items()})
-        for seen in batch:  # one by one: sources differ in size
-            background = [x[None] for x in seen["background"]]
-            for name in ("background_mse", "background_ssim", "background_lpips"):
-                if (name, None) in metrics:
-                    metrics[name, None].update(*background)
+            names = batch[0][kind]
+            _update(columns, kind, {name: backbone([inputs[kind][name] for inputs in batch]) for name in names})
+        for inputs in batch:  # one by one: images differ in size
+            _update(columns, None, {name: x[None] for name, x in inputs["background"].items()})
         if on_batch is not None:
             on_batch(len(batch))
-    figures, per_item = [], {}
-    for (name, kind), metric in metrics.items():
-        means = isinstance(metric, PictureMean)
-        count = len(dataset)
-        if means:
-            scores = torch.cat(metric.scores).numpy()
-            count = int(np.isfinite(scores).sum())
+    found, per_item = [], {}
+    for column in columns:
+        metric, count = column.metric, len(dataset)
+        values = torch.cat(metric.scores).numpy() if isinstance(metric, PictureMean) else None
+        if values is not None:
+            count = int(np.isfinite(values).sum())
             if not count:
                 continue
         value, low, high = (x.item() for x in metric.compute())
-        backbone = judges.backbones.get(kind)
-        figure = Figure(
-            name,
+        judge = judges.backbones[column.kind] if column.kind else None
+        score = Score(
+            column.name,
             value,
             low,
             high,
             count,
             metric.higher_is_better,
-            kind,
-            is_stand_in=backbone is not None and backbone.is_stand_in,
-            is_released=backbone is not None and backbone.is_released_clip and name in ("fid", "qs", "clip_score"),
+            column.kind,
+            is_surrogate=judge is not None and judge.is_surrogate,
+            is_released=judge is not None and judge.is_released_clip and column.name in ("fid", "qs", "clip_score"),
         )
-        figures.append(figure)
-        if means:
-            per_item[figure.key] = scores
-    return Scores(system, tuple(figures), per_item)
+        found.append(score)
+        if values is not None:
+            per_item[score.key] = values
+    return SystemScores(system, tuple(found), per_item)
 
 
-Metrics = dict[tuple[str, str | None], PictureMean | FrechetDistance]
+class _Column(NamedTuple):
+    """A score's name, the kind of its backbone if it has one, its metric, and the names of the metric's inputs."""
+
+    name: str
+    kind: str | None
+    metric: BootstrappedMetric
+    inputs: tuple[str, ...]
 
 
-def _make_metrics(judges: Judges) -> Metrics:
-    """The metrics by the figure's name and the backbone's kind."""
-    settings = {"level": judges.level, "seed": judges.seed}
-    fid_settings = {**settings, "resamples": min(judges.resamples, FID_RESAMPLES)}
-    settings["resamples"] = judges.resamples
-    metrics: Metrics = {}
+def _make_columns(judges: Judges) -> list[_Column]:
+    bootstrap = judges.bootstrap
+    for_fid = replace(bootstrap, resamples=min(bootstrap.resamples, FID_BOOTSTRAP.resamples))
+    columns = []
     for kind, backbone in judges.backbones.items():
+        size = backbone.num_features
         if kind in judges.real:
-            metrics["fid", kind] = FrechetDistance(backbone.num_features, judges.real[kind], **fid_settings)
+            columns.append(_Column("fid", kind, FrechetDistance(size, judges.real[kind], for_fid), ("whole",)))
         if judges.mixture is not None and kind == judges.mixture_backbone():
             name, density = ("qs", QualityScore) if backbone.is_released_clip else ("log_density", LogDensity)
-            metrics[name, kind] = density(judges.mixture, **settings)
+            columns.append(_Column(name, kind, density(judges.mixture, bootstrap), ("whole",)))
         if kind == "clip":
-            metrics["clip_score", kind] = FeatureSimilarity(**settings)
+            inputs = ("released region", "released exemplar")
+            columns.append(_Column("clip_score", kind, FeatureSimilarity(bootstrap), inputs))
         if kind != "inception":  # its features are made for distances between sets
-            metrics["foreground_similarity", kind] = FeatureSimilarity(**settings)
-        metrics["foreground_fid", kind] = FrechetDistance(backbone.num_features, **fid_settings)
-    metrics["background_mse", None] = BackgroundMSE(**settings)
-    metrics["background_ssim", None] = BackgroundSSIM(**settings)
+            inputs = ("region", "exemplar")
+            columns.append(_Column("foreground_similarity", kind, FeatureSimilarity(bootstrap), inputs))
+        columns.append(_Column("foreground_fid", kind, FrechetDistance(size, bootstrap=for_fid), ("region",)))
+    inputs = ("result", "image", "keep")
+    columns.append(_Column("background_mse", None, BackgroundMSE(bootstrap), inputs))
+    columns.append(_Column("background_ssim", None, BackgroundSSIM(bootstrap), inputs))
     if judges.lpips is not None:
-        metrics["background_lpips", None] = BackgroundLPIPS(judges.lpips, **settings)
-    return metrics
+        columns.append(_Column("background_lpips", None, BackgroundLPIPS(judges.lpips, bootstrap), inputs))
+    return columns
 
 
-def _update(metrics: Metrics, kind: str, features: Mapping[str, Tensor]) -> None:
-    """Adds a batch's features (B, C), by view, to a backbone's metrics."""
-    seen = {
-        "fid": ("whole",),
-        "qs": ("whole",),
-        "log_density": ("whole",),
-        "clip_score": ("released region", "released reference"),
-        "foreground_similarity": ("region", "reference"),
-        "foreground_fid": ("region",),
-    }
-    for name, views in seen.items():
-        if (name, kind) in metrics:
-            metrics[name, kind].update(*(features[view] for view in views))
-    metrics["foreground_fid", kind].update(features["reference"], real=True)
-
-
-Prepare = Mapping[str, Callable[[Image.Image], Tensor]]
+def _update(columns: Sequence[_Column], kind: str | None, inputs: Mapping[str, Tensor]) -> None:
+    """Adds a batch's inputs by name, features (B, C) or pictures, to the metrics of a backbone."""
+    for column in columns:
+        if column.kind == kind:
+            column.metric.update(*(inputs[name] for name in column.inputs))
+            if column.name == "foreground_fid":
+                column.metric.update(inputs["exemplar"], real=True)
 
 
 class _Items(Dataset):
-    """What the networks see of each item, by backbone's kind and view, and the pictures for the background."""
+    """What the networks are given of each item, by backbone's kind and name, and the pictures for the background."""
 
-    def __init__(self, items: Sequence[Item], results: Sequence[Path], prepare: Prepare):
+    def __init__(
+        self, items: Sequence[Item], results: Sequence[Path], prepare: Mapping[str, Callable[[Image.Image], Tensor]]
+    ):
         self.items, self.results, self.prepare = items, results, prepare
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> dict[str, dict[str, Tensor]]:
         item = self.items[i]
-        source, reference = read_rgb(item.source, "source"), read_rgb(item.reference, "reference")
-        result, repaint = read_result(self.results[i], item, source), item.repaint()
-        region, object_ = squared(result.crop(mask_bounding_box(repaint))), squared(reference)
-        seen: dict[str, Any] = {}
+        image, exemplar = read_rgb(item.image, "image"), read_rgb(item.exemplar, "exemplar")
+        result, repaint = read_result(self.results[i], item, image), item.repaint()
+        region, whole_exemplar = squared(result.crop(mask_bounding_box(repaint))), squared(exemplar)
+        inputs: dict[str, dict[str, Tensor]] = {}
         for kind, prepare in self.prepare.items():
-            seen[kind] = {"whole": prepare(result), "region": prepare(region), "reference": prepare(object_)}
+            inputs[kind] = {"whole": prepare(result), "region": prepare(region), "exemplar": prepare(whole_exemplar)}
             if kind == "clip":
-                seen[kind]["released region"] = released_region(result, released_box(item.mask))
-                seen[kind]["released reference"] = released_reference(reference)
+                inputs[kind]["released region"] = released_region(result, released_box(item.mask))
+                inputs[kind]["released exemplar"] = released_exemplar(exemplar)
         keep = torch.from_numpy(1 - repaint.astype(np.float32))[None]
-        seen["background"] = (to_tensor(result), to_tensor(source), keep)
-        return seen
+        inputs["background"] = {"result": to_tensor(result), "image": to_tensor(image), "keep": keep}
+        return inputs
 
 
 # --- real photos ------------------------------------------------------------------------------------------
@@ -294,7 +289,7 @@ def real_moments(
 ) -> Moments:
     """The moments of the photos in a folder, kept in the folder `cache` for the next time.
 
-    They are computed anew where the photos' names or sizes, or the backbone's file, are others.
+    They are computed again where the photos' names or sizes, or the backbone's file, have changed.
     """
     files = picture_files(folder)
     digest = hashlib.sha256(backbone.sha256.encode())
@@ -303,8 +298,9 @@ def real_moments(
     path = Path(cache) / f"real-{backbone.kind.replace(':', '-')}-{digest.hexdigest()[:16]}.npz"
     if path.is_file():
         with np.load(path, allow_pickle=False) as stored:
-            return Moments(*(torch.from_numpy(stored[name]) for name in ("mean", "covariance")), int(stored["count"]))
+            mean, covariance = torch.from_numpy(stored["mean"]), torch.from_numpy(stored["covariance"])
+            return Moments(mean, covariance, int(stored["count"]))
     moments = Moments.of(photo_features(files, backbone, batch_size, workers, on_batch))
-    with replacing(path, overwrite=True) as part, part.open("wb") as file:
-        np.savez(file, mean=moments.mean.numpy(), covariance=moments.covariance.numpy(), count=moments.count)
+    with replacing(path, overwrite=True) as part, part.open("wb") as stream:
+        np.savez(stream, mean=moments.mean.numpy(), covariance=moments.covariance.numpy(), count=moments.count)
     return moments

@@ -1,7 +1,7 @@
-"""A small classifier that stands in for CLIP, DINO and Inception where their weights are not at hand.
+"""A small classifier in place of CLIP, DINO and Inception, where their weights are not at hand.
 
-Its features follow its own training data: figures made with it order systems on one benchmark, and compare with
-nothing published. Every report labels them as a stand-in's.
+Its features depend on its own training data: its scores order systems on one test set, and do not compare with
+published ones. Every report labels them as a surrogate's.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pbe.images.windows import Box
 
 
 @dataclass(frozen=True)
-class StandInConfig:
-    """Sizes of `StandIn`."""
+class SurrogateConfig:
+    """Sizes of `Surrogate`."""
 
     num_classes: int
     image_size: int = 64
@@ -37,16 +37,16 @@ class StandInConfig:
     num_features: int = 64
 
 
-class StandIn(nn.Module):
+class Surrogate(nn.Module):
     """A residual network: a level halves the picture and doubles the channels; its features are a mean over pixels."""
 
-    def __init__(self, config: StandInConfig):
+    def __init__(self, config: SurrogateConfig):
         super().__init__()
         self.config = config
         widths = [config.width * 2**i for i in range(config.num_levels)]
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.levels = nn.Sequential(
-            *(StandInLevel(a, b) for a, b in pairwise([widths[0], *widths])),
+            *(SurrogateLevel(a, b) for a, b in pairwise([widths[0], *widths])),
         )
         self.project = nn.Conv2d(widths[-1], config.num_features, 1)
         self.head = nn.Linear(config.num_features, config.num_classes)
@@ -60,7 +60,7 @@ class StandIn(nn.Module):
         return self.head(self.features(image))
 
 
-class StandInLevel(nn.Module):
+class SurrogateLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, in_channels)
@@ -74,7 +74,7 @@ class StandInLevel(nn.Module):
         return y + self.skip(F.avg_pool2d(x, 2))
 
 
-def stand_in_view(image: Image.Image, size: int) -> Tensor:
+def surrogate_input(image: Image.Image, size: int) -> Tensor:
     """An RGB image for the network: (3, size, size) in [-1, 1], whatever its aspect."""
     return 2 * to_tensor(image.resize((size, size), Image.Resampling.BICUBIC)) - 1
 
@@ -82,7 +82,7 @@ def stand_in_view(image: Image.Image, size: int) -> Tensor:
 # --- training ---------------------------------------------------------------------------------------------
 
 
-def train_stand_in(
+def train_surrogate(
     source: Source,
     epochs: int = 20,
     image_size: int = 64,
@@ -91,7 +91,7 @@ def train_stand_in(
     seed: int = 0,
     device: str | torch.device = "cpu",
     on_epoch: Callable[[int, float, float], None] | None = None,
-) -> tuple[StandIn, list[str]]:
+) -> tuple[Surrogate, list[str]]:
     """A classifier of the labelled boxes of a source, and the classes' names.
 
     Each object's box is seen with a random shift, size and flip. `on_epoch` is called with the epoch, the mean loss
@@ -108,7 +108,7 @@ def train_stand_in(
         raise ValueError(f"{source.name} has only the class {names[0]!r}; a classifier needs two or more")
     targets = torch.tensor([names.index(label) for label in labels])
     generator = torch.Generator().manual_seed(seed)
-    model = _drawn(StandInConfig(len(names), image_size), generator).to(device).train()
+    model = _drawn(SurrogateConfig(len(names), image_size), generator).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
     steps = epochs * -(-len(pictures) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
@@ -131,7 +131,7 @@ def train_stand_in(
 
 
 @torch.inference_mode()
-def recognised(model: StandIn, classes: list[str], source: Source, batch_size: int = 64) -> tuple[int, int]:
+def count_recognised(model: Surrogate, classes: list[str], source: Source, batch_size: int = 64) -> tuple[int, int]:
     """How many objects of a labelled source the classifier names right, and of how many whose class it knows.
 
     ValueError for a source without labels, or with none of the classes.
@@ -147,9 +147,9 @@ def recognised(model: StandIn, classes: list[str], source: Source, batch_size: i
     return int((found == targets).sum()), len(known)
 
 
-def _drawn(config: StandInConfig, generator: torch.Generator) -> StandIn:
+def _drawn(config: SurrogateConfig, generator: torch.Generator) -> Surrogate:
     """A network with He et al.'s normal weights, gains of 1 and biases of 0."""
-    model = build_on_meta(StandIn, config)
+    model = build_on_meta(Surrogate, config)
     state = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
@@ -163,7 +163,7 @@ def _drawn(config: StandInConfig, generator: torch.Generator) -> StandIn:
 def object_box(record: Record, size: tuple[int, int], i: int = 0) -> Box:
     """The whole pixels that box `i` of a record touches in a picture of `size` (height, width)."""
     height, width = size
-    corners = record.boxes[i] * np.float64([width, height, width, height])
+    corners = record.boxes[i] * np.array([width, height, width, height], dtype=np.float64)
     nearest = np.rint(corners)
     corners = np.where(np.abs(corners - nearest) < 1e-3, nearest, corners)  # boxes are fractions in float32
     (x0, y0), (x1, y1) = np.floor(corners[:2]).astype(int), np.ceil(corners[2:]).astype(int)
@@ -201,23 +201,23 @@ def _shifted(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def save_stand_in(
-    model: StandIn, path: str | Path, classes: list[str], about: Mapping[str, Any], overwrite: bool = False
+def save_surrogate(
+    model: Surrogate, path: str | Path, classes: list[str], about: Mapping[str, Any], overwrite: bool = False
 ) -> None:
     """Writes the network with its sizes, its classes and what is to be said `about` its training."""
-    entry = {"stand_in": asdict(model.config), "classes": classes, "about": dict(about)}
+    entry = {"surrogate": asdict(model.config), "classes": classes, "about": dict(about)}
     save_checkpoint(model.state_dict(), path, entry, overwrite)
 
 
-def load_stand_in(path: str | Path) -> StandIn:
-    """Reads what `save_stand_in` wrote; FileNotFoundError, or CheckpointError for another file."""
+def load_surrogate(path: str | Path) -> Surrogate:
+    """Reads what `save_surrogate` wrote; FileNotFoundError, or CheckpointError for another file."""
     checkpoint = open_checkpoint(path)
     entry = checkpoint.extras.get("pbe")
-    if not (isinstance(entry, dict) and isinstance(entry.get("stand_in"), dict)):
-        raise CheckpointError(f"{path} holds no stand-in classifier; `evaluate.py stand-in` trains one")
+    if not (isinstance(entry, dict) and isinstance(entry.get("surrogate"), dict)):
+        raise CheckpointError(f"{path} does not hold a surrogate; `pbe evaluate surrogate` trains one")
     try:
-        model = build_on_meta(StandIn, StandInConfig(**entry["stand_in"]))
+        model = build_on_meta(Surrogate, SurrogateConfig(**entry["surrogate"]))
         model.load_state_dict({name: checkpoint.tensor(name) for name in checkpoint.names()}, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} holds a stand-in classifier that does not fit together: {error}") from None
+        raise CheckpointError(f"{path} holds a surrogate that does not fit together: {error}") from None
     return model.eval()

@@ -1,8 +1,7 @@
-"""COCOEE as a benchmark: its items with their files and ids, and folders of results for them."""
+"""A test set in COCOEE's layout: its items with their files and ids, and folders of results for them."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,23 +13,24 @@ from PIL import Image
 from pbe.data.cocoee import CocoEE
 from pbe.data.records import MaskFile
 from pbe.evaluation.cocoee import read_rgb
+from pbe.io.rows import read_rows
 
-# What a benchmark may hold beside COCOEE's own files:
-MANIFEST = "benchmark.json"  # by `build`
-REFERENCE_MASKS = "Ref_mask_3500"  # <id>_ref_mask.png, white where the object is
-RESULT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", "_GT.png")  # the last for the sources as they are
+# What a test set may hold beside COCOEE's own files:
+MANIFEST = "test_set.json"  # by `build`
+EXEMPLAR_MASKS = "Ref_mask_3500"  # <id>_ref_mask.png, white where the object is
+RESULT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", "_GT.png")  # the last for the images as they are
 
 
 @dataclass(frozen=True)
 class Item:
-    """One edit of the benchmark: its id and the files of its source, its reference and its mask (white = repaint)."""
+    """One edit of the test set: its id and the files of its image, its exemplar and its mask (white = repaint)."""
 
     id: int
-    source: Path
-    reference: Path
+    image: Path
+    exemplar: Path
     mask: Path
-    label: str | None = None  # the object's class, where the benchmark's manifest or a file of labels tells it
-    reference_mask: Path | None = None  # where the object is in the reference (white), where the benchmark has it
+    label: str | None = None  # the object's class, where the test set's manifest or a file of labels tells it
+    exemplar_mask: Path | None = None  # where the object is in the exemplar (white), where the test set has it
 
     @property
     def name(self) -> str:
@@ -42,11 +42,13 @@ class Item:
         return MaskFile(self.mask).read().mask
 
 
-class Benchmark(CocoEE):
-    """The items of a COCOEE folder, or the first `limit` of them; raises as `CocoEE`.
+class TestSet(CocoEE):
+    """The items of a folder in COCOEE's layout, or the first `limit` of them; raises as `CocoEE`.
 
-    `labels`, by id, are instead of those of the benchmark's manifest. ValueError for one of an id that is not there.
+    `labels`, by id, replace those of the test set's manifest. ValueError for one of an id that is not there.
     """
+
+    __test__ = False  # for pytest, which would take it for tests
 
     def __init__(self, folder: str | Path, limit: int | None = None, labels: Mapping[int, str] | None = None) -> None:
         super().__init__(folder)
@@ -61,67 +63,62 @@ class Benchmark(CocoEE):
         elif unknown := labels.keys() - set(self._ids.tolist()):
             raise ValueError(f"there is a label for the id {min(unknown)}, which {folder}/id_list.npy does not list")
         self.items = []
-        for i in range(min(self.total, limit or self.total)):
-            source, reference, mask = self._paths(i)
-            id_ = int(self._ids[i])
-            mask_of_reference = self.folder / REFERENCE_MASKS / f"{id_:012d}_ref_mask.png"
-            there = mask_of_reference if mask_of_reference.is_file() else None
-            self.items.append(Item(id_, source, reference, mask, labels.get(id_), there))
+        for i, id_ in enumerate(self._ids.tolist()[:limit]):
+            exemplar_mask = self.folder / EXEMPLAR_MASKS / f"{id_:012d}_ref_mask.png"
+            there = exemplar_mask if exemplar_mask.is_file() else None
+            self.items.append(Item(id_, *self._paths(i), labels.get(id_), there))
 
 
 def manifest_labels(path: Path) -> dict[int, str]:
-    """The labels by id of a benchmark's manifest; ValueError for another file."""
+    """The labels by id of a test set's manifest; ValueError for another file."""
     try:
         items = json.loads(path.read_text(encoding="utf-8"))["items"]
         return {item["id"]: item["label"] for item in items}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not as `build` writes it ({error!r}); --labels does without it") from None
+        raise ValueError(f"{path} is not as `build` writes it ({error!r}); with --labels it is not read") from None
 
 
 def read_labels(path: str | Path) -> dict[int, str]:
-    """The labels by id of a CSV file with the columns `id` and `label`; ValueError that names what is wrong with it."""
+    """The labels by id of a CSV or JSONL file with the columns `id` and `label`; ValueError naming file and line."""
     labels: dict[int, str] = {}
-    try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if missing := {"id", "label"} - set(reader.fieldnames or ()):
-                raise ValueError(f"{path} has no column {min(missing)!r}; its first line must name id and label")
-            for row in reader:
-                id_, label = ((row[name] or "").strip() for name in ("id", "label"))
-                if not (id_.isascii() and id_.isdigit()) or not label:
-                    raise ValueError(f"{path}, line {reader.line_num}: {id_!r},{label!r} is not an id and its label")
-                if int(id_) in labels:
-                    raise ValueError(f"{path}, line {reader.line_num}: the id {id_} has a label already")
-                labels[int(id_)] = label
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    for line, row in read_rows(Path(path), ("id", "label"), ignore_others=True, allow_short=True):
+        if isinstance(row, ValueError):
+            raise ValueError(f"{path}, line {line}: {row}")
+        id_, label = (str(row.get(name, "")).strip() for name in ("id", "label"))
+        if not (id_.isascii() and id_.isdigit()) or not label:
+            raise ValueError(f"{path}, line {line}: {id_!r},{label!r} is not an id and its label")
+        if int(id_) in labels:
+            raise ValueError(f"{path}, line {line}: the id {id_} has a label already")
+        labels[int(id_)] = label
+    if not labels:
+        raise ValueError(f"{path} has no rows; each is to have an id and a label")
     return labels
 
 
-def result_files(benchmark: Benchmark, folder: str | Path) -> list[Path]:
+def result_files(test_set: TestSet, folder: str | Path) -> list[Path]:
     """Each item's result in a folder: `<id>.png`, or another suffix. FileNotFoundError where any is missing."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder of results")
     there = {path.name: path for path in folder.iterdir()}
     files, missing = [], []
-    for item in benchmark.items:
-        found = next((name for suffix in RESULT_SUFFIXES if (name := item.name + suffix) in there), None)
-        files.append(there.get(found))
+    for item in test_set.items:
+        found = [there[name] for suffix in RESULT_SUFFIXES if (name := item.name + suffix) in there]
+        files += found[:1]
         missing += [] if found else [item.name + RESULT_SUFFIXES[0]]
     if missing:
         raise FileNotFoundError(
-            f"{folder} lacks the results of {len(missing)} of {len(files)} items; the first is {missing[0]}"
+            f"{folder} lacks the results of {len(missing)} of {len(test_set.items)} items; the first is {missing[0]}"
         )
     return files
 
 
-def read_result(path: Path, item: Item, source: Image.Image) -> Image.Image:
-    """A result as RGB; ValueError unless it has its source's size."""
+def read_result(path: Path, item: Item, image: Image.Image) -> Image.Image:
+    """A result as RGB; ValueError unless it has its image's size."""
     result = read_rgb(path, "result")
-    if result.size != source.size:
+    if result.size != image.size:
         raise ValueError(
-            f"result {path} is {result.width}x{result.height}, but the source of {item.name} is "
-            f"{source.width}x{source.height} (width x height)"
+            f"result {path} is {result.width}x{result.height}, but the image of {item.name} is "
+            f"{image.width}x{image.height} (width x height)"
         )
     return result

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-BACKGROUND, INK, FAINT = "white", (24, 24, 24), (96, 96, 96)
+from pbe.images.windows import mask_bounding_box
+
+BACKGROUND, INK, FAINT, OUTLINE = "white", (24, 24, 24), (96, 96, 96), (230, 30, 30)
 
 
 def grid(
@@ -20,7 +23,7 @@ def grid(
 
     Each picture is scaled to `cell_height`, or where it is wide to fit twice that width, and centred in its column;
     None leaves its place empty. `captions` stand under the pictures, shaped as `rows`; `row_labels` to the left,
-    `column_labels` on top. Text too long for its place is shortened.
+    `column_labels` on top, broken into lines. Other text too long for its place is shortened.
 
     ValueError without pictures, and where captions or labels do not fit the rows.
     """
@@ -40,7 +43,8 @@ def grid(
     widths = [max((row[i].width for row in cells if i < len(row) and row[i]), default=0) for i in range(num_columns)]
     heights = [max((cell.height for cell in row if cell), default=0) for row in cells]
     caption_height = 2 * _line_height(caption_font) if captions else 0
-    top = gutter + (2 * _line_height(label_font) if column_labels else 0)
+    wrapped = [wrap(label, label_font, width) for label, width in zip(column_labels or (), widths, strict=False)]
+    top = gutter + ((1 + max(map(len, wrapped))) * _line_height(label_font) if wrapped else 0)
     label_width = 0
     if row_labels:
         row_labels = [_shorten(label, label_font, 2 * cell_height // 3) for label in row_labels]
@@ -52,9 +56,9 @@ def grid(
         "RGB", (lefts[-1] + widths[-1] + gutter, top + sum(row_height) + gutter * len(rows)), color=BACKGROUND
     )
     draw = ImageDraw.Draw(canvas)
-    for i, label in enumerate(column_labels or ()):
-        text = _shorten(label, label_font, widths[i])
-        draw.text((lefts[i] + widths[i] / 2, (top + gutter / 2) / 2), text, INK, label_font, anchor="mm")
+    for i, lines in enumerate(wrapped):
+        at = (lefts[i] + widths[i] / 2, (top + gutter / 2) / 2)
+        draw.text(at, "\n".join(lines), INK, label_font, anchor="mm", align="center")
     for j, row in enumerate(cells):
         y = top + sum(row_height[:j]) + gutter * j
         if row_labels:
@@ -69,6 +73,30 @@ def grid(
                 at = (lefts[i] + widths[i] / 2, y + heights[j] + caption_height / 2)
                 draw.text(at, text, FAINT, caption_font, anchor="mm")
     return canvas
+
+
+def with_box(image: Image.Image, repaint: np.ndarray) -> Image.Image:
+    """The image with the outline of the box around a mask, bool (H, W)."""
+    image, box = image.copy(), mask_bounding_box(repaint)
+    corners = (box.x0, box.y0, box.x1 - 1, box.y1 - 1)
+    ImageDraw.Draw(image).rectangle(corners, outline=OUTLINE, width=max(2, image.height // 100))
+    return image
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, broken between words, or within one that is longer than a line."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
 
 
 def _fit(image: Image.Image, height: int) -> Image.Image:

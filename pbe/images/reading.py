@@ -77,6 +77,10 @@ class Picture:
         colour -= 1
         return torch.from_numpy(colour).permute(2, 0, 1)[None].expand(1, 3, -1, -1).clamp(-1, 1).contiguous()
 
+    def to_rgb8(self) -> Image.Image:
+        """The colours of the picture as a PIL image of 8 bits, without alpha."""
+        return Image.fromarray(np.rint((self.rgb()[0].permute(1, 2, 0).numpy() + 1) * 127.5).astype(np.uint8))
+
     def with_pixels(self, pixels: np.ndarray) -> Image.Image | np.ndarray | torch.Tensor:
         """The pixels as the same kind of object as the source: a PIL image with its EXIF and ICC profile for a
         file or PIL image, an array or tensor of the source's dtype, axes and device.

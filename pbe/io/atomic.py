@@ -39,6 +39,12 @@ def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
             left.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, in place of one that is there."""
+    with replacing(path, overwrite=True) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def locked(path: Path, holder: str) -> Iterator[None]:
     """Keeps other processes that ask for the same lock out, for as long as this one lives or the block lasts.

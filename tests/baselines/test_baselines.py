@@ -13,7 +13,7 @@ from conftest import TINY
 from golden_file import noise, parameter
 from PIL import Image
 
-from pbe.baselines import BASELINES, Edit, Weights, blended_diffusion, composited, open_baseline
+from pbe.baselines import BASELINES, Task, WeightFiles, blended_diffusion, composited, open_baseline
 from pbe.baselines.copy_paste import CopyPaste
 from pbe.baselines.poisson import membrane, poisson_blend, sum_of_neighbours
 from pbe.baselines.stable_diffusion import StableDiffusionImage, guided_by_context
@@ -62,7 +62,7 @@ def weights(tmp_path_factory, tiny_checkpoint):
     pairs = islice(product(byte_symbols(), repeat=2), MERGES)  # as many merges as CLIP has, of any kind
     lines = ["#version: 0.2", *map(" ".join, pairs)]
     (folder / "vocabulary.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode(), compresslevel=1))
-    return Weights(
+    return WeightFiles(
         paint_by_example=tiny_checkpoint,
         stable_diffusion=folder / "sd.pt",
         adm=folder / "adm.pt",
@@ -79,12 +79,12 @@ def smooth(height, width, seed):
     return (pixels[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
-def make_edit(size=(64, 64), **changes):
+def make_task(size=(64, 64), **changes):
     height, width = size
     mask = np.zeros(size, bool)
     mask[height // 4 : height // 2, width // 4 : 3 * width // 4] = True
-    edit = Edit.read(smooth(*size, 0), mask, smooth(40, 30, 1), label="cat", seed=3)
-    return replace(edit, **changes)
+    task = Task.read(smooth(*size, 0), mask, smooth(40, 30, 1), label="cat", seed=3)
+    return replace(task, **changes)
 
 
 def quick(name, weights):
@@ -94,7 +94,7 @@ def quick(name, weights):
         return replace(system, steps=4, skipped=1, augmentations=2)
     if name.startswith("stable"):
         return replace(system, steps=2)
-    return replace(system, steps=4) if name == "paint-by-example" else system
+    return system.with_settings(steps=4) if name == "paint-by-example" else system
 
 
 # --- every system, from files to a picture ----------------------------------------------------------------------------
@@ -103,20 +103,20 @@ def quick(name, weights):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(64, 64), (50, 90)])
 def test_every_system_paints_the_photo_s_frame(name, size, weights):
-    edit = make_edit(size)
-    picture = quick(name, weights)(edit)
+    task = make_task(size)
+    picture = quick(name, weights)(task)
     assert picture.mode == "RGB"
     assert picture.size == (size[1], size[0])
-    pixels = np.asarray(composited(edit, picture))
-    assert np.array_equal(pixels[~edit.repaint], edit.photo[~edit.repaint])
-    assert (pixels[edit.repaint] != edit.photo[edit.repaint]).any(axis=1).mean() > 0.5
+    pixels = np.asarray(composited(task, picture))
+    assert np.array_equal(pixels[~task.repaint], task.image[~task.repaint])
+    assert (pixels[task.repaint] != task.image[task.repaint]).any(axis=1).mean() > 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_picture_depends_on_its_edit_and_seed_alone(name, weights):
     system = quick(name, weights)
     before = torch.get_rng_state()
-    first, again, other = (np.asarray(system(make_edit(seed=seed))) for seed in (3, 3, 4))
+    first, again, other = (np.asarray(system(make_task(seed=seed))) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(first, again)
     assert np.array_equal(first, other) == (name not in LEARNED)
@@ -126,11 +126,11 @@ def test_a_picture_depends_on_its_edit_and_seed_alone(name, weights):
 def test_the_guide_is_the_exemplar_or_its_label(name, weights):
     system = quick(name, weights)
     pictures = [
-        np.asarray(system(edit))
-        for edit in (
-            make_edit(),
-            make_edit(label="dog"),
-            make_edit(
+        np.asarray(system(task))
+        for task in (
+            make_task(),
+            make_task(label="dog"),
+            make_task(
                 exemplar=Image.fromarray(smooth(40, 30, 2)),
                 cutout=np.dstack([smooth(40, 30, 2), np.full((40, 30), 255, np.uint8)]),
             ),
@@ -141,22 +141,22 @@ def test_the_guide_is_the_exemplar_or_its_label(name, weights):
     assert np.array_equal(pictures[0], pictures[2]) == reads_text
     if reads_text:
         with pytest.raises(ValueError, match="label of the exemplar's class"):
-            system(make_edit(label=None))
+            system(make_task(label=None))
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_missing_file_is_named(name):
     with pytest.raises(ValueError, match=r"this system needs .* checkpoint.*: give its path as "):
-        open_baseline(name, Weights())
+        open_baseline(name, WeightFiles())
 
 
 @pytest.mark.parametrize(
     ("name", "field", "message"),
     [
-        ("stable-diffusion-text", "stable_diffusion", "is not the Stable Diffusion v1"),
-        ("stable-diffusion-image", "clip", "holds a ADM, not the CLIP"),
-        ("blended-diffusion-text", "adm", "holds a CLIP, not the guided-diffusion network"),
-        ("paint-by-example", "paint_by_example", "holds a ADM, not a Paint by Example"),
+        ("stable-diffusion-text", "stable_diffusion", "holds ADM, not a Stable Diffusion v1"),
+        ("stable-diffusion-image", "clip", "holds ADM, not a CLIP checkpoint"),
+        ("blended-diffusion-text", "adm", "holds CLIP, not a guided-diffusion checkpoint"),
+        ("paint-by-example", "paint_by_example", "holds ADM, not a Paint by Example checkpoint"),
     ],
 )
 def test_a_file_of_another_kind_is_named(name, field, message, weights):
@@ -167,28 +167,28 @@ def test_a_file_of_another_kind_is_named(name, field, message, weights):
 
 def test_unknown_systems_are_refused():
     with pytest.raises(ValueError, match="choose one of copy-paste, copy-paste-poisson, stable-diffusion-text"):
-        open_baseline("anydoor", Weights())
+        open_baseline("anydoor", WeightFiles())
 
 
-# --- the edit ---------------------------------------------------------------------------------------------------------
+# --- the task ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_cutout_is_the_object_s_own_pixels():
     exemplar, shown = smooth(20, 30, 1), np.zeros((20, 30), bool)
     shown[5:15, 10:20] = True
     shown[5, 10] = False
-    edit = Edit.read(smooth(16, 16, 0), (2, 2, 8, 9), exemplar, exemplar_mask=shown)
-    assert np.array_equal(edit.cutout[..., :3], exemplar[5:15, 10:20])
-    assert np.array_equal(edit.cutout[..., 3] == 255, shown[5:15, 10:20])
-    assert np.asarray(edit.exemplar)[0, 0].tolist() == [255, 255, 255]  # over white, as networks see it
-    assert edit.repaint.sum() == 6 * 7
+    task = Task.read(smooth(16, 16, 0), (2, 2, 8, 9), exemplar, exemplar_mask=shown)
+    assert np.array_equal(task.cutout[..., :3], exemplar[5:15, 10:20])
+    assert np.array_equal(task.cutout[..., 3] == 255, shown[5:15, 10:20])
+    assert np.asarray(task.exemplar)[0, 0].tolist() == [255, 255, 255]  # over white, as networks see it
+    assert task.repaint.sum() == 6 * 7
     transparent = np.dstack([exemplar, np.where(shown, 255, 0).astype(np.uint8)])
-    assert np.array_equal(Edit.read(smooth(16, 16, 0), (2, 2, 8, 9), transparent).cutout, edit.cutout)
+    assert np.array_equal(Task.read(smooth(16, 16, 0), (2, 2, 8, 9), transparent).cutout, task.cutout)
 
 
 def test_a_picture_of_another_size_is_not_composited():
-    with pytest.raises(ValueError, match=r"\(32, 64\), the photo is \(64, 64\)"):
-        composited(make_edit(), Image.new("RGB", (64, 32)))
+    with pytest.raises(ValueError, match=r"\(32, 64\), the image is \(64, 64\)"):
+        composited(make_task(), Image.new("RGB", (64, 32)))
 
 
 def test_pictures_keep_their_pixels_through_the_networks_range():
@@ -202,36 +202,36 @@ def test_pictures_keep_their_pixels_through_the_networks_range():
 
 
 def test_copy_paste_fills_the_box_with_the_exemplar():
-    edit = make_edit()
-    result = np.asarray(CopyPaste()(edit))
-    expected = np.asarray(edit.exemplar.resize((32, 16), Image.Resampling.BICUBIC))
+    task = make_task()
+    result = np.asarray(CopyPaste()(task))
+    expected = np.asarray(task.exemplar.resize((32, 16), Image.Resampling.BICUBIC))
     assert np.array_equal(result[16:32, 16:48], expected)
-    assert np.array_equal(result[~edit.repaint], edit.photo[~edit.repaint])
+    assert np.array_equal(result[~task.repaint], task.image[~task.repaint])
 
 
 @pytest.mark.parametrize("poisson", [False, True])
 def test_copy_paste_shows_the_photo_beside_the_object(poisson):
-    edit = make_edit()
-    edit.cutout[:, :15, 3] = 0  # the object is in the right half
-    result = np.asarray(CopyPaste(poisson)(edit))
-    assert np.array_equal(result[:, :31], edit.photo[:, :31])  # a pixel at the edge is mixed
-    assert (result[16:32, 33:48] != edit.photo[16:32, 33:48]).any(axis=-1).mean() > 0.9
+    task = make_task()
+    task.cutout[:, :15, 3] = 0  # the object is in the right half
+    result = np.asarray(CopyPaste(poisson)(task))
+    assert np.array_equal(result[:, :31], task.image[:, :31])  # a pixel at the edge is mixed
+    assert (result[16:32, 33:48] != task.image[16:32, 33:48]).any(axis=-1).mean() > 0.9
 
 
 def test_poisson_reads_the_exemplar_s_own_colours_beside_the_object():
     """An object that does not stand out of its surroundings has no gradients, so nothing is left of it."""
     photo, exemplar, shown = (np.full((40, 40, 3), value, np.uint8) for value in (100, 200, 0))
     shown[10:30, 5:20] = 255
-    edit = Edit.read(photo, (8, 8, 30, 25), np.dstack([exemplar, shown[..., 0]]))
-    edit.cutout[:5, :5, 3] = 0  # a corner beside the object in the cut-out itself
-    assert np.array_equal(np.asarray(CopyPaste(poisson=True)(edit)), photo)
-    assert (np.asarray(CopyPaste()(edit)) == 200).any()
+    task = Task.read(photo, (8, 8, 30, 25), np.dstack([exemplar, shown[..., 0]]))
+    task.cutout[:5, :5, 3] = 0  # a corner beside the object in the cut-out itself
+    assert np.array_equal(np.asarray(CopyPaste(poisson=True)(task)), photo)
+    assert (np.asarray(CopyPaste()(task)) == 200).any()
 
 
 def test_poisson_removes_the_seam():
-    edit = make_edit()
-    pasted, blended = (np.asarray(CopyPaste(poisson)(edit)).astype(float) for poisson in (False, True))
-    assert np.array_equal(blended[~edit.repaint], edit.photo[~edit.repaint])
+    task = make_task()
+    pasted, blended = (np.asarray(CopyPaste(poisson)(task)).astype(float) for poisson in (False, True))
+    assert np.array_equal(blended[~task.repaint], task.image[~task.repaint])
 
     def seam(pixels):
         return np.abs(pixels[15, 16:48] - pixels[16, 16:48]).mean()
@@ -299,14 +299,14 @@ def test_the_membrane_of_a_large_box_takes_few_steps(monkeypatch):
 
 def test_stable_diffusion_keeps_the_background_s_latents(weights, monkeypatch):
     """What is decoded is the photo's own latent wherever no masked pixel falls into the cell."""
-    system, edit = quick("stable-diffusion-text", weights), make_edit()
+    system, task = quick("stable-diffusion-text", weights), make_task()
     decoded = []
     decode = system.model.vae.decode
     monkeypatch.setattr(system.model.vae, "decode", lambda z: decoded.append(z) or decode(z))
-    system(edit)
-    z_0 = system.model.vae.encode(to_tensor(edit.photo)).mean
+    system(task)
+    z_0 = system.model.vae.encode(to_tensor(task.image)).mean
     f = SD.vae.downsampling
-    painted = torch.from_numpy(edit.repaint).unflatten(0, (-1, f)).unflatten(2, (-1, f)).any(3).any(1)  # (h, w)
+    painted = torch.from_numpy(task.repaint).unflatten(0, (-1, f)).unflatten(2, (-1, f)).any(3).any(1)  # (h, w)
     assert 0 < painted.sum() < painted.numel()
     assert torch.equal(decoded[0][..., ~painted], z_0[..., ~painted])
     assert not torch.isclose(decoded[0][..., painted], z_0[..., painted]).any()
@@ -342,9 +342,9 @@ def test_the_picture_s_embedding_must_fit(weights):
 
 @pytest.mark.parametrize("target", ["text", "image"])
 def test_blended_diffusion_keeps_the_background_to_the_bit(target, weights):
-    edit = make_edit((32, 32))  # the network's own resolution
-    pixels = np.asarray(quick(f"blended-diffusion-{target}", weights)(edit))
-    assert np.array_equal(pixels[~edit.repaint], edit.photo[~edit.repaint])
+    task = make_task((32, 32))  # the network's own resolution
+    pixels = np.asarray(quick(f"blended-diffusion-{target}", weights)(task))
+    assert np.array_equal(pixels[~task.repaint], task.image[~task.repaint])
 
 
 class WhiteNoise(torch.nn.Module):
@@ -363,10 +363,10 @@ class WhiteNoise(torch.nn.Module):
 @pytest.mark.parametrize("target", ["text", "image"])
 def test_guidance_lowers_the_clip_distance(target, weights):
     """Over the steps, and below that of the same seed without guidance."""
-    system, edit = open_baseline(f"blended-diffusion-{target}", weights), make_edit((32, 32))
+    system, task = open_baseline(f"blended-diffusion-{target}", weights), make_task((32, 32))
     system = replace(system, model=WhiteNoise(TINY_ADM), steps=25, skipped=5, augmentations=4)
-    embedding = system.embed_target(edit)
-    repaint = torch.from_numpy(edit.repaint)
+    embedding = system.embed_target(task)
+    repaint = torch.from_numpy(task.repaint)
 
     @torch.no_grad()
     def distances(clip_weight):
@@ -376,7 +376,7 @@ def test_guidance_lowers_the_clip_distance(target, weights):
             views = F.adaptive_avg_pool2d(info.z_0 * repaint, TINY_CLIP.vision.image_size)
             found.append(blended_diffusion.clip_distance(system.clip, views, embedding).item())
 
-        replace(system, clip_weight=clip_weight).sample(edit, record)
+        replace(system, clip_weight=clip_weight).sample(task, record)
         return found
 
     guided, free = distances(system.clip_weight), distances(0.0)
@@ -385,10 +385,10 @@ def test_guidance_lowers_the_clip_distance(target, weights):
 
 
 def test_the_range_loss_keeps_colours_in_range(weights):
-    system, edit = quick("blended-diffusion-image", weights), make_edit()
+    system, task = quick("blended-diffusion-image", weights), make_task()
     x_0 = torch.zeros(1, 3, 64, 64)
     loss = replace(system, clip_weight=0.0).loss(
-        system.embed_target(edit), torch.ones(1, 1, 64, 64), make_generators(0, 1)
+        system.embed_target(task), torch.ones(1, 1, 64, 64), make_generators(0, 1)
     )
     assert loss(x_0, x_0, 0.5).item() == 0
     assert loss(x_0 - 3, x_0, 0.5).item() == pytest.approx(50 * 2**2)
@@ -462,7 +462,7 @@ def test_the_published_settings_are_the_defaults(weights):
     assert (blended.steps, blended.skipped, blended.augmentations) == (100, 25, 8)
     assert (blended.clip_weight, blended.range_weight) == (1000, 50)
     ours = open_baseline("paint-by-example", weights)
-    assert (ours.sampler, ours.steps, ours.guidance) == ("plms", 50, 5)
+    assert (ours.settings.sampler, ours.settings.steps, ours.settings.guidance) == ("plms", 50, 5)
 
 
 # --- the released sizes -----------------------------------------------------------------------------------------------
@@ -494,11 +494,11 @@ def test_full_size_systems_take_a_step(name, files, weights, tmp_path):
         state = {key: draw(key, tuple(p.shape), generator).bfloat16() for key, p in shapes}
         torch.save(state, tmp_path / f"{kind}.pt")
     given = {kind: tmp_path / f"{kind}.pt" for kind in files}
-    system = open_baseline(name, Weights(**given, vocabulary=weights.vocabulary, device="cpu", dtype="bfloat16"))
+    system = open_baseline(name, WeightFiles(**given, vocabulary=weights.vocabulary, device="cpu", dtype="bfloat16"))
     steps = {"steps": 2, "skipped": 1} if name.startswith("blended") else {"steps": 1}
-    edit = make_edit((512, 512))
-    pixels = np.asarray(replace(system, **steps)(edit))
+    task = make_task((512, 512))
+    pixels = np.asarray(replace(system, **steps)(task))
     assert pixels.shape == (512, 512, 3)
-    assert (pixels[edit.repaint] != edit.photo[edit.repaint]).any(axis=1).mean() > 0.5
+    assert (pixels[task.repaint] != task.image[task.repaint]).any(axis=1).mean() > 0.5
     for path in given.values():
         path.unlink()

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from pbe.baselines import BASELINES, Edit, Weights, guidance_figure, open_baseline, running
+from pbe.baselines import BASELINES, Task, WeightFiles, open_baseline, running
 from pbe.cli.evaluate import main
 from pbe.cli.systems import FLAGS, SYSTEMS
 from pbe.evaluation import report
 from pbe.evaluation.backbones import sha256_of
-from pbe.evaluation.test_set import Benchmark, read_labels
+from pbe.evaluation.test_set import TestSet, read_labels
+from pbe.images import grids
 from tests.baselines.test_baselines import smooth
 from tests.baselines.test_baselines import weights as tiny_weights  # noqa: F401  (a fixture)
 from tests.evaluation.test_evaluate import judge  # noqa: F401  (a fixture)
@@ -29,7 +30,7 @@ QUIET = ["--device", "cpu", "--workers", "0", "--resamples", "10", "--quiet"]
 
 
 @pytest.fixture(scope="module")
-def weights(tiny_weights) -> Weights:  # noqa: F811
+def weights(tiny_weights) -> WeightFiles:  # noqa: F811
     return replace(tiny_weights, dtype="float32")
 
 
@@ -39,8 +40,8 @@ def files(weights) -> list[str]:
     return [text for kind, flag in FLAGS.items() for text in (flag, str(getattr(weights, kind)))]
 
 
-def write_benchmark(folder: Path, masks: bool = False) -> Path:
-    """Three items without labels, as COCOEE; with `masks`, the object is the left half of each reference."""
+def write_test_set(folder: Path, masks: bool = False) -> Path:
+    """Three items without labels, as COCOEE; with `masks`, the object is the left half of each exemplar."""
     for name in ("GT_3500", "Ref_3500", "Mask_bbox_3500", "Ref_mask_3500"):
         (folder / name).mkdir(parents=True)
     np.save(folder / "id_list.npy", np.array([*LABELS], dtype=np.int64))
@@ -66,8 +67,8 @@ def write_labels(path: Path, labels: dict[int, str]) -> Path:
 def ran(files, judge, tmp_path_factory) -> tuple[Path, list[str]]:  # noqa: F811
     """The folder of one run of all the systems, and its arguments."""
     folder = tmp_path_factory.mktemp("systems")
-    bench, labels = write_benchmark(folder / "bench"), write_labels(folder / "labels.csv", LABELS)
-    arguments = ["run", "--system", *NAMES, "--bench", str(bench), "--labels", str(labels), *files]
+    test_set, labels = write_test_set(folder / "bench"), write_labels(folder / "labels.csv", LABELS)
+    arguments = ["run", "--system", *NAMES, "--test-set", str(test_set), "--labels", str(labels), *files]
     arguments += [
         "--steps",
         str(STEPS),
@@ -92,17 +93,17 @@ def pixels_of(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_is_what_the_system_gives(name, ran, weights):
-    item = Benchmark(ran[0].parent / "bench").items[1]
+    item = TestSet(ran[0].parent / "bench").items[1]
     system = open_baseline(name, weights)
     if name.startswith("blended"):
         system = replace(system, steps=STEPS, skipped=STEPS // 4)
     elif not name.startswith("copy"):
-        system = replace(system, steps=STEPS)
-    expected = system(Edit.read(item.source, item.mask, item.reference, label="dog", seed=42 + 1))
+        system = system.with_settings(steps=STEPS)
+    expected = system(Task.read(item.image, item.mask, item.exemplar, label="dog", seed=42 + 1))
     raw, composited = (pixels_of(ran[0] / name / kind / f"{item.name}.png") for kind in ("raw", "composited"))
     # the same sums may round to the next value where memory is aligned otherwise
     assert np.abs(raw.astype(int) - np.asarray(expected)).max() <= 1
-    source, repaint = pixels_of(item.source), item.repaint()
+    source, repaint = pixels_of(item.image), item.repaint()
     assert np.array_equal(composited[~repaint], source[~repaint])
     assert (composited[repaint] != source[repaint]).any(axis=1).mean() > 0.5
 
@@ -133,6 +134,7 @@ def test_the_report_says_how_each_system_was_run(ran, weights, judge):  # noqa: 
     assert systems["paint-by-example"] == {
         **about,
         "sampler": "plms",
+        "eta": 0.0,
         "spacing": "leading",
         "guidance": 5.0,
         "guidance_interval": None,
@@ -146,23 +148,23 @@ def test_the_table_has_a_row_a_system(ran):
     for one in found["systems"]:
         (k,) = (k for k, line in enumerate(lines) if line.startswith(f"{one['system']}  "))
         values = lines[k].removeprefix(one["system"]).split()
-        assert len(values) == len(one["figures"])
-        for text, figure in zip(values, one["figures"], strict=True):
-            assert float(text) == pytest.approx(figure["value"], abs=5e-3)
+        assert len(values) == len(one["scores"])
+        for text, score in zip(values, one["scores"], strict=True):
+            assert float(text) == pytest.approx(score["value"], abs=5e-3)
         assert lines[k + 1].count("[") == len(values)
     head, rule, *rows = [line.split(" | ") for line in (ran[0] / "report.md").read_text().splitlines()]
     assert len(head) == len(rule)
     for row, one in zip(rows, found["systems"], strict=True):
         assert row[0] == f"| {one['system']}"
         values = [float(text.split()[0]) for text in row[1:]]
-        assert values == pytest.approx([figure["value"] for figure in one["figures"]], abs=5e-3)
+        assert values == pytest.approx([score["value"] for score in one["scores"]], abs=5e-3)
     page = (ran[0] / "report.html").read_text()
     assert all(f"<td>{name}</td>" in page for name in NAMES)
 
 
 def test_nothing_is_read_again_for_what_is_done(ran, capsys, monkeypatch):
     out, arguments = ran
-    monkeypatch.setattr(running.Plan, "open", lambda plan: pytest.fail(f"{plan.name} was opened"))
+    monkeypatch.setattr(running.SystemRun, "open", lambda run: pytest.fail(f"{run.name} was opened"))
     times = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*.png")}
     assert len(times) == 2 * len(NAMES) * len(LABELS)
     assert main(arguments) == 0
@@ -175,8 +177,8 @@ def test_nothing_is_read_again_for_what_is_done(ran, capsys, monkeypatch):
 CHEAP = ["copy-paste", "stable-diffusion-text", "stable-diffusion-image"]
 
 
-def small_arguments(folder: Path, weights: Weights) -> list[str]:
-    arguments = ["run", "--system", *CHEAP, "--bench", str(folder / "bench"), "--out", str(folder / "out")]
+def small_arguments(folder: Path, weights: WeightFiles) -> list[str]:
+    arguments = ["run", "--system", *CHEAP, "--test-set", str(folder / "bench"), "--out", str(folder / "out")]
     arguments += ["--labels", str(folder / "labels.csv"), "--stable-diffusion", str(weights.stable_diffusion)]
     arguments += [
         "--clip",
@@ -194,9 +196,9 @@ def small_arguments(folder: Path, weights: Weights) -> list[str]:
 
 @pytest.fixture(scope="module")
 def small_run(weights, tmp_path_factory) -> Path:
-    """A run of three systems on a benchmark with masks of its references, with a file of weights of its own."""
+    """A run of three systems on a test set with masks of its exemplars, with a file of weights of its own."""
     folder = tmp_path_factory.mktemp("small") / "run"
-    write_benchmark(folder / "bench", masks=True)
+    write_test_set(folder / "bench", masks=True)
     write_labels(folder / "labels.csv", LABELS)
     shutil.copy(weights.clip, folder / "clip.pt")
     assert main(small_arguments(folder, weights)) == 0
@@ -251,17 +253,17 @@ def test_what_follows_from_something_else_is_made_anew(change, made, small, caps
         assert f"{name}, 3 items: {count} generated, {3 - count} were there, 0 failed" in printed
 
 
-@pytest.mark.parametrize("options", [["--seed", "1"], ["--steps", "2"], ["--scale", "2"], ["--redo"]])
+@pytest.mark.parametrize("options", [["--seed", "1"], ["--steps", "2"], ["--guidance", "2"], ["--redo"]])
 def test_other_settings_make_results_anew(options, small, capsys):
     assert main([*small[1], *options, "--system", "stable-diffusion-image", "--limit", "2"]) == 0
     assert "stable-diffusion-image, 2 items: 2 generated, 0 were there" in capsys.readouterr().out
 
 
 def test_copy_paste_uses_the_masks_of_references(small):
-    item = Benchmark(small[0] / "bench").items[0]
-    result, source = pixels_of(small[0] / f"out/copy-paste/raw/{item.name}.png"), pixels_of(item.source)
-    # the cut-out alone, the reference's left half, is stretched to the box
-    cutout = Image.open(item.reference).crop((0, 0, 15, 40)).resize((32, 32), Image.Resampling.BICUBIC)
+    item = TestSet(small[0] / "bench").items[0]
+    result, source = pixels_of(small[0] / f"out/copy-paste/raw/{item.name}.png"), pixels_of(item.image)
+    # the cut-out alone, the exemplar's left half, is stretched to the box
+    cutout = Image.open(item.exemplar).crop((0, 0, 15, 40)).resize((32, 32), Image.Resampling.BICUBIC)
     assert np.array_equal(result[16:48, 12:44], np.asarray(cutout))
     assert np.array_equal(result[~item.repaint()], source[~item.repaint()])
 
@@ -274,7 +276,7 @@ def test_an_item_that_fails_is_named_and_the_others_are_made(small, capsys):
     printed = capsys.readouterr()
     assert "copy-paste, 3 items: 0 generated, 2 were there, 1 failed" in printed.out
     assert "stable-diffusion-image, 3 items: 0 generated, 2 were there, 1 failed" in printed.out
-    assert printed.err.count("000000000012 failed: ") == 2  # a system guided by text reads no reference
+    assert printed.err.count("000000000012 failed: ") == 2  # a system guided by text reads no exemplar
     assert (folder / "out/report.json").read_text() == report  # figures on a part compare with none
 
 
@@ -289,7 +291,7 @@ def test_blended_diffusion_may_have_a_clip_of_its_own(small, weights):
 # --- what is refused ------------------------------------------------------------------------------------------
 
 
-def option_of(name: str, weights: Weights) -> list[str]:
+def option_of(name: str, weights: WeightFiles) -> list[str]:
     return [FLAGS[name], str(getattr(weights, name))]
 
 
@@ -304,10 +306,10 @@ REFUSED = [
     ),
     ("blended-diffusion-image", ["clip"], "512x512_diffusion.pt) by --adm"),
     ("stable-diffusion-text", ["stable_diffusion", "vocabulary"], "3 of the 3 items of"),
-    ("copy-paste", ["--steps", "4"], "--steps is nothing that copy-paste has"),
-    ("blended-diffusion-image", ["--scale", "3"], "--scale is nothing that blended-diffusion-image has"),
-    ("copy-paste", ["--sampler", "ddim"], "--sampler is nothing that copy-paste has"),
-    ("stable-diffusion-text", ["--spacing", "trailing"], "--spacing is nothing that stable-diffusion-text has"),
+    ("copy-paste", ["--steps", "4"], "--steps is not a setting of copy-paste"),
+    ("blended-diffusion-image", ["--guidance", "3"], "--guidance is not a setting of blended-diffusion-image"),
+    ("copy-paste", ["--sampler", "ddim"], "--sampler is not a setting of copy-paste"),
+    ("stable-diffusion-text", ["--spacing", "trailing"], "--spacing is not a setting of stable-diffusion-text"),
     ("stable-diffusion-image", ["stable_diffusion", "vocabulary", "--clip", "no.pt"], "no.pt: there is no such"),
     (
         "stable-diffusion-image",
@@ -316,7 +318,7 @@ REFUSED = [
     ),
     (
         "stable-diffusion-image",
-        ["stable_diffusion", "vocabulary", "clip", "--scale", "nan"],
+        ["stable_diffusion", "vocabulary", "clip", "--guidance", "nan"],
         "guidance must be a number of at least 0",
     ),
     ("paint-by-example", ["paint_by_example", "--sampler", "euler"], "'euler'"),
@@ -331,24 +333,33 @@ REFUSED = [
         "<= 1000, got '5'",
     ),
     ("paint-by-example", ["paint_by_example", "--guidance-interval", "8,2"], "<= 1000, got (8, 2)"),
-    ("copy-paste", ["--guidance-interval", "0,9"], "--guidance-interval is nothing that copy-paste has"),
-    ("paint-by-example", ["paint_by_example", "--resolution", "60"], "a multiple of 8, got 60"),
+    ("copy-paste", ["--guidance-interval", "0,9"], "--guidance-interval is not a setting of copy-paste"),
+    ("paint-by-example", ["paint_by_example", "--resolution", "60"], "a multiple of 8, got '60'"),
     ("copy-paste", ["--devices", "2", "--device", "cuda:1"], "device='cuda:1' cannot be several devices"),
     ("copy-paste", ["--devices", "0"], "--devices must be 1 or more, got 0"),
     ("copy-paste", ["--num-nodes", "-1"], "--num-nodes must be 1 or more, got -1"),
     ("copy-paste", ["--seed", "-1"], "seed must be between 0 and "),
-    ("stable-diffusion-image", ["stable_diffusion", "vocabulary", "--clip", "ADM"], "holds a ADM, not the CLIP"),
+    ("stable-diffusion-image", ["stable_diffusion", "vocabulary", "--clip", "ADM"], "holds ADM, not a CLIP checkpoint"),
 ]
 
 
 @pytest.mark.parametrize(("systems", "options", "message"), REFUSED, ids=[message[:40] for *_, message in REFUSED])
 def test_run_refuses(systems, options, message, weights, tmp_path, capsys):
-    bench = write_benchmark(tmp_path / "bench")
+    test_set = write_test_set(tmp_path / "bench")
     given = []
     for option in options:
         kind = option in FLAGS
         given += option_of(option, weights) if kind else [str(weights.adm) if option == "ADM" else option]
-    arguments = ["run", "--system", *systems.split(), "--bench", str(bench), "--out", str(tmp_path / "out"), *QUIET]
+    arguments = [
+        "run",
+        "--system",
+        *systems.split(),
+        "--test-set",
+        str(test_set),
+        "--out",
+        str(tmp_path / "out"),
+        *QUIET,
+    ]
     assert main([*arguments, *given]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -359,13 +370,13 @@ def test_run_refuses(systems, options, message, weights, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,label\n7,cat\n", "has no column 'id'"),
+        ("name,label\n7,cat\n", "line 2: '','cat' is not an id and its label"),
         ("id,label\n7,cat\nx,dog\n", "line 3: 'x','dog' is not an id and its label"),
         ("id,label\n7,\n", "line 2: '7','' is not an id"),
         ("id,label\n7\n", "line 2: '7','' is not an id"),
         ("id,label\n7,cat\n0007,dog\n", "line 3: the id 0007 has a label already"),
-        ("id,label\n7,\xe9\n", "is not a CSV file in UTF-8"),
-        ("", "has no column 'id'"),
+        ("id,label\n7,\xe9\n", "line 2 is not UTF-8"),
+        ("", "has no rows"),
     ],
 )
 def test_labels_that_cannot_be_read(text, message, tmp_path):
@@ -376,20 +387,20 @@ def test_labels_that_cannot_be_read(text, message, tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"items": [{"id": 7}]}', '{"items": 3}'])
 def test_a_damaged_manifest_is_named(text, tmp_path):
-    folder = write_benchmark(tmp_path / "bench")
-    (folder / "benchmark.json").write_text(text)
-    with pytest.raises(ValueError, match=r"bench/benchmark\.json is not as `build` writes it"):
-        Benchmark(folder)
-    assert len(Benchmark(folder, labels={}).items) == 3
+    folder = write_test_set(tmp_path / "bench")
+    (folder / "test_set.json").write_text(text)
+    with pytest.raises(ValueError, match=r"bench/test_set\.json is not as `build` writes it"):
+        TestSet(folder)
+    assert len(TestSet(folder, labels={}).items) == 3
 
 
 def test_labels_are_of_the_benchmark(tmp_path):
-    write_benchmark(tmp_path / "bench")
+    write_test_set(tmp_path / "bench")
     labels = read_labels(write_labels(tmp_path / "labels.csv", LABELS))
-    assert [item.label for item in Benchmark(tmp_path / "bench", 2, labels).items] == ["cat", "dog"]
-    assert [item.label for item in Benchmark(tmp_path / "bench", labels={12: "dog"}).items] == [None, "dog", None]
+    assert [item.label for item in TestSet(tmp_path / "bench", 2, labels).items] == ["cat", "dog"]
+    assert [item.label for item in TestSet(tmp_path / "bench", labels={12: "dog"}).items] == [None, "dog", None]
     with pytest.raises(ValueError, match=r"label for the id 8, which .*id_list\.npy does not list"):
-        Benchmark(tmp_path / "bench", labels={**labels, 8: "cow"})
+        TestSet(tmp_path / "bench", labels={**labels, 8: "cow"})
 
 
 def test_the_help_tells_every_system_s_files():
@@ -406,8 +417,8 @@ def test_the_help_tells_every_system_s_files():
 
 @pytest.fixture
 def figure_arguments(files, tmp_path) -> list[str]:
-    bench = write_benchmark(tmp_path / "bench")
-    pictures = (("source", "GT_3500", "GT"), ("mask", "Mask_bbox_3500", "mask"), ("exemplar", "Ref_3500", "ref"))
+    test_set = write_test_set(tmp_path / "bench")
+    pictures = (("image", "GT_3500", "GT"), ("mask", "Mask_bbox_3500", "mask"), ("exemplar", "Ref_3500", "ref"))
     arguments = [
         "guidance-figure",
         "--out",
@@ -418,31 +429,32 @@ def figure_arguments(files, tmp_path) -> list[str]:
         *files[-2:],
     ]
     for option, folder, end in pictures:
-        arguments += [f"--{option}", str(bench / folder / f"{7:012d}_{end}.png")]
+        arguments += [f"--{option}", str(test_set / folder / f"{7:012d}_{end}.png")]
     return [*arguments, "--device", "cpu", "--dtype", "float32", "--quiet"]
 
 
 def test_the_figure_shows_each_text_s_result_beside_the_exemplar_s(figure_arguments, weights, tmp_path):
     texts, seeds = ["a cat", "a black cat on a mat"], [5, 9]
     assert main([*figure_arguments, "--texts", *texts, "--seeds", "5", "9"]) == 0
-    item = Benchmark(tmp_path / "bench").items[0]
+    item = TestSet(tmp_path / "bench").items[0]
     by_text, by_exemplar = (
-        replace(open_baseline(name, weights), steps=STEPS) for name in ("stable-diffusion-text", "paint-by-example")
+        open_baseline(name, weights).with_settings(steps=STEPS)
+        for name in ("stable-diffusion-text", "paint-by-example")
     )
     with Image.open(tmp_path / "figure.png") as figure:
         about = json.loads(figure.info["pbe"])
         shown = np.asarray(figure)
     cells = []
     for seed in seeds:
-        edit = Edit.read(item.source, item.mask, item.reference, seed=seed)
-        cells += [[*(by_text.paint(edit, text) for text in texts), edit.exemplar, by_exemplar(edit)]]
-    height, gap = 320, 12  # the photos are square
+        task = Task.read(item.image, item.mask, item.exemplar, seed=seed)
+        cells += [[*(by_text.paint(task, text) for text in texts), task.exemplar, by_exemplar(task)]]
+    height, gap = 320, 12
+    widths = [round(height * cell.width / cell.height) for cell in cells[0]]
     for j, row in enumerate(cells):
         y = shown.shape[0] - (len(cells) - j) * (height + gap)
         for i, cell in enumerate(row):
-            x = shown.shape[1] - (len(row) - i) * (height + gap)
-            width = round(height * cell.width / cell.height)
-            left = x + (height - width) // 2
+            width = widths[i]
+            left = shown.shape[1] - sum(widths[i:]) - (len(row) - i) * gap
             expected = np.asarray(cell.resize((width, height), Image.Resampling.LANCZOS)).astype(int)
             # a value that rounds to the next one moves those around by two at most
             assert np.abs(shown[y : y + height, left : left + width] - expected).max() <= 2
@@ -482,7 +494,7 @@ def test_the_figure_names_a_missing_file_and_replaces_none(figure_arguments, tmp
 @pytest.mark.parametrize("text", ["", "cat", "a cat that sleeps on an old red sofa in the sun", "W" * 90 + " cat"])
 def test_labels_are_broken_into_lines_that_fit(text):
     font = ImageFont.load_default(size=20)
-    lines = guidance_figure.wrap(text, font, 200)
+    lines = grids.wrap(text, font, 200)
     assert all(font.getlength(line) <= 200 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert " ".join(lines).split() == text.split() or "W" * 90 in text
@@ -499,13 +511,13 @@ def test_no_global_numbers_are_drawn(figure_arguments):
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (8, 8), (10, 5), (14, 7)])
 def test_results_stand_in_rows_as_long_as_each_other(count, columns, tmp_path):
-    item = Benchmark(write_benchmark(tmp_path / "bench")).items[0]
+    item = TestSet(write_test_set(tmp_path / "bench")).items[0]
     greys = [255 * i // count for i in range(count)]
     for i, grey in enumerate(greys):
         Image.new("RGB", (64, 64), (grey,) * 3).save(tmp_path / f"{i}.png")
     uri = report.strip(item, [tmp_path / f"{i}.png" for i in range(count)])
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("L")).astype(int)
-    side, first = report.THUMBNAIL + 2, report.THUMBNAIL + 96 + 4  # the reference is 30 x 40
+    side, first = report.THUMBNAIL + 2, report.THUMBNAIL + 96 + 4  # the exemplar is 30 x 40
     assert shown.shape == (side * count // columns - 2, first + side * columns - 2)
     for i, grey in enumerate(greys):
         y, x = side * (i // columns) + 64, first + side * (i % columns) + 64
@@ -513,9 +525,19 @@ def test_results_stand_in_rows_as_long_as_each_other(count, columns, tmp_path):
 
 
 def test_people_may_rank_what_run_made(ran, tmp_path, capsys):
-    out, bench = ran[0], ran[0].parent / "bench"
+    out, test_set = ran[0], ran[0].parent / "bench"
     results = [f"{name}={out / name / 'raw'}" for name in NAMES]
-    arguments = ["study", "--bench", str(bench), "--results", *results, "--out", str(tmp_path / "study"), "-n", "2"]
+    arguments = [
+        "study",
+        "--test-set",
+        str(test_set),
+        "--results",
+        *results,
+        "--out",
+        str(tmp_path / "study"),
+        "-n",
+        "2",
+    ]
     assert main([*arguments, "--quiet"]) == 0
     assert f"2 items, {len(NAMES)} systems" in capsys.readouterr().out
     assert json.loads((tmp_path / "study/key.json").read_text())["systems"] == NAMES

@@ -10,11 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image
 
 from pbe.acceleration import offloading
-from pbe.batch.distributed import BatchEditing, predict_on, run_jobs, share_of
+from pbe.batch.distributed import DividedWork, predict, row_runner, run_jobs, share_of
 from pbe.batch.job import Job
 from pbe.batch.provenance import Weights, read_provenance
 from pbe.batch.run import Outcome, run_row
@@ -57,11 +56,12 @@ def test_share_goes_on_after_an_error(rows, monkeypatch):
 
     monkeypatch.setattr("pbe.editing.edit.edit", edit)
     jobs = [Job.from_row(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)]
-    share = BatchEditing(jobs, Path("model.ckpt"))
-    share.run = partial(run_row, SimpleNamespace, weights=Weights("model.ckpt", "0123abcd", "float32"))
+    run = partial(run_row, SimpleNamespace, weights=Weights("model.ckpt", "0123abcd", "float32"))
+    share = DividedWork(len(jobs), lambda device: None)
+    share.work = lambda index: run(jobs[index])
     for index in (1, 3, 5):  # of the second of two processes; the last one is no job
         share.predict_step(index, index)
-    assert share.outcomes == [Outcome(2, "failed", "RuntimeError: unforeseen"), Outcome(4, "done")]
+    assert share.results == {1: Outcome(2, "failed", "RuntimeError: unforeseen"), 3: Outcome(4, "done")}
 
 
 @pytest.fixture
@@ -118,16 +118,12 @@ def test_networks_visit_the_device_under_lightning_too(rows, tiny_checkpoint, mo
 
     monkeypatch.setattr(offloading, "copied", copied)
     jobs = [Job.from_row(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)][:1]
-    editing = BatchEditing(
-        [replace(job, settings=EditSettings(steps=4)) for job in jobs], tiny_checkpoint, "float32", low_memory=True
-    )
-    try:
-        predict_on(editing, "cpu", devices=1, num_nodes=1, progress=False)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert editing.outcomes == [Outcome(1, "done")]
+    jobs = [replace(job, settings=EditSettings(steps=4)) for job in jobs]
+    work = DividedWork(1, row_runner(jobs, tiny_checkpoint, "float32", low_memory=True))
+    assert predict(work, "cpu", devices=1, num_nodes=1, progress=False)
+    assert work.results == {0: Outcome(1, "done")}
     assert visits
-    assert not list(editing.parameters())  # they would be on the device from the start
+    assert not list(work.parameters())  # they would be on the device from the start
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -139,8 +135,5 @@ def test_each_process_compiles(rows, tiny_checkpoint, monkeypatch):
         return load_editor(checkpoint, device, dtype)
 
     monkeypatch.setattr("pbe.batch.distributed.load_editor", load)
-    try:
-        assert run_jobs([], tiny_checkpoint, "cpu", "float32", compile="regions", progress=False) == []
-    finally:
-        torch.distributed.destroy_process_group()
+    assert run_jobs([], tiny_checkpoint, "cpu", "float32", compile="regions", progress=False) == []
     assert asked == [("cpu", "float32", False, "regions")]

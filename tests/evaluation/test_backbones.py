@@ -23,11 +23,11 @@ from pbe.evaluation.cocoee import (
     read_rgb,
     real_photo,
     released_box,
-    released_reference,
+    released_exemplar,
     released_region,
     to_tensor,
 )
-from pbe.evaluation.surrogate import load_stand_in, recognised, save_stand_in, train_stand_in
+from pbe.evaluation.surrogate import count_recognised, load_surrogate, save_surrogate, train_surrogate
 from pbe.models.clip import CLIP, CLIP_MEAN, CLIP_STD, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 SMALL_CLIP = CLIPConfig(
@@ -55,7 +55,7 @@ def drawn(module: nn.Module, scale=0.3) -> nn.Module:
     return module.eval()
 
 
-# --- views ------------------------------------------------------------------------------------------------
+# --- preparing pictures -------------------------------------------------------------------------------------
 
 
 def test_clips_own_preprocessing_is_transformers():
@@ -118,7 +118,7 @@ def test_the_released_region_is_resized_without_antialiasing(tmp_path):
 def test_the_released_reference_is_squeezed_by_pillow():
     image = photo(90, 200)
     expected = (np.asarray(image.resize((224, 224))) / 255 - CLIP_MEAN) / CLIP_STD
-    np.testing.assert_allclose(released_reference(image).permute(1, 2, 0).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(released_exemplar(image).permute(1, 2, 0).numpy(), expected, atol=1e-6)
 
 
 def test_pictures_are_read_as_rgb(tmp_path):
@@ -148,7 +148,7 @@ def test_the_released_clip_is_told_from_others():
     base = Backbone("clip", "CLIP ViT-B/32", nn.Identity(), to_tensor, 512, "ViT-B-32.pt", "", cpu)
     assert base.is_released_clip
     assert not replace(base, name="CLIP ViT-L/14").is_released_clip
-    assert not replace(base, kind="stand-in").is_released_clip
+    assert not replace(base, kind="surrogate").is_released_clip
 
 
 def test_dino_is_transformers_vit(tmp_path):
@@ -201,7 +201,7 @@ def test_dino_is_transformers_vit(tmp_path):
 
     state["blocks.0.attn.extra"] = torch.zeros(1)
     torch.save(state, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"is no vision transformer of DINO's: .*blocks\.0\.attn\.extra"):
+    with pytest.raises(CheckpointError, match=r"is not a vision transformer of DINO's: .*blocks\.0\.attn\.extra"):
         load_backbone(f"dino={tmp_path / 'other.pth'}")
 
 
@@ -262,15 +262,15 @@ def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("clip", ValueError, "'clip' is no backbone; give KIND=FILE"),
-        ("vgg=a.pth", ValueError, "'vgg=a.pth' is no backbone"),
+        ("clip", ValueError, "'clip' is not a backbone; give KIND=FILE"),
+        ("vgg=a.pth", ValueError, "'vgg=a.pth' is not a backbone"),
         ("torchvision=a.pth", ValueError, "torchvision:MODEL"),
-        ("clip:b=a.pth", ValueError, "'clip:b=a.pth' is no backbone"),
+        ("clip:b=a.pth", ValueError, "'clip:b=a.pth' is not a backbone"),
         ("clip=none.pt", FileNotFoundError, "none.pt: there is no such file of weights for clip"),
         ("torchvision:resnet1={file}", ValueError, "torchvision has no model 'resnet1'"),
         ("clip={file}", CheckpointError, "fits no known model"),
-        ("dino={file}", CheckpointError, "is no vision transformer of DINO's"),
-        ("stand-in={file}", CheckpointError, "holds no stand-in classifier"),
+        ("dino={file}", CheckpointError, "is not a vision transformer of DINO's"),
+        ("surrogate={file}", CheckpointError, "does not hold a surrogate"),
     ],
 )
 def test_backbones_that_cannot_be_loaded(tmp_path, text, error, message):
@@ -279,7 +279,7 @@ def test_backbones_that_cannot_be_loaded(tmp_path, text, error, message):
         load_backbone(text.format(file=tmp_path / "a.pth"))
 
 
-# --- stand-in ---------------------------------------------------------------------------------------------
+# --- surrogate ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -301,33 +301,33 @@ def test_a_stand_in_learns_and_survives_its_file(colours, tmp_path):
     before = torch.get_rng_state()
     told = []
     train = {"epochs": 8, "image_size": 16, "batch_size": 8, "seed": 3}
-    model, names = train_stand_in(Manifest(colours), **train, on_epoch=lambda *args: told.append(args))
+    model, names = train_surrogate(Manifest(colours), **train, on_epoch=lambda *args: told.append(args))
     assert torch.equal(torch.get_rng_state(), before)
     assert names == ["blue", "red"]
     assert told[-1][0] == 7
     assert told[-1][2] == 1.0  # all recognised
-    again, _ = train_stand_in(Manifest(colours), **train)
+    again, _ = train_surrogate(Manifest(colours), **train)
     x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(x), model(x))
 
-    save_stand_in(model, tmp_path / "judge.ckpt", names, {"data": "colours"})
-    assert torch.equal(load_stand_in(tmp_path / "judge.ckpt")(x), model(x))
-    backbone = load_backbone(f"stand-in={tmp_path / 'judge.ckpt'}")
-    assert backbone.is_stand_in
-    assert backbone.name == "stand-in classifier"
+    save_surrogate(model, tmp_path / "judge.ckpt", names, {"data": "colours"})
+    assert torch.equal(load_surrogate(tmp_path / "judge.ckpt")(x), model(x))
+    backbone = load_backbone(f"surrogate={tmp_path / 'judge.ckpt'}")
+    assert backbone.is_surrogate
+    assert backbone.name == "surrogate"
     assert backbone.features([photo(), photo()]).shape == (2, 64)
 
 
 def test_a_stand_in_is_checked_on_the_classes_it_knows(colours, tmp_path):
     """Two pictures of its classes, one of them labelled wrongly, and one of a class that it never saw."""
-    model, names = train_stand_in(Manifest(colours), epochs=8, image_size=16, batch_size=8, seed=3)
+    model, names = train_surrogate(Manifest(colours), epochs=8, image_size=16, batch_size=8, seed=3)
     header, *rows = colours.read_text().splitlines()
     rows = [rows[0], rows[1].replace("blue", "red"), rows[2].replace("red", "green")]
     (colours.parent / "other.csv").write_text("\n".join([header, *rows]))
-    assert recognised(model, names, Manifest(colours.parent / "other.csv")) == (1, 2)
+    assert count_recognised(model, names, Manifest(colours.parent / "other.csv")) == (1, 2)
     (colours.parent / "green.csv").write_text("\n".join([header, rows[2]]))
     with pytest.raises(ValueError, match="has no object of the classes blue, red"):
-        recognised(model, names, Manifest(colours.parent / "green.csv"))
+        count_recognised(model, names, Manifest(colours.parent / "green.csv"))
 
 
 def test_a_stand_in_may_see_the_large_objects_alone(colours, tmp_path, capsys):
@@ -335,7 +335,7 @@ def test_a_stand_in_may_see_the_large_objects_alone(colours, tmp_path, capsys):
     rows = [row.replace("8,6,30,26", "0,0,12,12") if i % 3 else row for i, row in enumerate(rows)]
     rows = [f"{header},width,height", *(f"{row},40,32" for row in rows)]
     (colours.parent / "sizes.csv").write_text("\n".join(rows))
-    arguments = ["stand-in", "--data", str(colours.parent / "sizes.csv"), "--area", "0.2", "1", "--epochs", "1"]
+    arguments = ["surrogate", "--data", str(colours.parent / "sizes.csv"), "--area", "0.2", "1", "--epochs", "1"]
     arguments += ["--check", str(colours), "--size", "16", "--device", "cpu", "--quiet"]
     assert main([*arguments, "--out", str(tmp_path / "judge.ckpt")]) == 0
     printed = capsys.readouterr().out
@@ -353,15 +353,15 @@ def test_a_stand_in_may_see_the_large_objects_alone(colours, tmp_path, capsys):
 )
 def test_a_stand_in_that_cannot_be_trained(settings, message, colours):
     with pytest.raises(ValueError, match=message):
-        train_stand_in(Manifest(colours), **settings)
+        train_surrogate(Manifest(colours), **settings)
 
 
 def test_a_stand_in_needs_classes(colours, tmp_path):
     text = colours.read_text()
     (colours.parent / "one.csv").write_text(text.replace("red", "blue"))
     with pytest.raises(ValueError, match="has only the class 'blue'"):
-        train_stand_in(Manifest(colours.parent / "one.csv"))
+        train_surrogate(Manifest(colours.parent / "one.csv"))
     rows = [",".join(line.split(",")[:5]) for line in text.splitlines()]
     (colours.parent / "none.csv").write_text("\n".join(rows))
     with pytest.raises(ValueError, match="has no label"):
-        train_stand_in(Manifest(colours.parent / "none.csv"))
+        train_surrogate(Manifest(colours.parent / "none.csv"))

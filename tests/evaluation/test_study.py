@@ -1,6 +1,5 @@
 """A user study without a browser: what the page holds and hides, and what the report makes of answers."""
 
-import argparse
 import base64
 import io
 import json
@@ -14,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pbe.cli.study import add_study, add_study_report
+from pbe.cli.evaluate import main
+from pbe.evaluation.bootstrap import Bootstrap
 from pbe.evaluation.study.build import StudyConfig, build_study, outlined
 from pbe.evaluation.study.report import (
     bootstrap_mean_ranks,
@@ -28,7 +28,7 @@ from pbe.evaluation.study.report import (
     wilson,
     write_study_report,
 )
-from pbe.evaluation.test_set import Benchmark
+from pbe.evaluation.test_set import TestSet
 
 SYSTEMS = ("ours <b>", "copy|paste", "zeta")
 SIZE = 48, 32  # of the sources, width and height
@@ -36,33 +36,33 @@ COLOURS = dict(zip(SYSTEMS, ((200, 40, 40), (40, 200, 40), (40, 40, 200)), stric
 
 
 def make_benchmark(folder: Path, count: int = 4) -> tuple[Path, dict[str, Path]]:
-    """A benchmark of `count` items, and results of three systems, each of one colour that no other has."""
+    """A test set of `count` items, and results of three systems, each of one colour that no other has."""
     rng = np.random.default_rng(0)
-    bench, ids = folder / "bench", [10 * i + 7 for i in range(count)]
+    test_set, ids = folder / "bench", [10 * i + 7 for i in range(count)]
     results = {system: folder / f"results-{i}" for i, system in enumerate(SYSTEMS)}
-    for one in (bench / "GT_3500", bench / "Ref_3500", bench / "Mask_bbox_3500", *results.values()):
+    for one in (test_set / "GT_3500", test_set / "Ref_3500", test_set / "Mask_bbox_3500", *results.values()):
         one.mkdir(parents=True)
     for id_ in ids:
         source = Image.fromarray(rng.integers(60, 200, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
         mask = Image.new("L", SIZE)
         mask.paste(255, (12, 8, 30, 24))
-        source.save(bench / f"GT_3500/{id_:012d}_GT.png")
-        Image.new("RGB", (20, 20), (120, 120, 120)).save(bench / f"Ref_3500/{id_:012d}_ref.png")
-        mask.save(bench / f"Mask_bbox_3500/{id_:012d}_mask.png")
+        source.save(test_set / f"GT_3500/{id_:012d}_GT.png")
+        Image.new("RGB", (20, 20), (120, 120, 120)).save(test_set / f"Ref_3500/{id_:012d}_ref.png")
+        mask.save(test_set / f"Mask_bbox_3500/{id_:012d}_mask.png")
         for system, one in results.items():
             Image.new("RGB", SIZE, COLOURS[system]).save(one / f"{id_:012d}.png")
-    np.save(bench / "id_list.npy", np.array(ids))
-    return bench, results
+    np.save(test_set / "id_list.npy", np.array(ids))
+    return test_set, results
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, dict[str, Path], Path]:
-    """A benchmark's folder, the systems' results, and the study of three of its four items."""
+    """A test set's folder, the systems' results, and the study of three of its four items."""
     folder = tmp_path_factory.mktemp("study")
-    bench, results = make_benchmark(folder)
+    test_set, results = make_benchmark(folder)
     config = StudyConfig(num_items=3, size=64, title="</script><b>Title", send_to="mail <them>")
-    build_study(Benchmark(bench), results, folder / "out", config)
-    return bench, results, folder / "out"
+    build_study(TestSet(test_set), results, folder / "out", config)
+    return test_set, results, folder / "out"
 
 
 def shown(page: Path) -> dict:
@@ -105,11 +105,11 @@ def test_the_page_stands_alone_and_hides_the_systems(made):
 
 
 def test_the_key_tells_whose_each_picture_is(made):
-    bench, _, out = made
+    test_set, _, out = made
     key, data = read_key(out / "key.json"), shown(out / "page/study.html")
     assert key.study == data["study"]
     assert key.systems == SYSTEMS
-    assert set(key.items) <= {item.name for item in Benchmark(bench).items}
+    assert set(key.items) <= {item.name for item in TestSet(test_set).items}
     firsts = set()
     for item in data["items"]:
         assert item["aspect"] == SIZE[0] / SIZE[1]
@@ -126,20 +126,20 @@ def test_the_key_tells_whose_each_picture_is(made):
 
 
 def test_the_seed_decides(made, tmp_path):
-    bench, results, out = made
+    test_set, results, out = made
     config = StudyConfig(num_items=3, size=64, title="</script><b>Title", send_to="mail <them>")
-    build_study(Benchmark(bench), results, tmp_path / "again", config)
+    build_study(TestSet(test_set), results, tmp_path / "again", config)
     for name in ("key.json", "page/study.html"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
-    other = build_study(Benchmark(bench), results, tmp_path / "other", StudyConfig(num_items=3, size=64, seed=1))
+    other = build_study(TestSet(test_set), results, tmp_path / "other", StudyConfig(num_items=3, size=64, seed=1))
     assert other != read_key(out / "key.json").study
 
 
 def test_pictures_beside_the_page(made, tmp_path):
-    bench, results, _ = made
+    test_set, results, _ = made
     calls = []
     config = StudyConfig(num_items=50, size=64)
-    build_study(Benchmark(bench), results, tmp_path / "s", config, as_files=True, on_item=lambda: calls.append(1))
+    build_study(TestSet(test_set), results, tmp_path / "s", config, as_files=True, on_item=lambda: calls.append(1))
     data = shown(tmp_path / "s/page/study.html")
     assert len(calls) == len(data["items"]) == 4  # all there are
     files = sorted(p.relative_to(tmp_path / "s/page").as_posix() for p in (tmp_path / "s/page/pictures").iterdir())
@@ -158,43 +158,43 @@ def test_the_region_is_outlined_and_pictures_are_reduced(tmp_path):
     np.testing.assert_array_equal(is_white, expected_white & ~expected_red)
     assert image.getpixel((39, 30)) == (0, 0, 255)  # the image itself stays
 
-    bench, results = make_benchmark(tmp_path, 2)
-    for path in (bench / "GT_3500").iterdir():
+    test_set, results = make_benchmark(tmp_path, 2)
+    for path in (test_set / "GT_3500").iterdir():
         Image.open(path).resize((192, 128)).save(path)
-    for path in (bench / "Mask_bbox_3500").iterdir():
+    for path in (test_set / "Mask_bbox_3500").iterdir():
         Image.open(path).resize((192, 128)).save(path)
     for folder in results.values():
         for path in folder.iterdir():
             Image.open(path).resize((192, 128)).save(path)
-    build_study(Benchmark(bench), results, tmp_path / "s", StudyConfig(size=64), as_files=True)
+    build_study(TestSet(test_set), results, tmp_path / "s", StudyConfig(size=64), as_files=True)
     sizes = [Image.open(path).size for path in (tmp_path / "s/page/pictures").iterdir()]
     assert sorted(set(sizes)) == [(20, 20), (64, 43)]
 
 
 def test_build_refuses(made, tmp_path, monkeypatch):
-    bench, results, out = made
-    benchmark = Benchmark(bench)
+    test_set, results, out = made
+    test_set = TestSet(test_set)
     with pytest.raises(ValueError, match="ranks 2 to 9 systems, got 1: zeta"):
-        build_study(benchmark, {"zeta": results["zeta"]}, tmp_path / "s")
+        build_study(test_set, {"zeta": results["zeta"]}, tmp_path / "s")
     with pytest.raises(ValueError, match=r"must be printable text, got 'a\\nb'"):
-        build_study(benchmark, {"a\nb": results["zeta"], **results}, tmp_path / "s")
+        build_study(test_set, {"a\nb": results["zeta"], **results}, tmp_path / "s")
     with pytest.raises(FileExistsError, match="exists; --force"):
-        build_study(benchmark, results, out)
+        build_study(test_set, results, out)
     (tmp_path / "mine").mkdir()
     with pytest.raises(FileExistsError, match="replaces it, if it is a study"):
-        build_study(benchmark, results, tmp_path / "mine", overwrite=True)
+        build_study(test_set, results, tmp_path / "mine", overwrite=True)
     with pytest.raises(ValueError, match="num_items must be 1 to 10000, got 0"):
         StudyConfig(num_items=0)
     with pytest.raises(ValueError, match="quality must be 1 to 95, got 100"):
         StudyConfig(quality=100)
     monkeypatch.setattr("pbe.evaluation.study.build.MAX_INLINE", 1000)
     with pytest.raises(ValueError, match="--files"):
-        build_study(benchmark, results, tmp_path / "s", StudyConfig(size=64))
+        build_study(test_set, results, tmp_path / "s", StudyConfig(size=64))
     (tmp_path / "other").mkdir()
-    for item in benchmark.items:
+    for item in test_set.items:
         Image.new("RGB", (10, 10)).save(tmp_path / "other" / f"{item.name}.png")
-    with pytest.raises(ValueError, match="is 10x10, but the source"):
-        build_study(benchmark, {**results, "other": tmp_path / "other"}, tmp_path / "s")
+    with pytest.raises(ValueError, match="is 10x10, but the image"):
+        build_study(test_set, {**results, "other": tmp_path / "other"}, tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 
@@ -224,7 +224,7 @@ def test_wrong_answers_are_refused(made, tmp_path):
     good = json.loads(answer_file(tmp_path / "good.json", key_path, "one", {"quality": (0, 1, 2)}).read_text())
     first, *others = good["answers"]
     refused("other.json", f"answers the study 'abc', the key is of '{key.study}'", study="abc")
-    refused("kind.json", "holds no answers", kind="pbe study key")
+    refused("kind.json", "does not hold answers", kind="pbe study key")
     refused("nobody.json", "must name its participant", participant=3)
     refused("item.json", r"the item \['x'\] is not in the study", answers=[{"item": ["x"]}])
     refused("twice.json", f"the item '{first['item']}' is there twice", answers=[first, *others, first])
@@ -234,17 +234,17 @@ def test_wrong_answers_are_refused(made, tmp_path):
     refused("shown.json", f"'shown' of item {first['item']} must be", answers=[{**first, "shown": None}])
     refused("foreign.json", "'likeness' of item", answers=[{**first, "likeness": others[0]["quality"]}])
     (tmp_path / "text.json").write_text("no JSON")
-    with pytest.raises(ValueError, match=r"text\.json holds no answers of a study.*Expecting value"):
+    with pytest.raises(ValueError, match=r"text\.json does not hold answers to a study.*Expecting value"):
         read_answers(tmp_path / "text.json", key)
-    with pytest.raises(ValueError, match=r"good\.json is no key of a study"):
+    with pytest.raises(ValueError, match=r"good\.json is not the key of a study"):
         read_key(tmp_path / "good.json")
     again = answer_file(tmp_path / "again.json", key_path, "one", {"quality": (0, 1, 2)})
     with pytest.raises(ValueError, match=r"again\.json is of the same participant as .*good\.json"):
         study_report(key_path, [tmp_path / "good.json", again])
-    with pytest.raises(ValueError, match="resamples must be 100 or more, got 0"):
-        study_report(key_path, [tmp_path / "good.json"], resamples=0)
+    with pytest.raises(ValueError, match="resamples must be 100 or more, got 99"):
+        study_report(key_path, [tmp_path / "good.json"], bootstrap=Bootstrap(99))
     with pytest.raises(ValueError, match=r"level must be between 0 and 1, got 95"):
-        study_report(key_path, [tmp_path / "good.json"], level=95)
+        study_report(key_path, [tmp_path / "good.json"], bootstrap=Bootstrap(1000, level=95))
     with pytest.raises(ValueError, match="no file holds a ranking by likeness"):
         study_report(key_path, [tmp_path / "good.json"])
 
@@ -321,7 +321,7 @@ def test_the_report(made, tmp_path):
         answer_file(tmp_path / "b.json", key_path, "b", {"quality": (0, 2, 1), "likeness": (1, 0, 2)}),
         answer_file(tmp_path / "c.json", key_path, "c", {"quality": (1, 0, 2)}),
     ]
-    report = study_report(key_path, files, resamples=2000)
+    report = study_report(key_path, files, bootstrap=Bootstrap(2000))
     assert (report["participants"], report["items"], report["systems"]) == (3, 3, list(SYSTEMS))
     quality, likeness = report["questions"]["quality"], report["questions"]["likeness"]
     assert (quality["rankings"], likeness["rankings"]) == (9, 6)
@@ -333,7 +333,7 @@ def test_the_report(made, tmp_path):
     assert pairs[SYSTEMS[0], SYSTEMS[1]]["share"] == pytest.approx(2 / 3)
     assert (pairs[SYSTEMS[0], "zeta"]["wins"], pairs[SYSTEMS[0], "zeta"]["sign_test_p"]) == (9, 0.25)
     assert sum(quality["mean_rank_by_place"]) == pytest.approx(6)
-    assert study_report(key_path, files[::-1], resamples=2000)["questions"]["likeness"] == likeness
+    assert study_report(key_path, files[::-1], bootstrap=Bootstrap(2000))["questions"]["likeness"] == likeness
 
     write_study_report(report, tmp_path / "out")
     assert json.loads((tmp_path / "out/study-report.json").read_text()) == report
@@ -352,7 +352,7 @@ def test_every_order_is_as_likely_a_mean_rank_of_the_middle(made, tmp_path):
         answer_file(tmp_path / f"{i}.json", key_path, str(i), {"quality": order, "likeness": order})
         for i, order in enumerate(permutations(range(3)))
     ]
-    report = study_report(key_path, files, resamples=100)
+    report = study_report(key_path, files, bootstrap=Bootstrap(100))
     for figures in report["questions"].values():
         assert [one["value"] for one in figures["mean_rank"].values()] == [2, 2, 2]
         assert figures["mean_rank_by_place"] == [2, 2, 2]
@@ -363,25 +363,20 @@ def test_every_order_is_as_likely_a_mean_rank_of_the_middle(made, tmp_path):
 
 
 def command(*arguments) -> int:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-    add_study(commands)
-    add_study_report(commands)
-    args = parser.parse_args(list(map(str, arguments)))
-    return args.run(args)
+    return main(list(map(str, arguments)))
 
 
 def test_the_commands(made, tmp_path, capsys):
-    bench, results, _ = made
+    test_set, results, _ = made
     named = [f"{name}={folder}" for name, folder in results.items()]
-    flags = ["--bench", bench, "--size", 64, "--quiet"]
+    flags = ["--test-set", test_set, "--size", 64, "--quiet"]
     assert command("study", *flags, "--results", *named, "--out", tmp_path / "s", "-n", 2) == 0
     printed = capsys.readouterr().out
     key = read_key(tmp_path / "s/key.json")
     assert f"study {key.study}: 2 items, 3 systems" in printed
     assert "study.html: hand out this file" in printed
-    with pytest.raises(ValueError, match="two systems are called 'results-0'"):
-        command("study", *flags, "--results", results[SYSTEMS[0]], results[SYSTEMS[0]], "--out", tmp_path / "t")
+    assert command("study", *flags, "--results", results[SYSTEMS[0]], results[SYSTEMS[0]], "--out", tmp_path / "t") == 2
+    assert "two systems are called 'results-0'" in capsys.readouterr().err
     order = (0, 1, 2)
     file = answer_file(tmp_path / "a.json", tmp_path / "s/key.json", "a", {"quality": order, "likeness": order})
     assert command("study-report", tmp_path / "s/key.json", file, "--out", tmp_path / "r", "--resamples", 100) == 0

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pbe.evaluation.bootstrap import Bootstrap
 from pbe.evaluation.study.build import StudyConfig, build_study
 from pbe.evaluation.study.report import read_answers, read_key, study_report
-from pbe.evaluation.test_set import Benchmark
+from pbe.evaluation.test_set import TestSet
 from tests.evaluation.test_study import SYSTEMS, make_benchmark
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -25,10 +26,10 @@ QUALITY, LIKENESS = (2, 0, 1), (1, 2, 0)  # the systems from best to worst, as t
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    bench, results = make_benchmark(folder, 2)
+    test_set, results = make_benchmark(folder, 2)
     config = StudyConfig(title="</script><b>Title", send_to="mail <them>")
-    build_study(Benchmark(bench), results, folder / "out", config)
-    build_study(Benchmark(bench), results, folder / "files", config, as_files=True)
+    build_study(TestSet(test_set), results, folder / "out", config)
+    build_study(TestSet(test_set), results, folder / "files", config, as_files=True)
     return folder
 
 
@@ -128,7 +129,7 @@ def test_a_participant_ranks_reloads_and_saves(tab, study, tmp_path):
     for name, expected in ranks.items():
         assert answers.ranks[name].tolist() == [expected.tolist()] * 2
     assert json.loads(path.read_text())["seed"] == before[1]
-    report = study_report(key, [path], resamples=100)
+    report = study_report(key, [path], Bootstrap(100))
     for name, expected in ranks.items():
         found = report["questions"][name]["mean_rank"]
         assert [found[system]["value"] for system in SYSTEMS] == expected.tolist()
@@ -140,16 +141,16 @@ def test_two_participants_of_one_browser(tab, study, tmp_path):
     answer_all(tab, study)
     paths = [save(tab, tmp_path / "a.json")]
     tab.once("dialog", lambda dialog: dialog.dismiss())
-    tab.get_by_role("button", name="Start anew").click()
+    tab.get_by_role("button", name="Start again").click()
     assert tab.locator("#end").is_visible()  # not confirmed
     tab.once("dialog", lambda dialog: dialog.accept())
-    tab.get_by_role("button", name="Start anew").click()
+    tab.get_by_role("button", name="Start again").click()
     answer_all(tab, study)
     paths.append(save(tab, tmp_path / "b.json"))
     first, second = (json.loads(path.read_text()) for path in paths)
     assert first["participant"] != second["participant"]
     assert first["seed"] != second["seed"]
-    report = study_report(study / "out/key.json", paths, resamples=100)
+    report = study_report(study / "out/key.json", paths, Bootstrap(100))
     assert report["participants"] == 2
     assert report["questions"]["quality"]["mean_rank"]["zeta"] == {"value": 1, "low": 1, "high": 1}
 

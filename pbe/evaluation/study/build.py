@@ -6,7 +6,6 @@ ranked twice. The page works from the disk and sends nothing; `pbe.evaluation.st
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
@@ -21,8 +20,9 @@ from PIL import Image, ImageChops, ImageFilter
 
 from pbe import __version__
 from pbe.evaluation.cocoee import read_rgb
-from pbe.evaluation.test_set import Benchmark, read_result, result_files
-from pbe.io.atomic import replacing
+from pbe.evaluation.html import embedded, jpeg_uri
+from pbe.evaluation.test_set import TestSet, read_result, result_files
+from pbe.io.atomic import replacing, write_text
 
 KEY, PAGE = "key.json", "page/study.html"  # in the study's folder; participants get the folder of the page alone
 MAX_SYSTEMS = 9  # more cannot be told apart at once, and the page names ranks up to the 9th
@@ -31,7 +31,7 @@ MAX_INLINE = 64 * 2**20  # bytes of pictures inside the page
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What a study shows: `num_items` of the benchmark, drawn by the seed (all, if it has fewer).
+    """What a study shows: `num_items` of the test set, drawn by the seed (all, if it has fewer).
 
     size: of the longer side of the pictures, in pixels; larger ones are reduced. quality: of the JPEGs, 1 to 95.
     title: heads the page. send_to: ends the sentence "Save your answers and …".
@@ -51,7 +51,7 @@ class StudyConfig:
 
 
 def build_study(
-    benchmark: Benchmark,
+    test_set: TestSet,
     systems: Mapping[str, str | Path],
     out: str | Path,
     config: StudyConfig = StudyConfig(),
@@ -65,7 +65,7 @@ def build_study(
     the key alone tells which picture is whose, so hand out the folder `page` without it. `as_files` puts the pictures
     beside the page instead of inside it.
 
-    ValueError for fewer than 2 or more than 9 systems, a result of another size than its source's, or more pictures
+    ValueError for fewer than 2 or more than 9 systems, a result of another size than its image, or more pictures
     than a page can hold; FileNotFoundError for missing results; FileExistsError for an existing folder unless
     `overwrite`.
     """
@@ -77,93 +77,73 @@ def build_study(
         raise ValueError(f"a system's name must be printable text, got {unprintable[0]!r}")
     if out.exists() and not (overwrite and (out / KEY).is_file()):
         raise FileExistsError(f"{out} exists; --force (overwrite=True) replaces it, if it is a study")
-    files = {system: result_files(benchmark, folder) for system, folder in systems.items()}
+    files = [result_files(test_set, folder) for folder in systems.values()]
 
     rng = np.random.default_rng(config.seed)
-    count = min(config.num_items, len(benchmark.items))
-    chosen = np.sort(rng.choice(len(benchmark.items), count, replace=False)).tolist()
+    count = min(config.num_items, len(test_set.items))
+    chosen = np.sort(rng.choice(len(test_set.items), count, replace=False)).tolist()
     # Pictures are numbered at random: neither their names nor their order in the page tells whose they are.
     numbers = iter(rng.permutation(count * (2 + len(systems))).tolist())
     pictures: dict[str, bytes] = {}
     items, key = [], {}
     for i in chosen:
-        item = benchmark.items[i]
-        source = read_rgb(item.source)
-        results = [read_result(found[i], item, source) for found in files.values()]
-        images = [source, read_rgb(item.reference), *results]
-        images = [reduced(image, config.size) for image in images]
-        images[0] = outlined(images[0], item.repaint())
-        names = [f"p{next(numbers):05d}" for _ in images]
-        pictures |= {name: jpeg(image, config.quality) for name, image in zip(names, images, strict=True)}
+        item = test_set.items[i]
+        image = read_rgb(item.image)
+        results = [read_result(found[i], item, image) for found in files]
+        shown = [reduced(one, config.size) for one in (image, read_rgb(item.exemplar), *results)]
+        shown[0] = outlined(shown[0], item.repaint())
+        names = [f"p{next(numbers):05d}" for _ in shown]
+        pictures |= {name: jpeg(one, config.quality) for name, one in zip(names, shown, strict=True)}
         key[item.name] = dict(zip(names[2:], systems, strict=True))
         items.append(
             {
                 "item": item.name,
-                "source": names[0],
+                "image": names[0],
                 "exemplar": names[1],
                 "results": sorted(names[2:]),
-                "aspect": round(source.width / source.height, 4),
+                "aspect": round(image.width / image.height, 4),
             }
         )
         if on_item is not None:
             on_item()
+    pictures = dict(sorted(pictures.items()))
     total = sum(map(len, pictures.values()))
     if total > MAX_INLINE and not as_files:
         raise ValueError(
             f"the pictures take {total / 2**20:.0f} MiB, more than the {MAX_INLINE // 2**20} MiB that fit in one page; "
             "--files (as_files=True) puts them beside it, a smaller size, quality or number of items makes them fewer"
         )
-    return _write(
-        out, benchmark, list(systems), key, items, dict(sorted(pictures.items())), config, as_files, overwrite
-    )
 
-
-def _write(
-    out: Path,
-    benchmark: Benchmark,
-    systems: list[str],
-    key: Mapping[str, Mapping[str, str]],
-    items: list[dict[str, Any]],
-    pictures: Mapping[str, bytes],
-    config: StudyConfig,
-    as_files: bool,
-    overwrite: bool,
-) -> str:
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in pictures.items()}
-    study = hashlib.sha256(json.dumps([items, digests, systems, key], sort_keys=True).encode()).hexdigest()[:12]
-    if as_files:
-        sources = {name: f"pictures/{name}.jpg" for name in pictures}
-    else:
-        sources = {name: "data:image/jpeg;base64," + base64.b64encode(x).decode() for name, x in pictures.items()}
-    shown = {"study": study, "title": config.title, "send_to": config.send_to, "items": items, "pictures": sources}
+    content = json.dumps([items, digests, list(systems), key], sort_keys=True)
+    study = hashlib.sha256(content.encode()).hexdigest()[:12]
+    addresses = {name: f"pictures/{name}.jpg" if as_files else jpeg_uri(data) for name, data in pictures.items()}
+    page = {"study": study, "title": config.title, "send_to": config.send_to, "items": items, "pictures": addresses}
     told = {
         "kind": "pbe study key",
         "pbe": __version__,
         "study": study,
-        "benchmark": benchmark.folder.resolve().name,
+        "test_set": test_set.folder.resolve().name,
         "settings": asdict(config),
-        "systems": systems,
+        "systems": list(systems),
         "items": key,
     }
     with replacing(out, overwrite) as part:
-        page = part / PAGE
-        page.parent.mkdir(parents=True)
-        page.write_text(render(shown), encoding="utf-8")
-        (part / KEY).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(part / PAGE, render(page))
+        write_text(part / KEY, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
         if as_files:
-            (page.parent / "pictures").mkdir()
+            folder = (part / PAGE).parent
+            (folder / "pictures").mkdir()
             for name, data in pictures.items():
-                (page.parent / sources[name]).write_bytes(data)
+                (folder / addresses[name]).write_bytes(data)
     return study
 
 
 def render(study: Mapping[str, Any]) -> str:
     """The page of a study; what it shows is data that its script puts in as text, never as markup."""
     template = resources.files("pbe.evaluation.study").joinpath("study.html").read_text(encoding="utf-8")
-    # Escaped, because `</script>` in a string would end the element that holds it.
-    data = json.dumps(study, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     before, after = template.split(">STUDY<")
-    return f"{before}>{data}<{after}"
+    return f"{before}>{embedded(study)}<{after}"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -174,7 +154,8 @@ def reduced(image: Image.Image, size: int) -> Image.Image:
     scale = min(1.0, size / max(image.size))
     if scale == 1:
         return image
-    return image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def outlined(image: Image.Image, repaint: np.ndarray) -> Image.Image:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from pbe import __version__
-from pbe.evaluation.bootstrap import interval
-from pbe.io.atomic import replacing
+from pbe.evaluation.bootstrap import Bootstrap
+from pbe.io.atomic import write_text
 
 QUESTIONS = ("quality", "likeness")
 REPORT = "study-report"
+BOOTSTRAP = Bootstrap(resamples=10_000)
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ class Answers:
 
 def read_key(path: str | Path) -> Key:
     """The key that `build_study` wrote. ValueError for another file."""
-    content = _read_json(Path(path), "pbe study key", "is no key of a study; `study` writes it as key.json")
+    content = _read_json(Path(path), "pbe study key", "is not the key of a study; `study` writes it as key.json")
     return Key(content["study"], tuple(content["systems"]), content["items"])
 
 
 def read_answers(path: str | Path, key: Key) -> Answers:
     """A file that the study's page saved. ValueError naming the file and what is wrong with it."""
     path = Path(path)
-    content = _read_json(path, "pbe study answers", "holds no answers of a study; the page saves them")
+    content = _read_json(path, "pbe study answers", "does not hold answers to a study; the page saves them")
     if content.get("study") != key.study:
         raise ValueError(f"{path} answers the study {content.get('study')!r}, the key is of {key.study!r}")
     participant, answers = content.get("participant"), content.get("answers")
@@ -68,9 +69,8 @@ def read_answers(path: str | Path, key: Key) -> Answers:
     for answer in answers:
         item = answer.get("item") if isinstance(answer, dict) else None
         if not isinstance(item, str) or item not in rows or item in seen:
-            raise ValueError(
-                f"{path}: the item {item!r} is {'not in the study' if item not in list(rows) else 'there twice'}"
-            )
+            problem = "there twice" if isinstance(item, str) and item in rows else "not in the study"
+            raise ValueError(f"{path}: the item {item!r} is {problem}")
         seen.add(item)
         pictures = key.items[item]
         for name in ("shown", *QUESTIONS):
@@ -92,28 +92,25 @@ def read_answers(path: str | Path, key: Key) -> Answers:
 def _read_json(path: Path, kind: str, otherwise: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also what is no UTF-8
+    except ValueError as error:  # also for what is not UTF-8
         raise ValueError(f"{path} {otherwise}: {error}") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ValueError(f"{path} {otherwise}")
     return content
 
 
-# --- figures ----------------------------------------------------------------------------------------------
+# --- numbers ----------------------------------------------------------------------------------------------
 
 
-def study_report(
-    key: str | Path, files: Sequence[str | Path], resamples: int = 10_000, level: float = 0.95, seed: int = 0
-) -> dict[str, Any]:
+def study_report(key: str | Path, files: Sequence[str | Path], bootstrap: Bootstrap = BOOTSTRAP) -> dict[str, Any]:
     """The report of a study as JSON values, of its key and the participants' files.
 
     ValueError for a wrong file, two files of one participant, or no ranking by a question.
     """
-    if resamples < 100:
-        raise ValueError(f"resamples must be 100 or more, got {resamples}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level:g}")
-    known, found, owners = read_key(key), [], {}
+    if bootstrap.resamples < 100:
+        raise ValueError(f"resamples must be 100 or more, got {bootstrap.resamples}")
+    known, found = read_key(key), []
+    owners: dict[str, str | Path] = {}
     for path in files:
         answers = read_answers(path, known)
         if answers.participant in owners:
@@ -124,44 +121,40 @@ def study_report(
         found.append(answers)
     if not found:
         raise ValueError("a report needs the answers of one participant or more")
-    generator = torch.Generator().manual_seed(seed)
+    generator = bootstrap.generator()
     return {
         "pbe": __version__,
         "study": known.study,
         "participants": len(found),
         "items": len(known.items),
         "systems": list(known.systems),
-        "bootstrap": {"resamples": resamples, "level": level, "seed": seed},
-        "questions": {
-            question: _figures(question, found, known.systems, resamples, level, generator) for question in QUESTIONS
-        },
+        "bootstrap": asdict(bootstrap),
+        "questions": {name: _answers_to(name, found, known.systems, bootstrap, generator) for name in QUESTIONS},
     }
 
 
-def _figures(
+def _answers_to(
     question: str,
     found: Sequence[Answers],
     systems: Sequence[str],
-    resamples: int,
-    level: float,
+    bootstrap: Bootstrap,
     generator: torch.Generator,
 ) -> dict[str, Any]:
     ranks = torch.stack([answers.ranks[question] for answers in found])  # (P, I, S)
     is_ranked = ~ranks[..., 0].isnan()  # (P, I)
     if not is_ranked.any():
         raise ValueError(f"no file holds a ranking by {question}")
-    means, draws = mean_ranks(ranks), bootstrap_mean_ranks(ranks, resamples, generator)
-    estimates = [interval(means[s], draws[:, s], level, centred=False) for s in range(len(systems))]
+    means, draws = mean_ranks(ranks), bootstrap_mean_ranks(ranks, bootstrap.resamples, generator)
     places = torch.stack([answers.places for answers in found])[is_ranked]
     by_place = [ranks[is_ranked][places == place].mean().item() for place in range(len(systems))]
     return {
         "rankings": int(is_ranked.sum()),
         "mean_rank": {
-            system: {name: value.item() for name, value in estimate._asdict().items()}
-            for system, estimate in zip(systems, estimates, strict=True)
+            system: {name: value.item() for name, value in bootstrap.interval(means[s], draws[:, s])._asdict().items()}
+            for s, system in enumerate(systems)
         },
         "preference": [
-            {"system": systems[a], "over": systems[b], **preference(ranks[..., a], ranks[..., b], level)}
+            {"system": systems[a], "over": systems[b], **preference(ranks[..., a], ranks[..., b], bootstrap.level)}
             for a, b in combinations(range(len(systems)), 2)
         ],
         "mean_rank_by_place": by_place,
@@ -174,7 +167,7 @@ def mean_ranks(ranks: Tensor) -> Tensor:
 
 
 def bootstrap_mean_ranks(ranks: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
-    """Mean ranks (resamples, S) of participants and items each drawn anew with replacement.
+    """Mean ranks (resamples, S) of participants and items each drawn with replacement.
 
     Both are samples of what could have been asked, and a ranking shares each with others: drawing rankings one by one
     would make intervals too narrow (Owen 2007, "The pigeonhole bootstrap"). A draw without a ranking is left out.
@@ -240,10 +233,10 @@ def markdown(report: dict[str, Any]) -> str:
     counted = (("participant", report["participants"]), ("item", report["items"]), ("system", len(report["systems"])))
     lines = [f"# User study {report['study']}", ""]
     lines += [", ".join(f"{count} {what}{'' if count == 1 else 's'}" for what, count in counted) + "."]
-    for question, figures in report["questions"].items():
-        ranks = sorted(figures["mean_rank"].items(), key=lambda one: one[1]["value"])
+    for question, found in report["questions"].items():
+        ranks = sorted(found["mean_rank"].items(), key=lambda one: one[1]["value"])
         rows = [[name, f"{x['value']:.2f}", f"{x['low']:.2f} to {x['high']:.2f}"] for name, x in ranks]
-        lines += ["", f"## By {question}: {figures['rankings']} rankings", ""]
+        lines += ["", f"## By {question}: {found['rankings']} rankings", ""]
         lines += [*_table(["system", "mean rank ↓", level], rows), ""]
         rows = [
             [
@@ -253,10 +246,10 @@ def markdown(report: dict[str, Any]) -> str:
                 f"{x['votes_for']} : {x['votes_against']}",
                 f"{x['sign_test_p']:.3g}",
             ]
-            for x in figures["preference"]
+            for x in found["preference"]
         ]
         lines += [*_table(["preferred", "rankings", level, "participants", "sign test p"], rows), ""]
-        by_place = ", ".join(f"{chr(65 + i)} {mean:.2f}" for i, mean in enumerate(figures["mean_rank_by_place"]))
+        by_place = ", ".join(f"{chr(65 + i)} {mean:.2f}" for i, mean in enumerate(found["mean_rank_by_place"]))
         expected = (len(ranks) + 1) / 2
         lines.append(f"Mean rank by place on the page: {by_place}; without any preference for a place {expected:.2f}.")
     lines += [
@@ -286,5 +279,4 @@ def write_study_report(report: dict[str, Any], out: str | Path) -> None:
     """Writes `study-report.json` and `study-report.md` into a folder."""
     texts = {".json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", ".md": markdown(report)}
     for suffix, text in texts.items():
-        with replacing(Path(out) / (REPORT + suffix), overwrite=True) as part:
-            part.write_text(text, encoding="utf-8")
+        write_text(Path(out) / (REPORT + suffix), text)
