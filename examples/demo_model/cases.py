@@ -15,7 +15,7 @@ from examples.demo_model.embeddings import resized
 from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe import to_unit_range
 from pbe.editing.edit import check_finite, feather_width
-from pbe.images.seams import meet_photo
+from pbe.images.seams import poisson_blend
 from pbe.images.windows import Box, feather_weights, mask_bounding_box
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.models.paint_by_example import Condition, PaintByExample
@@ -158,7 +158,7 @@ def composite(cases: Cases, pictures: Tensor, seam: Literal["poisson", "feather"
     w = torch.from_numpy(weights)[:, None]
     if seam == "poisson":
         triples = zip(pictures.split(1), cases.image.split(1), cases.mask.split(1), strict=True)
-        pictures = torch.cat([meet_photo(*triple) for triple in triples])
+        pictures = torch.cat([poisson_blend(*triple) for triple in triples])
     return cases.image * (1 - w) + pictures * w
 
 

@@ -1,141 +1,50 @@
-"""The page: load a photo, draw a region, load an exemplar, look at the results; the same over Gradio's API.
+"""The page: load an image, draw a mask, load an exemplar, look at the results; the same over Gradio's API.
 
-Photo and exemplar stay the files that were uploaded, which `pbe.app.uploads` edits; the canvases show smaller copies,
-and only the regions drawn come back from there.
+Image and exemplar stay the files that were uploaded, which `pbe.app.uploads` edits; the canvases show smaller copies,
+and only the masks drawn come back from there.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gradio as gr
 import numpy as np
 from PIL import Image
 
-from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, painter, region_of, to_value
-from pbe.app.uploads import MAX_RESULTS, Edit, Settings, save_edits, take
+from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, drawn_mask, to_value
+from pbe.app.uploads import MAX_RESULTS, EditFiles, save_edits, take
 from pbe.batch.provenance import Weights
-from pbe.editing.settings import QUICK, EditSettings
-from pbe.images.reading import PictureWarning, read_mask, read_picture
+from pbe.editing.settings import QUICK, SETTINGS, EditSettings
+from pbe.images.reading import read_mask, read_picture
 from pbe.images.windows import mask_bounding_box
+from pbe.io.fields import read
 from pbe.models.paint_by_example import PaintByExample
 from pbe.sampling import SAMPLERS
 
-try:
-    import gradio as gr
-except ImportError as error:
-    raise ImportError("the page needs the extra app: pip install -e .[app]") from error
-
-MAX_UPLOAD = "64mb"
-MAX_WAITING = 16  # edits in the queue; one runs at a time
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # of the repository; an installed package has none
-EXAMPLE_FILES = (  # photo, mask, exemplar
+EXAMPLE_FILES = (  # image, mask, exemplar
     ("flower.jpg", "flower_mask.png", "flower_red.jpg"),
     ("coffee.png", "coffee_mask.png", "flower.png"),
     ("coffee.png", "coffee_mask.png", "cat.png"),
     ("china.jpg", "china_mask.png", "shuttle.png"),
 )
-# The fonts come with Gradio: none is fetched from elsewhere. Its semi-bold files lack letters.
-THEME = gr.themes.Base(
-    primary_hue="indigo",
-    neutral_hue="stone",
-    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "sans-serif"],
-    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "monospace"],
-)
-CSS = """
-#photo .html-container, #exemplar .html-container { padding: 0; }
-#examples .table-wrap { border: none; padding: 0; }
-#examples table { width: auto; padding: 0; }
-#examples thead { display: none; }
-#examples tbody { display: flex; flex-wrap: wrap; gap: 16px; }
-#examples tr { display: flex; padding: 4px; border: 1px solid var(--border-color-primary); border-radius: 8px; }
-#examples td { border: none; padding: 4px; }
+HEIGHT = 520  # of image and results
+INTRODUCTION = """
+# Paint by Example
+Load an image, and draw a mask over what to replace. Load an exemplar: a picture of what to put there. Then paint.
 """
-HEIGHT = 520  # of photo and results
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Serving
-
-
-def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> str:
-    """Serves a page of `build_page` in threads of its own; returns its address.
-
-    ValueError for a number that is no port; OSError if the port is taken, or the host no address of this machine.
-
-    Nothing is sent to or fetched from anywhere else. `page.block_thread()` waits until it is interrupted.
-    """
-    if not 1 <= port <= 65535:
-        raise ValueError(f"port must be between 1 and 65535, got {port}")
-    try:
-        _, address, _ = page.queue(max_size=MAX_WAITING).launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            run_history=False,
-            footer_links=["api"],
-            max_file_size=MAX_UPLOAD,
-            theme=THEME,
-            css=CSS,
-        )
-    except OSError as error:  # its text names Gradio's own settings
-        raise OSError(f"cannot serve at {host}:{port}: the port is taken or the host not this machine's") from error
-    return address
-
-
-@contextmanager
-def warnings_on_page() -> Iterator[None]:
-    """The library's warnings about pictures, each time anew, go to the browser whose edit they are about."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # other packages' deprecations: nothing a user can act on
-        warnings.simplefilter("always", PictureWarning)
-        show = warnings.showwarning
-
-        def showwarning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if issubclass(category, PictureWarning):
-                gr.Warning(str(message))
-            else:
-                show(message, category, *where)
-
-        warnings.showwarning = showwarning
-        yield
-
-
-@contextmanager
-def files_of_page() -> Iterator[None]:
-    """Uploads and results of pages built meanwhile lie in a folder of their own, which goes at the end."""
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="pbe-page-", dir=before) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio has no other way to say it
-        try:
-            yield
-        finally:
-            del os.environ["GRADIO_TEMP_DIR"]
-            os.environ.update({} if before is None else {"GRADIO_TEMP_DIR": before})
-
-
-@contextmanager
-def workplace() -> Iterator[Path]:
-    """A folder for one edit; the library's errors leave it as messages for the page, without the folder's name."""
-    with tempfile.TemporaryDirectory(prefix="pbe-") as folder:
-        try:
-            yield Path(folder)
-        except (ValueError, OSError, MemoryError) as error:
-            raise gr.Error(str(error).replace(f"{folder}/", ""), print_exception=False) from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures to show
+# What the parts do: values in, values or updates of components out
 
 
 class Upload(NamedTuple):
@@ -151,185 +60,235 @@ def open_upload(path: str, name: str) -> tuple[Upload, Image.Image]:
         picture = read_picture(folder / take(Path(path), folder, name), name)
     # The floats of all pixels would take gigabytes.
     stride = max(1, max(picture.size) // (2 * MAX_SIDE))
-    rgb = replace(picture, pixels=picture.pixels[::stride, ::stride]).rgb()[0].permute(1, 2, 0).numpy()
-    return Upload(path, picture.size), Image.fromarray(np.rint((rgb + 1) * 127.5).astype(np.uint8))
+    return Upload(path, picture.size), replace(picture, pixels=picture.pixels[::stride, ::stride]).to_rgb8()
 
 
-def example_files() -> list[list[str]]:
-    """Photo, mask and exemplar of the examples that are there."""
-    paths = [[EXAMPLES / name for name in names] for names in EXAMPLE_FILES]
-    return [[str(path) for path in example] for example in paths if all(path.is_file() for path in example)]
+def show(path: str, name: str, mask: np.ndarray | None = None) -> tuple[object, ...]:
+    """For a `PictureInput`: the picture in place of the drop zone."""
+    upload, shown = open_upload(path, name)
+    return upload, gr.update(value=None, visible=False), gr.update(value=to_value(shown, mask), visible=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The page
+def show_drop_zone() -> tuple[object, ...]:
+    return None, gr.update(visible=True), gr.update(value=None, visible=False)
 
 
-def build_page(model: PaintByExample, weights: Weights, sampling: EditSettings = QUICK) -> gr.Blocks:
-    """The page for one model; `weights` says in the results which it was, the sliders begin with `sampling`.
+def show_example(index: int) -> tuple[object, ...]:
+    image, mask, exemplar = example_files()[index]
+    with Image.open(image) as opened:
+        repaint = read_mask(mask, (opened.height, opened.width))
+    return *show(image, "image", repaint), *show(exemplar, "exemplar")
 
-    `serve` shows it.
-    """
 
-    # --- what its parts do: values in, values or updates out
+def choose_result(results: list[tuple[str, str]], event: gr.SelectData) -> tuple[int, str]:
+    return event.index, results[event.index][0]
 
-    def show(path: str, name: str, region: np.ndarray | None = None) -> tuple:
-        """For the parts of one picture: the upload, the drop zone, the canvas."""
-        upload, shown = open_upload(path, name)
-        return (
-            upload,
-            gr.update(value=None, visible=False),
-            gr.update(value=to_value(shown, region), visible=True),
-        )
 
-    def show_photo(path: str) -> tuple:
-        return show(path, "photo")
+def reuse_result(results: list[tuple[str, str]], chosen: int) -> tuple[object, ...]:
+    return show(results[chosen][0], "image")
 
-    def show_exemplar(path: str) -> tuple:
-        return show(path, "exemplar")
 
-    def close() -> tuple:
-        return None, gr.update(visible=True), gr.update(value=None, visible=False)
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder for one edit; the library's errors become messages on the page, without the folder's name."""
+    with tempfile.TemporaryDirectory(prefix="pbe-") as folder:
+        try:
+            yield Path(folder)
+        except (ValueError, OSError, MemoryError) as error:
+            raise gr.Error(str(error).replace(f"{folder}/", ""), print_exception=False) from error
 
-    def show_example(index: int) -> tuple:
-        photo, mask, exemplar = example_files()[index]
-        with Image.open(photo) as image:
-            region = read_mask(mask, (image.height, image.width))
-        return *show(photo, "photo", region), *show(exemplar, "exemplar")
+
+@dataclass(frozen=True)
+class Editor:
+    """The edits of the page and of its endpoint for programs, by one model."""
+
+    model: PaintByExample
+    weights: Weights
+    settings: EditSettings  # where no control says otherwise
 
     def paint(
-        photo: Upload | None,
+        self,
+        image: Upload | None,
         drawn: dict[str, str] | None,
         exemplar: Upload | None,
         crop: dict[str, str] | None,
-        guidance: float,
-        steps: int,
-        seed: int,
-        num_images: int,
-        sampler: str,
+        num_images: object,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio hands it over)
-    ) -> Iterator[tuple]:
+        **controls: object,
+    ) -> Iterator[tuple[object, ...]]:
+        """What `result_view` shows: the results for what is loaded and drawn on the page."""
         with workplace() as folder:
-            if photo is None:
-                raise ValueError("There is no photo yet: load one on the left.")
-            region = region_of(drawn, photo.size)
-            if region is None:
-                raise ValueError("No region is drawn yet: brush or box what is to be replaced in the photo.")
+            if image is None:
+                raise ValueError("There is no image yet: load one on the left.")
+            mask = drawn_mask(drawn, image.size)
+            if mask is None:
+                raise ValueError("There is no mask yet: brush or box what to replace in the image.")
             if exemplar is None:
-                raise ValueError("There is no object yet: load a picture of what is to be painted.")
-            shown = region_of(crop, exemplar.size)
+                raise ValueError("There is no exemplar yet: load a picture of what to paint.")
+            shown = drawn_mask(crop, exemplar.size)
             box = None if shown is None else mask_bounding_box(shown)
-            edit = Edit(Path(photo.path), region, Path(exemplar.path), box)
-            settings = Settings(guidance, steps, seed, num_images, sampler, sampling.spacing)
-            paths = save_edits(model, weights, edit, settings, folder, progress)
-            results = [(path, f"seed {seed + i}") for i, path in enumerate(paths)]
+            files, settings = EditFiles(Path(image.path), mask, Path(exemplar.path), box), self.changed(controls)
+            paths = save_edits(self.model, self.weights, files, settings, num_images, folder, progress)
+            results = [(path, f"seed {settings.seed + i}") for i, path in enumerate(paths)]
             # Gradio has copied the files when this function goes on, and the folder can go.
             yield gr.Gallery(results, selected_index=0), 0, gr.DownloadButton(value=paths[0]), gr.Row(visible=True)
 
     def edit(
-        photo: str,
+        self,
+        image: str,
         mask: str,
         exemplar: str,
-        guidance: float,
-        steps: int,
-        seed: int,
-        num_images: int,
-        sampler: str,
+        num_images: object,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
+        **controls: object,
     ) -> Iterator[list[str]]:
-        """Repaints the white part of the mask, in the photo, as the exemplar's object: one PNG file a result."""
+        """Repaints the white part of the mask, in the image, as the exemplar's object: one PNG file per result."""
         with workplace() as folder:
-            files = {"photo": photo, "mask": mask, "exemplar": exemplar}
-            missing = [name for name, file in files.items() if file is None]
+            given = {"image": image, "mask": mask, "exemplar": exemplar}
+            missing = [name for name, file in given.items() if file is None]
             if missing:
-                raise ValueError(f"{' and '.join(missing)} missing: hand over files, with gradio_client.handle_file")
-            settings = Settings(guidance, steps, seed, num_images, sampler, sampling.spacing)
-            yield save_edits(model, weights, Edit(Path(photo), Path(mask), Path(exemplar)), settings, folder, progress)
+                raise ValueError(f"{' and '.join(missing)} missing: give files, with gradio_client.handle_file")
+            files, settings = EditFiles(Path(image), Path(mask), Path(exemplar)), self.changed(controls)
+            yield save_edits(self.model, self.weights, files, settings, num_images, folder, progress)
 
-    def choose(results: list[tuple[str, str]], event: gr.SelectData) -> tuple[int, str]:
-        return event.index, results[event.index][0]
+    def changed(self, controls: dict[str, object]) -> EditSettings:
+        """The settings with the controls' values: 20.0 from a program is 20, None from an emptied field is an error."""
+        return replace(self.settings, **{name: read(name, value, SETTINGS[name]) for name, value in controls.items()})
 
-    def reuse(results: list[tuple[str, str]], chosen: int) -> tuple:
-        return show_photo(results[chosen][0])
 
-    # --- what it looks like
+# ----------------------------------------------------------------------------------------------------------------------
+# What the parts look like
 
+
+class PictureInput(NamedTuple):
+    """A picture to load: the upload, the drop zone for it, the canvas that shows it."""
+
+    upload: gr.State
+    file: gr.File
+    canvas: gr.HTML
+
+
+def picture_input(name: str, label: str, tools: tuple[str, ...], tools_label: str, height: int) -> PictureInput:
+    file = gr.File(label=label, file_types=SUFFIXES, height=height, elem_id=f"{name}-file")
+    return PictureInput(gr.State(), file, canvas(tools_label, tools, height, elem_id=name))
+
+
+def edit_controls(settings: EditSettings) -> dict[str, gr.blocks.Block]:
+    """The controls of the settings that a page's user may change, and of the number of results, by name."""
+    about_guidance = "How closely the result follows the exemplar; too much distorts it"
+    guidance = gr.Slider(0, 15, settings.guidance, step=0.5, label="Guidance", info=about_guidance)
+    num_images = gr.Slider(1, MAX_RESULTS, 2, step=1, label="Results")
+    with gr.Accordion("Steps, seed, sampler", open=False):
+        steps = gr.Slider(4, 200, settings.steps, step=1, label="Steps")
+        with gr.Row():
+            seed = gr.Number(settings.seed, precision=0, minimum=0, label="Seed", min_width=80)
+            sampler = gr.Dropdown(list(SAMPLERS), value=settings.sampler, label="Sampler", min_width=80)
+    return {"guidance": guidance, "steps": steps, "seed": seed, "num_images": num_images, "sampler": sampler}
+
+
+class ResultView(NamedTuple):
+    """The results: all of them, the number of the chosen one, and what can be done with it."""
+
+    gallery: gr.Gallery
+    chosen: gr.State
+    download: gr.DownloadButton
+    actions: gr.Row
+    reuse: gr.Button
+
+
+def result_view() -> ResultView:
+    gallery = gr.Gallery(
+        label="Results",
+        preview=True,
+        object_fit="contain",
+        interactive=False,
+        buttons=["fullscreen"],
+        height=HEIGHT,
+        elem_id="results",
+    )
+    with gr.Row(visible=False) as actions:
+        download = gr.DownloadButton("Download PNG", elem_id="download")
+        reuse = gr.Button("Use result as image", elem_id="reuse")
+    return ResultView(gallery, gr.State(0), download, actions, reuse)
+
+
+def example_files() -> list[list[str]]:
+    """Image, mask and exemplar of the examples that are there."""
+    paths = [[EXAMPLES / name for name in names] for names in EXAMPLE_FILES]
+    return [[str(path) for path in example] for example in paths if all(path.is_file() for path in example)]
+
+
+def example_row(samples: list[list[str]]) -> gr.Dataset:
+    return gr.Dataset(
+        components=[gr.Image(label=name, render=False) for name in ("Image", "Mask", "Exemplar")],
+        samples=samples,
+        type="index",
+        label="Examples",
+        elem_id="examples",
+    )
+
+
+def build_page(model: PaintByExample, weights: Weights, settings: EditSettings = QUICK) -> gr.Blocks:
+    """The page for one model; `weights` says in the results which it was, the controls begin with `settings`.
+
+    `serve` shows it.
+    """
+    editor = Editor(model, weights, settings)
     with gr.Blocks(
         title="Paint by Example", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True
     ) as page:
-        photo, exemplar, chosen = gr.State(), gr.State(), gr.State(0)
-        gr.Markdown(
-            "# Paint by Example\n"
-            "Load a photo and draw the region to replace; load a picture of an object; see the object in its place."
-        )
+        gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=5, min_width=400):
-                photo_file = gr.File(label="Photo", file_types=SUFFIXES, height=HEIGHT, elem_id="photo-file")
-                canvas = painter("Photo", DRAWING, HEIGHT, elem_id="photo")
+                image = picture_input("image", "Image", DRAWING, "Image · draw the mask", HEIGHT)
             with gr.Column(scale=3, min_width=280):
-                exemplar_file = gr.File(label="Object", file_types=SUFFIXES, height=300, elem_id="exemplar-file")
-                crop = painter("Object · drag to crop", CROPPING, 300, elem_id="exemplar")
+                exemplar = picture_input("exemplar", "Exemplar", CROPPING, "Exemplar · drag to crop", 300)
                 start = gr.Button("Paint", variant="primary", size="lg", elem_id="paint")
-                guidance = gr.Slider(0, 15, sampling.guidance, step=0.5, label="Guidance")
-                num_images = gr.Slider(1, MAX_RESULTS, 2, step=1, label="Results")
-                with gr.Accordion("Steps, seed, sampler", open=False):
-                    steps = gr.Slider(4, 200, sampling.steps, step=1, label="Steps")
-                    with gr.Row():
-                        seed = gr.Number(EditSettings.seed, precision=0, minimum=0, label="Seed", min_width=80)
-                        sampler = gr.Dropdown(list(SAMPLERS), value=sampling.sampler, label="Sampler", min_width=80)
+                controls = edit_controls(settings)
             with gr.Column(scale=5, min_width=400):
-                gallery = gr.Gallery(
-                    label="Results",
-                    preview=True,
-                    object_fit="contain",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    height=HEIGHT,
-                    elem_id="results",
-                )
-                with gr.Row(visible=False) as actions:
-                    download = gr.DownloadButton("Download PNG", elem_id="download")
-                    again = gr.Button("Use result as photo", elem_id="again")
+                results = result_view()
         if samples := example_files():
-            examples = gr.Dataset(
-                components=[gr.Image(label=name, render=False) for name in ("Photo", "Region", "Object")],
-                samples=samples,
-                type="index",
-                label="Examples",
-                elem_id="examples",
-            )
+            examples = example_row(samples)
+            listen(examples.click, show_example, examples, [*image, *exemplar])
 
-        # --- what happens when
-
-        photo_parts, exemplar_parts = [photo, photo_file, canvas], [exemplar, exemplar_file, crop]
-        settings = [guidance, steps, seed, num_images, sampler]
-        quick = {"api_visibility": "private", "show_progress": "hidden"}
-        one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1}
-        for file, show_it, parts in (
-            (photo_file, show_photo, photo_parts),
-            (exemplar_file, show_exemplar, exemplar_parts),
-        ):
-            # A file that is refused leaves the drop zone, which would not take another beside it.
-            file.upload(show_it, file, parts, **quick).failure(lambda: None, None, file, **quick)
-        canvas.close(close, None, photo_parts, **quick)
-        crop.close(close, None, exemplar_parts, **quick)
-        if samples:
-            examples.click(show_example, examples, [*photo_parts, *exemplar_parts], **quick)
+        connect_picture(image, "image")
+        connect_picture(exemplar, "exemplar")
         start.click(
-            paint,
-            [photo, canvas, exemplar, crop, *settings],
-            [gallery, chosen, download, actions],
+            editor.paint,
+            [image.upload, image.canvas, exemplar.upload, exemplar.canvas],
+            results[:4],
+            inputs_kwargs=controls,
             api_visibility="private",
-            show_progress_on=gallery,
-            **one_at_a_time,
+            show_progress_on=results.gallery,
+            concurrency_id="model",
+            concurrency_limit=1,
         )
-        gallery.select(choose, gallery, [chosen, download], **quick)
-        again.click(reuse, [gallery, chosen], photo_parts, **quick)
-
-        # --- the same for programs: the endpoint's arguments are components too, which nobody sees
-
+        listen(results.gallery.select, choose_result, results.gallery, [results.chosen, results.download])
+        listen(results.reuse.click, reuse_result, [results.gallery, results.chosen], [*image])
+        # The same for programs: the endpoint's arguments are components too, which nobody sees.
         with gr.Row(visible=False):
-            files = [gr.File(label=name) for name in ("photo", "mask", "exemplar")]
+            files = [gr.File(label=name) for name in ("image", "mask", "exemplar")]
             saved = gr.File(label="results", file_count="multiple")
-            gr.Button().click(edit, [*files, *settings], saved, api_name="edit", **one_at_a_time)
+            endpoint = gr.Button()
+        endpoint.click(
+            editor.edit,
+            files,
+            saved,
+            inputs_kwargs=controls,
+            api_name="edit",
+            concurrency_id="model",
+            concurrency_limit=1,
+        )
     return page
+
+
+def connect_picture(picture: PictureInput, name: str) -> None:
+    shown = listen(picture.file.upload, partial(show, name=name), picture.file, [*picture])
+    # A file that is refused leaves the drop zone, which would not take another beside it.
+    listen(shown.failure, lambda: None, None, picture.file)
+    listen(picture.canvas.close, show_drop_zone, None, [*picture])
+
+
+def listen(event: Callable[..., Any], handler: Callable[..., object], inputs: Any, outputs: Any) -> Any:
+    """Has an event of the page handled at once: without a progress bar, and not over the API."""
+    return event(handler, inputs, outputs, api_visibility="private", show_progress="hidden")

@@ -95,7 +95,7 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
     """What `save_result` stored in a picture, or None where there is nothing."""
     from PIL import Image
 
-    from pbe.images.reading import UNREADABLE
+    from pbe.images.pillow import UNREADABLE
     from pbe.images.saving import read_info
 
     try:

@@ -22,7 +22,8 @@ def parser(prog: str | None = None) -> Parser:
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Serves the page until it is interrupted; returns the exit code."""
     args = parser(prog).parse_args(argv)
-    from pbe.app.page import build_page, files_of_page, serve, warnings_on_page
+    from pbe.app.page import build_page
+    from pbe.app.serving import files_of_page, serve, warnings_on_page
     from pbe.batch.provenance import identify
     from pbe.checkpoints.loading import choose_device
     from pbe.editing.settings import quick_settings

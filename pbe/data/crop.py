@@ -16,7 +16,8 @@ from torchvision.transforms.v2 import functional as T
 
 from pbe.data.example import draw_integers, draw_uniform
 from pbe.data.records import upright_size_of
-from pbe.images.reading import UNREADABLE, read_picture
+from pbe.images.pillow import UNREADABLE
+from pbe.images.reading import read_picture
 from pbe.images.windows import Box
 
 DRAFT_SCALES = (8, 4, 2)  # of JPEG's decoder; 1 is all of the picture

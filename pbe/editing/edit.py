@@ -16,17 +16,17 @@ from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
 from pbe.editing.settings import SETTINGS, EditKeywords, EditSettings
 from pbe.images import windows
+from pbe.images.pillow import PictureWarning
 from pbe.images.reading import (
     MaskLike,
     Picture,
     PictureLike,
-    PictureWarning,
     exemplar_tensor,
     read_exemplar,
     read_mask,
     read_picture,
 )
-from pbe.images.seams import meet_photo
+from pbe.images.seams import poisson_blend
 from pbe.images.windows import Box
 from pbe.io.fields import Range, check
 from pbe.models.paint_by_example import Condition, PaintByExample
@@ -132,7 +132,7 @@ def edit_region(
             edited = model.vae.decode(z_0.to(model.dtype))[..., : size[0], : size[1]]
         check_finite(edited)
         if settings.composite and settings.seam == "poisson":
-            edited = meet_photo(edited, seen, keep)
+            edited = poisson_blend(edited, seen, keep)
         results += [
             replace(photo, pixels=windows.composite(photo.pixels, one[None], box, weights))
             for photo, one in zip(batch, edited, strict=True)

@@ -10,9 +10,10 @@ from PIL import Image
 from pbe.editing.edit import feather_width
 from pbe.evaluation.test_set import Item
 from pbe.images import windows
-from pbe.images.reading import UNREADABLE, read_picture
+from pbe.images.pillow import UNREADABLE
+from pbe.images.reading import read_picture
 from pbe.images.saving import read_info, save_picture
-from pbe.images.seams import meet_photo
+from pbe.images.seams import poisson_blend
 from pbe.images.windows import Box
 
 
@@ -24,7 +25,7 @@ def composite_result(item: Item, raw: Path, out: Path) -> None:
     image, painted = read_picture(item.image), read_picture(raw, "raw result")
     height, width = image.size
     window, repaint = Box(0, 0, width, height), item.repaint()
-    matched = meet_photo(painted.rgb(), image.rgb(), 1 - windows.extract_repaint(repaint, window, image.size))
+    matched = poisson_blend(painted.rgb(), image.rgb(), 1 - windows.extract_repaint(repaint, window, image.size))
     weights = windows.feather_weights(repaint, feather_width(window, min(image.size)))
     composited = image.with_pixels(windows.composite(image.pixels, matched, window, weights))
     assert isinstance(composited, Image.Image)  # as the file is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,9 +22,9 @@ def grid(
 ) -> Image.Image:
     """One RGB picture of the pictures in `rows`, on white.
 
-    Each picture is scaled to `cell_height`, or where it is wide to fit twice that width, and centred in its column;
-    None leaves its place empty. `captions` stand under the pictures, shaped as `rows`; `row_labels` to the left,
-    `column_labels` on top, broken into lines. Other text too long for its place is shortened.
+    Each picture is scaled to `cell_height`, or, if it is wide, to twice that in width, and centred in its column; None
+    leaves its place empty. `captions`, in the shape of `rows`, stand under the pictures, `row_labels` to the left,
+    `column_labels` on top, broken into lines. Other text that is too long for its place is shortened.
 
     ValueError without pictures, and where captions or labels do not fit the rows.
     """
@@ -31,16 +32,15 @@ def grid(
         raise ValueError("a grid needs at least one picture")
     num_columns = max(map(len, rows))
     if captions is not None and [len(row) for row in captions] != [len(row) for row in rows]:
-        raise ValueError("captions must be shaped as the rows of the grid")
+        raise ValueError("captions must have the shape of the rows of the grid")
     for name, labels, expected in (("row", row_labels, len(rows)), ("column", column_labels, num_columns)):
         if labels is not None and len(labels) != expected:
-            raise ValueError(f"{len(labels)} {name} labels for {expected} {name}s")
+            raise ValueError(f"{len(labels)} {name} labels for {expected} {name}s; give one each")
 
     gutter = max(4, cell_height // 26)
-    caption_font = ImageFont.load_default(size=max(10, cell_height // 18))
-    label_font = ImageFont.load_default(size=max(11, cell_height // 15))
+    caption_font, label_font = _font(max(10, cell_height // 18)), _font(max(11, cell_height // 15))
     cells = [[cell and _fit(cell.convert("RGB"), cell_height) for cell in row] for row in rows]
-    widths = [max((row[i].width for row in cells if i < len(row) and row[i]), default=0) for i in range(num_columns)]
+    widths = [max((cell.width for cell in column if cell), default=0) for column in zip_longest(*cells)]
     heights = [max((cell.height for cell in row if cell), default=0) for row in cells]
     caption_height = 2 * _line_height(caption_font) if captions else 0
     wrapped = [wrap(label, label_font, width) for label, width in zip(column_labels or (), widths, strict=False)]
@@ -50,28 +50,25 @@ def grid(
         row_labels = [_shorten(label, label_font, 2 * cell_height // 3) for label in row_labels]
         label_width = round(max(map(label_font.getlength, row_labels))) + 2 * gutter
     lefts = [gutter + label_width + sum(widths[:i]) + gutter * i for i in range(num_columns)]
-    row_height = [height + caption_height for height in heights]
+    tops = [top + sum(heights[:j]) + (caption_height + gutter) * j for j in range(len(rows) + 1)]
 
-    canvas = Image.new(
-        "RGB", (lefts[-1] + widths[-1] + gutter, top + sum(row_height) + gutter * len(rows)), color=BACKGROUND
-    )
+    canvas = Image.new("RGB", (lefts[-1] + widths[-1] + gutter, tops[-1]), color=BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for i, lines in enumerate(wrapped):
         at = (lefts[i] + widths[i] / 2, (top + gutter / 2) / 2)
         draw.text(at, "\n".join(lines), INK, label_font, anchor="mm", align="center")
     for j, row in enumerate(cells):
-        y = top + sum(row_height[:j]) + gutter * j
+        y = tops[j]
         if row_labels:
-            at = (gutter + label_width - 2 * gutter, y + heights[j] / 2)
-            draw.text(at, row_labels[j], INK, label_font, anchor="rm")
+            draw.text((label_width - gutter, y + heights[j] / 2), row_labels[j], INK, label_font, anchor="rm")
         for i, cell in enumerate(row):
             if cell is None:
                 continue
             canvas.paste(cell, (lefts[i] + (widths[i] - cell.width) // 2, y + (heights[j] - cell.height) // 2))
             if captions:
                 text = _shorten(captions[j][i], caption_font, widths[i])
-                at = (lefts[i] + widths[i] / 2, y + heights[j] + caption_height / 2)
-                draw.text(at, text, FAINT, caption_font, anchor="mm")
+                below = (lefts[i] + widths[i] / 2, y + heights[j] + caption_height / 2)
+                draw.text(below, text, FAINT, caption_font, anchor="mm")
     return canvas
 
 
@@ -103,6 +100,12 @@ def _fit(image: Image.Image, height: int) -> Image.Image:
     scale = min(height / image.height, 2 * height / image.width)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # as for every given size
+    return font
 
 
 def _line_height(font: ImageFont.FreeTypeFont) -> int:

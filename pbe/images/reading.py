@@ -1,47 +1,30 @@
 """Reading pictures, masks and exemplars: PIL images, files, numpy arrays and tensors.
 
 A picture keeps its own depth, channels and kind, so that the result can be given back as the same kind of object.
-Masks come out as bool arrays called `repaint`: True where the photo is painted anew (white in a mask picture).
+Masks come out as bool arrays called `repaint`: True where the image is to be repainted (white in a mask picture).
 """
 
 from __future__ import annotations
 
 import math
-import struct
 import warnings
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from pbe.images.pillow import PictureWarning, open_image, upright_image
 from pbe.images.windows import LUMINANCE, Box, mask_bounding_box, white_level
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
-PictureLike = str | Path | Image.Image | np.ndarray | torch.Tensor
-MaskLike = PictureLike | Sequence[float] | Sequence[Sequence[float]]  # a picture, a box or a polygon
+PictureLike: TypeAlias = str | Path | Image.Image | np.ndarray | torch.Tensor
+MaskLike: TypeAlias = PictureLike | Sequence[float] | Sequence[Sequence[float]]  # a picture, a box or a polygon
 
-# How each mode of Pillow is read. The modes that map to themselves are given back as they are.
-_PIL_MODES = {mode: mode for mode in ("L", "LA", "RGB", "RGBA", "F")}
-_PIL_MODES |= dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N", "I"), "I;16")
-_PIL_MODES |= {"1": "L", "La": "LA", "P": "RGB", "PA": "RGBA", "RGBX": "RGB", "RGBa": "RGBA"}
-_PIL_MODES |= dict.fromkeys(("YCbCr", "HSV", "CMYK"), "RGB")
-# Tags that describe how a TIFF file stores its pixels; Pillow lists them among the EXIF tags.
-_TIFF_STORAGE_TAGS = {*range(254, 260), 262, 263, 264, 265, 266, 273, *range(277, 282), 284, 290, 291, 317, 320}
-_TIFF_STORAGE_TAGS |= {*range(322, 326), 330, 332, 334, 336, 338, 339, 340, 341, 347, *range(512, 522)}
-_TIFF_STORAGE_TAGS |= {529, 530, 532, 700, 33723, 34377, 34675}
-# What Pillow's decoders raise on damaged files.
-UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, TypeError, RuntimeError, IndexError)
-UNREADABLE += (OverflowError, struct.error, zlib.error)
 _GRAY_SHARE = 0.05  # a mask picture with more gray than this is not just smoothed along its edges
-
-
-class PictureWarning(UserWarning):
-    """A picture can be used, but not all of what it holds."""
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -104,21 +87,21 @@ class Picture:
 
 
 def read_picture(source: PictureLike | Picture, name: str = "image") -> Picture:
-    """Read a picture in its own depth; `name` is what error messages call it. What is read already stays as it is.
+    """Read a picture in its own depth; `name` is what messages call it. A `Picture` is returned as it is.
 
     Files and PIL images: EXIF orientation is applied. Gray, gray + alpha, RGB and RGBA are kept, also 16-bit and
     float gray; palettes become RGB(A), since they cannot hold new colours; 1-bit becomes gray; CMYK, YCbCr and HSV
     become RGB. Arrays are (H, W) or (H, W, C), tensors (H, W), (C, H, W) or (1, C, H, W): uint8, uint16, or float
     in [0, 1].
 
-    Warns (PictureWarning) where a file holds more than can be kept: 16 bits a colour channel, several frames, CMYK.
+    Warns (PictureWarning) where a file holds more than can be kept: 16 bits per colour channel, several frames, CMYK.
     FileNotFoundError for a missing file; ValueError for what is not a picture, is damaged or has a wrong range.
     """
     return source if isinstance(source, Picture) else _read(source, name, ends_at_8_bits=False)
 
 
 def _label(source: PictureLike, name: str) -> str:
-    """What messages call a picture: a file by its name too."""
+    """What messages call a picture; with a file's name."""
     return f"{name} {source}" if isinstance(source, str | Path) else name
 
 
@@ -130,122 +113,36 @@ def _read(source: PictureLike, name: str, ends_at_8_bits: bool = True) -> Pictur
         if not path.is_file():
             raise ValueError(f"{label} is not a file")
         # Not by its path: Pillow would map uncompressed TIFFs into memory, and garbles those that are turned.
-        with path.open("rb") as file, _open(file, label) as image:
-            return _from_pil(image, label, ends_at_8_bits)
+        with path.open("rb") as file, open_image(file, label) as image:
+            return _from_upright(upright_image(image, label, ends_at_8_bits), label)
     if isinstance(source, Image.Image):
-        return _from_pil(source, name, ends_at_8_bits)
+        return _from_upright(upright_image(source, name, ends_at_8_bits), name)
     return _from_array(source, name)
 
 
-def _open(file: BinaryIO, label: str) -> Image.Image:
-    try:
-        return Image.open(file)
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{label} is not a picture that Pillow reads; use PNG, JPEG, TIFF or WebP (HEIC must be converted)"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{label} is refused as too large ({error}); raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        ) from error
-    except UNREADABLE as error:
-        raise ValueError(f"{label} is damaged: {error}") from error
-
-
-def _has_16_bit_colour(image: Image.Image) -> bool:
-    """Whether the file behind an image that is not yet read holds 16 bits a colour channel."""
-    if image.mode not in ("LA", "RGB", "RGBA", "CMYK"):
-        return False
-    for tile in getattr(image, "tile", ()):
-        raw_mode, *rest = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        # ";16B", ";16L" and ";16N" are 16 bits a channel, but ";16" alone is 16 bits a pixel.
-        if isinstance(raw_mode, str) and raw_mode.endswith((";16B", ";16L", ";16N")):
-            return True
-        if image.format == "PPM" and rest and isinstance(rest[0], int) and rest[0] > 255:
-            return True
-    return False
-
-
-def _from_pil(image: Image.Image, label: str, ends_at_8_bits: bool) -> Picture:
-    if 0 in image.size:
-        raise ValueError(f"{label} has no pixels: it is {image.width}x{image.height}")
-    if not ends_at_8_bits and _has_16_bit_colour(image):
-        _warn(
-            f"{label} holds 16 bits a colour channel, of which Pillow reads 8; "
-            "to keep 16, hand over a numpy uint16 array"
-        )
-    try:
-        # The further images of a phone's MPO are previews and depth maps, those of a PSD its layers.
-        if image.format not in ("MPO", "PSD") and getattr(image, "n_frames", 1) > 1:
-            _warn(f"{label} has {image.n_frames} frames; only number {image.tell() + 1} is used")
-        image.load()
-    except UNREADABLE as error:
-        raise ValueError(f"{label} is damaged: {error}") from error
-    if image.mode not in _PIL_MODES:
-        raise ValueError(f"{label} has Pillow's mode {image.mode!r}; convert it to RGB, RGBA, L or LA")
-
-    info = {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
-    if image.mode == "CMYK":
-        info.pop("icc_profile", None)
-        _warn(f"{label} is CMYK: read as RGB without its profile, which describes inks")
-    exif = _clean_exif(image, label)
-    upright = image.copy() if exif is None else ImageOps.exif_transpose(image)
-    mode = _PIL_MODES[image.mode]
-    if "transparency" in image.info and mode in ("L", "RGB"):
-        mode = {"L": "LA", "RGB": "RGBA"}[mode]
-    if mode == "I;16":
-        pixels = np.asarray(upright)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"{label} has gray values {pixels.min()} to {pixels.max()}; 16 bits hold 0 to 65535")
-        upright = Image.fromarray(pixels.astype(np.uint16))
-    elif upright.mode != mode:
-        upright = upright.convert(mode)
-    upright.info = {**info, "exif": exif} if exif else info
-    pixels = np.asarray(upright)
+def _from_upright(image: Image.Image, label: str) -> Picture:
+    pixels = np.asarray(image)
     _check_range(pixels, label)
-    return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, upright)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, PictureWarning, stacklevel=5)  # the caller of read_picture
-
-
-def _clean_exif(image: Image.Image, label: str) -> bytes | None:
-    """The EXIF block for an edited upright copy: orientation 1, no thumbnail of the old pixels; b"" where there is
-    none, None where it is damaged."""
-    exif = Image.Exif()
-    try:
-        exif.load(image.getexif().tobytes())
-    except UNREADABLE:
-        _warn(f"{label} has a damaged EXIF block: it is left out, an orientation in it is not applied")
-        return None
-    for tag in _TIFF_STORAGE_TAGS & set(exif):
-        del exif[tag]
-    if ExifTags.Base.Orientation in exif:
-        exif[ExifTags.Base.Orientation] = 1
-    return exif.tobytes() if len(exif) else b""
+    return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, image)
 
 
 def _from_array(source: np.ndarray | torch.Tensor, name: str) -> Picture:
     if isinstance(source, torch.Tensor):
-        expected, values = "(H, W), (C, H, W) or (1, C, H, W)", source.detach().cpu()
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        expected, tensor = "a tensor must be (H, W), (C, H, W) or (1, C, H, W)", source.detach().cpu()
+        values = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         if values.ndim == 4 and values.shape[0] == 1:
             values = values[0]
         if values.ndim == 3:
             values = values.transpose(1, 2, 0)  # (H, W, C)
     elif isinstance(source, np.ndarray):
-        expected, values = "(H, W) or (H, W, C)", source
+        expected, values = "an array must be (H, W) or (H, W, C)", source
     else:
         raise ValueError(f"{name} must be a path, PIL image, numpy array or tensor, got {type(source).__name__}")
     shape = tuple(source.shape)
     if values.ndim == 2:
         values = values[..., None]
     if values.ndim != 3 or not 1 <= values.shape[2] <= 4:
-        raise ValueError(
-            f"{name} has shape {shape}; {'a tensor' if isinstance(source, torch.Tensor) else 'an array'} must be "
-            f"{expected} with C = 1 gray, 2 gray + alpha, 3 RGB or 4 RGBA"
-        )
+        raise ValueError(f"{name} has shape {shape}; {expected} with C = 1 gray, 2 gray + alpha, 3 RGB or 4 RGBA")
     if 0 in values.shape:
         raise ValueError(f"{name} has no pixels: its shape is {shape}")
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -262,21 +159,21 @@ def _check_range(pixels: np.ndarray, label: str) -> None:
     if not math.isfinite(low + high):
         raise ValueError(f"{label} holds NaN or infinite values")
     if low < -1e-3 or high > 1 + 1e-3:  # a resampling filter may overshoot a little
-        raise ValueError(f"{label} has float values from {low:g} to {high:g}; float pictures are in [0, 1]")
+        raise ValueError(f"{label} has float values from {low:g} to {high:g}; floats must be in [0, 1]")
 
 
 # --- masks ------------------------------------------------------------------------------------------------
 
 
 def read_mask(source: MaskLike, size: tuple[int, int], name: str = "mask") -> np.ndarray:
-    """Read what to repaint in a photo of `size` (height, width): bool (H, W), True = repaint.
+    """Read what to repaint in an image of `size` (height, width): bool (H, W), True = repaint.
 
     source: a picture (white = repaint, cut at 50 %), a bool array or tensor, a box (x0, y0, x1, y1) in pixels with
         exclusive right and bottom edges, or a polygon of three or more (x, y) points; a pixel belongs to a box or
-        polygon if its centre does. A mask picture with alpha counts by its luminance times alpha; if its
-        colour is the same everywhere and its alpha is not, by alpha alone (opaque = repaint).
+        polygon if its centre does. Of a mask picture with alpha the luminance times alpha is taken; if its colour
+        is the same everywhere and its alpha is not, alpha alone (opaque = repaint).
 
-    ValueError if the mask has another size than the photo, reaches outside it, is empty or covers all of it.
+    ValueError if the mask has another size than the image, reaches outside it, is empty or covers all of it.
     Warns (PictureWarning) if more than 5 % of a mask picture is gray.
     """
     height, width = size
@@ -286,17 +183,17 @@ def read_mask(source: MaskLike, size: tuple[int, int], name: str = "mask") -> np
         gray = np.count_nonzero((values > 0.1) & (values < 0.9)) / values.size
         if gray > _GRAY_SHARE:
             warnings.warn(
-                f"{gray:.0%} of {name} is gray; it is cut at 50 %: what is lighter is repainted",
+                f"{gray:.0%} of {name} is gray; what is lighter than 50 % is repainted",
                 PictureWarning,
                 stacklevel=2,
             )
-        repaint, darkest = values >= 0.5, f"its lightest value is {values.max():.2%} of white"
+        repaint, reason = values >= 0.5, f"its lightest value is {values.max():.2%} of white"
     else:
-        repaint, darkest = _draw(source, size, name), "it holds no pixel's centre"
+        repaint, reason = _draw(source, size, name), "it contains no pixel's centre"
     if not repaint.any():
-        raise ValueError(f"{name} is empty ({darkest}); white = repaint; a mask of 0 and 1 must be bool or float")
+        raise ValueError(f"{name} is empty ({reason}); white = repaint; a mask of 0 and 1 must be bool or float")
     if repaint.all():
-        raise ValueError(f"{name} covers the whole photo of {width}x{height}; white = repaint: is it inverted?")
+        raise ValueError(f"{name} covers the whole image of {width}x{height}; white = repaint: is it inverted?")
     return repaint
 
 
@@ -317,7 +214,7 @@ def _read_mask_values(source: PictureLike, size: tuple[int, int], name: str) -> 
     values = picture.pixels.astype(np.float32) / white_level(picture.pixels.dtype)
     channels = values.shape[2]
     colour = values[..., : 3 if channels >= 3 else 1]
-    luminance = colour @ np.float32(LUMINANCE) if channels >= 3 else colour[..., 0]
+    luminance = colour @ np.array(LUMINANCE, np.float32) if channels >= 3 else colour[..., 0]
     if channels not in (2, 4):
         return luminance
     alpha = values[..., -1]
@@ -344,9 +241,9 @@ def _draw(source: MaskLike, size: tuple[int, int], name: str) -> np.ndarray:
             raise ValueError(f"{name}: box {source} has no area; it is (x0, y0, x1, y1) with x0 < x1 and y0 < y1")
         numbers = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
     if not ((numbers >= 0) & (numbers <= (width, height))).all():
-        raise ValueError(f"{name}: {source} reaches outside the photo of {width}x{height} pixels (width x height)")
+        raise ValueError(f"{name}: {source} reaches outside the image of {width}x{height} pixels (width x height)")
     if numbers.max() <= 1 and (numbers % 1).any():
-        raise ValueError(f"{name}: {source} looks like shares of the size; give pixels, the photo is {width}x{height}")
+        raise ValueError(f"{name}: {source} looks like shares of the size; give pixels, the image is {width}x{height}")
     return fill_polygon(numbers, size)
 
 
@@ -376,18 +273,16 @@ def read_exemplar(source: PictureLike, mask: MaskLike | None = None, name: str =
     """
     picture = _read(source, name)
     rgb = picture.rgb()[0].permute(1, 2, 0).numpy() / 2 + 0.5  # (H, W, 3) in [0, 1]
-    if mask is not None:
-        shown = (
-            _read_mask_values(mask, picture.size, f"{name}'s mask")
-            if isinstance(mask, PictureLike)
-            else _draw(mask, picture.size, f"{name}'s mask").astype(np.float32)
-        )
+    if isinstance(mask, PictureLike):
+        shown = _read_mask_values(mask, picture.size, f"{name}'s mask")
+    elif mask is not None:
+        shown = _draw(mask, picture.size, f"{name}'s mask").astype(np.float32)
     elif picture.pixels.shape[2] in (2, 4):
         shown = picture.pixels[..., -1].astype(np.float32) / white_level(picture.pixels.dtype)
     else:
         shown = np.ones(picture.size, dtype=np.float32)
     if shown.max() < 0.5:
-        raise ValueError(f"{name} is empty: its {'mask' if mask is not None else 'alpha'} shows no object")
+        raise ValueError(f"{name} is empty: its {'alpha' if mask is None else 'mask'} shows no object")
     rgb = 1 + (rgb - 1) * shown[..., None]  # over white
     rgb = rgb[mask_bounding_box(shown >= 0.5).slices]
     return Image.fromarray(np.rint(rgb * 255).astype(np.uint8))
@@ -399,5 +294,5 @@ def exemplar_tensor(image: Image.Image, size: int = 224) -> torch.Tensor:
     if image.mode != "RGB":
         raise ValueError(f"an exemplar must be an RGB image, got mode {image.mode!r}; see read_exemplar")
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
-    pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    pixels = (pixels - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()

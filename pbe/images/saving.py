@@ -8,27 +8,32 @@ import re
 import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from pbe.images.reading import PictureWarning
+from pbe.images.pillow import PictureWarning
 from pbe.io.atomic import replacing
 
-_SAVE_OPTIONS = {
-    "PNG": {},
-    "JPEG": {"quality": 95, "subsampling": 0},
-    "TIFF": {},  # uncompressed: Pillow's compressed writer fails on EXIF sub-directories
-    "WEBP": {"lossless": True, "exact": True},  # exact: keeps the colours under transparent pixels
+
+class Format(NamedTuple):
+    """What a file format can hold, and how it is written."""
+
+    modes: tuple[str, ...]
+    options: dict[str, Any]
+    max_side: float = math.inf
+    max_exif: float = math.inf  # bytes
+
+
+FORMATS = {
+    "PNG": Format(("L", "LA", "RGB", "RGBA", "I;16"), {}),
+    "JPEG": Format(("L", "RGB"), {"quality": 95, "subsampling": 0}, 65500, max_exif=65533),  # what one marker holds
+    # uncompressed: Pillow's compressed writer fails on EXIF sub-directories
+    "TIFF": Format(("L", "LA", "RGB", "RGBA", "I;16", "F"), {}),
+    # exact: keeps the colours under transparent pixels
+    "WEBP": Format(("L", "LA", "RGB", "RGBA"), {"lossless": True, "exact": True}, 16383),
 }
-_SAVE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
-_SAVE_MODES = {
-    "PNG": ("L", "LA", "RGB", "RGBA", "I;16"),
-    "JPEG": ("L", "RGB"),
-    "TIFF": ("L", "LA", "RGB", "RGBA", "I;16", "F"),
-    "WEBP": ("L", "LA", "RGB", "RGBA"),
-}
-_MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}
-_JPEG_EXIF_BYTES = 65533  # what one marker holds
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
 
 
 def save_picture(image: Image.Image, path: str | Path, info: dict[str, str] | None = None) -> None:
@@ -36,7 +41,7 @@ def save_picture(image: Image.Image, path: str | Path, info: dict[str, str] | No
 
     PNG, TIFF and WebP are lossless; JPEG (quality 95, full colour resolution) is not, and holds no alpha. `info`
     goes into PNG text chunks, and as JSON into the EXIF block of the other formats: into the user comment, or the
-    image description where the photo has a comment of its own. The file appears whole or not at all, and replaces
+    image description where the image has a comment of its own. The file appears whole or not at all, and replaces
     one of the same name.
 
     Warns (PictureWarning) where the EXIF block has no room for `info`, which is then left out. ValueError for a
@@ -45,43 +50,39 @@ def save_picture(image: Image.Image, path: str | Path, info: dict[str, str] | No
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give a file name")
-    file_format = _SAVE_FORMATS.get(path.suffix.lower())
-    if file_format is None:
+    name = SUFFIXES.get(path.suffix.lower())
+    if name is None:
         wanted = repr(path.suffix) if path.suffix else "a file without a suffix (a folder's name ends in /)"
-        raise ValueError(f"{path}: cannot save as {wanted}; choose one of {', '.join(_SAVE_FORMATS)}")
-    if image.mode not in _SAVE_MODES[file_format]:
-        able = [name for name, modes in _SAVE_MODES.items() if image.mode in modes]
+        raise ValueError(f"{path}: cannot save as {wanted}; choose one of {', '.join(SUFFIXES)}")
+    modes, options, max_side, max_exif = FORMATS[name]
+    if image.mode not in modes:
+        able = [other for other, format in FORMATS.items() if image.mode in format.modes]
         advice = f"save as {' or '.join(able)}" if able else "convert it to RGB"
-        raise ValueError(f"{path}: {file_format} cannot hold an image of mode {image.mode!r}; {advice}")
+        raise ValueError(f"{path}: {name} cannot hold an image of mode {image.mode!r}; {advice}")
+    side = max(image.size)
+    if side > max_side:
+        raise ValueError(f"{path}: {name} cannot hold a side of {side} pixels, only {max_side}; save as PNG or TIFF")
 
-    side, limit = max(image.size), _MAX_SIDE.get(file_format, math.inf)
-    if side > limit:
-        raise ValueError(
-            f"{path}: {file_format} cannot hold a side of {side} pixels, only {limit}; save as PNG or TIFF"
-        )
-
-    options = dict(_SAVE_OPTIONS[file_format])
-    options |= {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
+    options = options | {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
     exif = Image.Exif()
     exif.load(image.info.get("exif", b""))
     if info:
         _remove_info(exif, info)
     block = _exif_bytes(exif)
-    limit = _JPEG_EXIF_BYTES if file_format == "JPEG" else math.inf
-    if len(block) > limit:
+    if len(block) > max_exif:
         raise ValueError(
-            f"{path}: the photo's EXIF block has {len(block)} bytes, JPEG holds {limit}; save as PNG, TIFF or WEBP"
+            f"{path}: the image's EXIF block has {len(block)} bytes, {name} holds {max_exif}; save as PNG, TIFF or WEBP"
         )
-    if info and file_format == "PNG":
+    if info and name == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         for key, value in info.items():
             options["pnginfo"].add_text(key, value)
     elif info:
-        if _add_info(exif, info) and len(_exif_bytes(exif)) <= limit:
+        if _add_info(exif, info) and len(_exif_bytes(exif)) <= max_exif:
             block = _exif_bytes(exif)
         else:
             warnings.warn(
-                f"{path} is saved without its settings: the photo's own EXIF block leaves no room for them",
+                f"{path} is saved without its settings: the image's own EXIF block has no room for them",
                 PictureWarning,
                 stacklevel=2,
             )
@@ -89,14 +90,14 @@ def save_picture(image: Image.Image, path: str | Path, info: dict[str, str] | No
         options["exif"] = block
 
     with replacing(path, overwrite=True) as part:
-        image.save(part, format=file_format, **options)
+        image.save(part, format=name, **options)
 
 
 def read_info(image: Image.Image) -> dict[str, str]:
-    """The `info` that `save_picture` stored in the file of an open image, among other texts; empty without any."""
+    """The `info` that `save_picture` stored in the file of an open image, among other texts; empty if there is none."""
     if image.format == "PNG":
-        return {key: value for key, value in image.info.items() if isinstance(value, str)}
-    found = {}
+        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+    found: dict[str, str] = {}
     for directory, tag in _info_places(image.getexif()):
         found |= _parse_info(directory.get(tag, ""))
     return found
@@ -111,7 +112,7 @@ def _info_places(exif: Image.Exif) -> tuple[tuple[MutableMapping, int], ...]:
 
 
 def _add_info(exif: Image.Exif, info: dict[str, str]) -> bool:
-    """Puts `info` into the first place that is free; False if none is."""
+    """Puts `info` into the first free place; False if there is none."""
     text = json.dumps(info)
     for directory, tag in _info_places(exif):
         if not _text_of(directory.get(tag, "")):
@@ -121,7 +122,7 @@ def _add_info(exif: Image.Exif, info: dict[str, str]) -> bool:
 
 
 def _remove_info(exif: Image.Exif, info: dict[str, str]) -> None:
-    """Takes out the info of an earlier edit, which no longer holds: what has the same keys."""
+    """Removes the info of an earlier edit, which is out of date: what has the same keys."""
     for directory, tag in _info_places(exif):
         if _parse_info(directory.get(tag, "")).keys() == info.keys():
             del directory[tag]
@@ -131,11 +132,11 @@ def _parse_info(value: bytes | str) -> dict[str, str]:
     try:
         info = json.loads(_text_of(value))
     except ValueError:
-        return {}  # a comment that the photo came with
+        return {}  # the image's own comment
     return info if isinstance(info, dict) else {}
 
 
 def _text_of(value: bytes | str) -> str:
-    """An EXIF text without the name of its character set and the blanks that cameras fill it with."""
+    """An EXIF text without the name of its character set and the blanks with which cameras fill it."""
     text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
     return re.sub(r"^(ASCII|UNICODE|JIS)?\0+", "", text).strip("\0 ")

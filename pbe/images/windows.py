@@ -1,6 +1,6 @@
-"""The window of a photo that is edited: its choice, the way into model pixels and the way back.
+"""The window of an image that is edited: its choice, the way into model pixels and the way back.
 
-Boolean masks are called `repaint`: True where the photo is painted anew. Sizes are (height, width).
+Boolean masks are called `repaint`: True where the image is to be repainted. Sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow's mode L
-TARGET_COVERAGE = 0.25  # share of a window that its mask takes where the photo leaves the choice
+TARGET_COVERAGE = 0.25  # share of a window that its mask takes where the image allows it
 MAX_REGIONS = 100
 
 
@@ -43,7 +43,7 @@ class Box(NamedTuple):
         return slice(self.y0, self.y1), slice(self.x0, self.x1)
 
     def grown(self, by: int, size: tuple[int, int]) -> Box:
-        """The box with a margin on each side, less at the edges of a photo of `size` (height, width)."""
+        """The box with a margin on each side, less at the edges of an image of `size` (height, width)."""
         height, width = size
         return Box(max(self.x0 - by, 0), max(self.y0 - by, 0), min(self.x1 + by, width), min(self.y1 + by, height))
 
@@ -65,12 +65,12 @@ def choose_window(
     coverage: tuple[float, float] = (0.05, 0.5),
     margin: float = 0.1,
 ) -> Box:
-    """The part of the photo to edit: a square that holds the whole mask, with context around it.
+    """The part of the image to edit: a square that holds the whole mask, with context around it.
 
     `repaint` is bool (H, W). The mask takes about a quarter of the window, and a share within `coverage`
-    wherever the photo's and the mask's shapes allow it; `margin` (share of the side, each side) is kept free
-    around the mask's box as far as the lower coverage allows. The window lies inside the photo, and its side
-    is at least resolution / 8 (below that the photo has nothing left to enlarge) and at most the photo's
+    wherever the image's and the mask's shapes allow it; `margin` (share of the side, each side) is kept free
+    around the mask's box as far as the lower coverage allows. The window lies inside the image, and its side
+    is at least resolution / 8 (below that the image has nothing left to enlarge) and at most the image's
     short side. Where that square cannot hold the mask, or would be filled by more than the upper coverage,
     the window is a rectangle that spans the short side.
 
@@ -91,7 +91,7 @@ def choose_window(
         side = min(max(side, longest, math.ceil(resolution / 8)), short)
         window_height = window_width = side
     else:
-        length = box.width if width >= height else box.height  # of the mask along the photo's long side
+        length = box.width if width >= height else box.height  # of the mask along the image's long side
         side = max(length / (1 - 2 * margin), area / (high * short))
         side = math.ceil(min(side, math.floor(area / (low * short))))
         side = min(max(side, length, short), max(height, width))
@@ -123,7 +123,7 @@ def model_size(window: Box, resolution: int = 512, multiple: int = 8) -> tuple[i
 
 
 def connected_regions(repaint: np.ndarray, gap: int = 8) -> list[np.ndarray]:
-    """The separate regions of a bool (H, W) mask as bool (H, W) masks, from top to bottom; together they are it.
+    """The separate regions of a bool (H, W) mask as bool (H, W) masks, from top to bottom; together they are the mask.
 
     Parts within about `gap` pixels of each other count as one region: one object painted in several strokes.
     ValueError for an empty mask and for more than 100 regions.
@@ -136,8 +136,8 @@ def connected_regions(repaint: np.ndarray, gap: int = 8) -> list[np.ndarray]:
     labels[~repaint[box.slices]] = -1
     if count > MAX_REGIONS:
         raise ValueError(
-            f"the mask falls into {count} separate regions, at most {MAX_REGIONS} can be edited one by one; "
-            "clean it of speckles, or edit it as one"
+            f"the mask has {count} separate regions, but at most {MAX_REGIONS} can be edited one by one; "
+            "remove its speckles, or edit it as one"
         )
     regions = []
     for label in range(count):
@@ -186,21 +186,21 @@ def extract_repaint(repaint: np.ndarray, window: Box, size: tuple[int, int]) -> 
     """The window of a bool (H, W) mask at `size` (h, w): float32 (1, 1, h, w), 1 = repaint, 0 = keep.
 
     A model pixel is 1 if it touches any pixel to repaint, so that all that `composite` takes from the result was
-    painted by the model, and no line or dot is too thin to arrive. The mask grows by less than a model pixel,
-    or a photo pixel where the window is enlarged.
+    painted by the model, and no line or dot is too thin to be seen. The mask grows by less than a model pixel,
+    or an image pixel where the window is enlarged.
     """
     _check_inside(window, repaint.shape)
     crop = torch.from_numpy(repaint[window.slices].astype(np.float32))[None, None]  # (1, 1, H, W)
-    return F.adaptive_max_pool2d(crop, size)  # bin i spans floor(i H / h) .. ceil((i + 1) H / h): all it touches
+    return F.adaptive_max_pool2d(crop, size)  # bin i spans floor(i H / h) .. ceil((i + 1) H / h): all that it touches
 
 
 def feather_weights(repaint: np.ndarray, width: int) -> np.ndarray:
     """How much of the edit shows: float32 (H, W) in [0, 1], from a bool (H, W) mask.
 
     Exactly 0 outside the mask; inside it rises from 1 / width in the outermost pixel to 1 at `width` pixels deep.
-    Thinner parts rise over a shorter way, so that their middle reaches 1, and where they join a thick part the
-    way grows by a pixel a pixel. The photo's own border is no edge: a mask that runs up to it stays 1 there. A
-    width of 0 or 1 gives a hard edge. ValueError for a negative width and for an empty mask.
+    Thinner parts rise over a shorter distance, so that their middle reaches 1, and where they join a thick part the
+    distance grows by one pixel per pixel. The image's own border is not an edge: a mask that reaches it stays 1 there.
+    A width of 0 or 1 gives a hard edge. ValueError for a negative width and for an empty mask.
     """
     if width < 0:
         raise ValueError(f"the feather width must be 0 or more pixels, got {width}")
@@ -236,26 +236,25 @@ def feather_weights(repaint: np.ndarray, width: int) -> np.ndarray:
 
 
 def composite(pixels: np.ndarray, edited: torch.Tensor, window: Box, weights: np.ndarray) -> np.ndarray:
-    """The photo with its window repainted: a new array of the shape and dtype of `pixels`.
+    """The image with its window repainted: a new array of the shape and dtype of `pixels`.
 
     `pixels` (H, W, C) is uint8, uint16 or float in [0, 1], with C = 1 gray, 2 gray + alpha, 3 RGB, 4 RGBA.
-    `edited` (1, 3, h, w) in [-1, 1] is resampled to the window; gray photos take its luminance. `weights` (H, W)
-    in [0, 1] say how much of it shows; where they are 0 the photo is kept bit for bit. The edit is opaque.
-    ValueError if weights and photo differ in size, or weights outside the window are not 0.
+    `edited` (1, 3, h, w) in [-1, 1] is resampled to the window; gray images take its luminance. `weights` (H, W)
+    in [0, 1] say how much of it shows; where they are 0 the image is kept bit for bit. The edit is opaque.
+    ValueError if weights and image differ in size, or weights outside the window are not 0.
     """
     if weights.shape != pixels.shape[:2]:
-        raise ValueError(f"weights are {weights.shape}, the photo is {pixels.shape[:2]} (height, width)")
+        raise ValueError(f"weights are {weights.shape}, the image is {pixels.shape[:2]} (height, width)")
     _check_inside(window, weights.shape)
     inner = weights[window.slices]
     if np.count_nonzero(inner) != np.count_nonzero(weights):
         raise ValueError(f"weights outside the window {tuple(window)} must be 0: the edit ends there")
 
-    photo = pixels[window.slices]
     touched = inner > 0
     precision = np.promote_types(pixels.dtype, np.float32)
-    new = resample(edited.detach().float().cpu(), (window.height, window.width))
-    new = (new[0].permute(1, 2, 0).numpy()[touched].astype(precision) + 1) / 2  # (N, 3)
-    old = photo[touched].astype(precision) / white_level(pixels.dtype)  # (N, C)
+    resampled = resample(edited.detach().float().cpu(), (window.height, window.width))[0].permute(1, 2, 0).numpy()
+    new = (resampled[touched].astype(precision) + 1) / 2  # (N, 3)
+    old = pixels[window.slices][touched].astype(precision) / white_level(pixels.dtype)  # (N, C)
     w = inner[touched].astype(precision)[:, None]
     channels = pixels.shape[2]
     if channels < 3:
@@ -300,4 +299,4 @@ def _dilate(mask: np.ndarray, square: bool) -> np.ndarray:
 def _check_inside(window: Box, size: tuple[int, int]) -> None:
     height, width = size
     if not (0 <= window.x0 < window.x1 <= width and 0 <= window.y0 < window.y1 <= height):
-        raise ValueError(f"window {tuple(window)} must lie inside the photo of {width}x{height} (width x height)")
+        raise ValueError(f"window {tuple(window)} must lie inside the image of {width}x{height} (width x height)")

@@ -1,4 +1,4 @@
-"""The page without a browser: its endpoint for programs, what it refuses, and what becomes of photos and regions."""
+"""The page without a browser: its endpoint for programs, what it refuses, and what becomes of images and masks."""
 
 import base64
 import io
@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ from PIL import Image
 import pbe
 from pbe.batch.provenance import Weights, read_provenance
 from pbe.editing.settings import DEMO, QUICK, quick_settings
-from pbe.images.reading import PictureWarning
+from pbe.images.pillow import PictureWarning
 from pbe.images.windows import Box
 
 gr = pytest.importorskip("gradio", reason="the page needs the extra app")
@@ -29,8 +31,8 @@ from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from pbe.app import page as app  # noqa: E402
-from pbe.app import uploads  # noqa: E402
-from pbe.app.canvas import region_of, to_value  # noqa: E402
+from pbe.app import serving, uploads  # noqa: E402
+from pbe.app.canvas import drawn_mask, to_value  # noqa: E402
 from pbe.cli.app import main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = Weights("tiny.ckpt", "00000000", "float32")
 BOX = (20, 16, 60, 48)
 SETTINGS = {"guidance": 3, "steps": 4, "seed": 7, "num_images": 1, "sampler": "ddim"}
+EDIT_SETTINGS = replace(QUICK, guidance=3.0, steps=4, seed=7, sampler="ddim")
 
 
 def free_port() -> int:
@@ -62,17 +65,17 @@ def no_telemetry():
 @pytest.fixture(scope="module")
 def client(model):
     page = app.build_page(model, WEIGHTS)
-    with app.warnings_on_page():
-        yield Client(app.serve(page, port=free_port()), verbose=False)
+    with serving.warnings_on_page():
+        yield Client(serving.serve(page, port=free_port()), verbose=False)
     page.close(verbose=False)
 
 
 @pytest.fixture
 def files(tmp_path) -> dict[str, Path]:
-    """A photo of 100x80, its mask, an exemplar."""
-    paths = {name: tmp_path / f"{name}.png" for name in ("photo", "mask", "exemplar")}
+    """An image of 100x80, its mask, an exemplar."""
+    paths = {name: tmp_path / f"{name}.png" for name in ("image", "mask", "exemplar")}
     noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(paths["photo"])
+    Image.fromarray(noise).save(paths["image"])
     mask = Image.new("L", (100, 80))
     mask.paste(255, BOX)
     mask.save(paths["mask"])
@@ -105,11 +108,11 @@ def test_the_endpoint_gives_what_edit_gives(client, model, files):
         spacing="trailing",
         batch_size=uploads.BATCH_SIZE,
     )
-    assert [path.name for path in results] == ["photo-7.png", "photo-8.png"]
+    assert [path.name for path in results] == ["image-7.png", "image-8.png"]
     for path, image in zip(results, expected, strict=True):
         assert (pixels(path) == pixels(image)).all()
     outside = pixels(files["mask"]) == 0
-    assert (pixels(results[0])[outside] == pixels(files["photo"])[outside]).all()
+    assert (pixels(results[0])[outside] == pixels(files["image"])[outside]).all()
     assert (pixels(results[0]) != pixels(results[1])).any()
 
 
@@ -119,7 +122,7 @@ def test_results_hold_their_settings(client, files):
     assert settings["seed"] == 8
     assert settings["guidance"] == 3
     assert settings["checkpoint"] == "tiny.ckpt"
-    assert settings["image"] == "photo.png"  # no path of the server
+    assert settings["image"] == "image.png"  # no path of the server
     assert "/" not in str(settings)
 
 
@@ -143,18 +146,18 @@ def test_the_sliders_begin_with_the_models_own_settings(model):
     page.close(verbose=False)
 
 
-def test_a_turned_16_bit_or_large_photo_keeps_what_it_has(client, files):
+def test_a_turned_16_bit_or_large_image_keeps_what_it_has(client, files):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise makes it upright
-    photo = Image.open(files["photo"]).transpose(Image.Transpose.ROTATE_90)
-    photo.save(files["photo"], exif=exif)
+    turned = Image.open(files["image"]).transpose(Image.Transpose.ROTATE_90)
+    turned.save(files["image"], exif=exif)
     (result,) = call(client, files)
     outside = pixels(files["mask"]) == 0
-    upright = photo.transpose(Image.Transpose.ROTATE_270)
+    upright = turned.transpose(Image.Transpose.ROTATE_270)
     assert (pixels(result)[outside] == pixels(upright)[outside]).all()
 
     deep = (np.arange(8000, dtype=np.uint16) * 8).reshape(80, 100)
-    Image.fromarray(deep).save(files["photo"])
+    Image.fromarray(deep).save(files["image"])
     (result,) = call(client, files)
     assert pixels(result).dtype == np.uint16
     assert (pixels(result)[outside] == deep[outside]).all()
@@ -165,15 +168,15 @@ def test_a_turned_16_bit_or_large_photo_keeps_what_it_has(client, files):
     [
         (lambda files: Image.new("L", (100, 80)).save(files["mask"]), "mask mask.png is empty"),
         (lambda files: Image.new("L", (90, 80), 255).save(files["mask"]), "mask.png is 90x80, but .* 100x80"),
-        (lambda files: files["photo"].write_bytes(b"no picture"), "image photo.png is not a picture"),
-        (lambda files: Image.new("1", (9000, 8000)).save(files["photo"]), "photo is 9000x8000: .* 64 megapixels"),
-        (lambda files: Image.new("F", (100, 80)).save(files["photo"].with_suffix(".tif")), "cannot hold .* 'F'"),
+        (lambda files: files["image"].write_bytes(b"no picture"), "image image.png is not a picture"),
+        (lambda files: Image.new("1", (9000, 8000)).save(files["image"]), "image is 9000x8000: .* 64 megapixels"),
+        (lambda files: Image.new("F", (100, 80)).save(files["image"].with_suffix(".tif")), "cannot hold .* 'F'"),
     ],
 )
 def test_bad_pictures_are_refused_in_words(client, files, change, message):
     change(files)
-    if files["photo"].with_suffix(".tif").exists():
-        files["photo"] = files["photo"].with_suffix(".tif")
+    if files["image"].with_suffix(".tif").exists():
+        files["image"] = files["image"].with_suffix(".tif")
     with pytest.raises(AppError) as caught:
         call(client, files)
     assert re.search(message, caught.value.message)
@@ -185,7 +188,7 @@ def test_bad_pictures_are_refused_in_words(client, files, change, message):
     [
         ({"steps": 0}, "minimum value 4"),
         ({"num_images": 9}, "maximum value 8"),
-        ({"num_images": 1.5}, "num_images must be a whole number from 1 to 8 on this page, got 1.5"),
+        ({"num_images": 1.5}, "num_images must be .* from 1 to 8, got 1.5"),
         ({"sampler": "euler"}, "euler"),
         ({"guidance": -1}, "minimum value 0"),
         ({"seed": -1}, "-1"),
@@ -202,7 +205,7 @@ def test_bad_settings_are_refused_in_words(client, files, settings, message):
 def test_a_missing_file_is_named(client, files):
     with pytest.raises(AppError, match="exemplar missing"):
         client.predict(
-            photo=handle_file(files["photo"]), mask=handle_file(files["mask"]), exemplar=None, api_name="/edit"
+            image=handle_file(files["image"]), mask=handle_file(files["mask"]), exemplar=None, api_name="/edit"
         )
 
 
@@ -214,10 +217,15 @@ def test_only_the_edit_is_offered_to_programs(client):
 
 def test_progress_counts_the_steps_of_all_batches(model, files, tmp_path):
     told = []
-    settings = uploads.Settings(guidance=3, steps=4, seed=7, num_images=uploads.BATCH_SIZE + 1, sampler="ddim")
     (tmp_path / "work").mkdir()
     uploads.save_edits(
-        model, WEIGHTS, uploads.Edit(*files.values()), settings, tmp_path / "work", lambda at, desc: told.append(at)
+        model,
+        WEIGHTS,
+        uploads.EditFiles(*files.values()),
+        EDIT_SETTINGS,
+        uploads.BATCH_SIZE + 1,
+        tmp_path / "work",
+        lambda at, desc: told.append(at),
     )
     assert told == [(done, 8) for done in range(9)]
 
@@ -226,19 +234,24 @@ def test_a_cropped_exemplar_is_as_good_as_one_cut_before(model, files, tmp_path)
     noise = np.random.default_rng(1).integers(0, 256, (60, 50, 4), dtype=np.uint8)
     noise[..., 3] = 255 * (np.arange(50) > 20)  # see-through on the left
     Image.fromarray(noise).save(files["exemplar"])
-    settings = uploads.Settings(guidance=3, steps=4, seed=7, num_images=1, sampler="ddim")
     crop = Box(10, 5, 40, 50)
     results = {}
     for name, edit in (("whole", {}), ("crop", {"crop": crop})):
         (tmp_path / name).mkdir()
         paths = uploads.save_edits(
-            model, WEIGHTS, uploads.Edit(*files.values(), **edit), settings, tmp_path / name, lambda at, desc: None
+            model,
+            WEIGHTS,
+            uploads.EditFiles(*files.values(), **edit),
+            EDIT_SETTINGS,
+            1,
+            tmp_path / name,
+            lambda at, desc: None,
         )
         results[name] = pixels(paths[0])
     cut = Image.open(files["exemplar"]).crop(crop)
     (expected,) = pbe.edit(
         model,
-        files["photo"],
+        files["image"],
         files["mask"],
         cut,
         guidance=3,
@@ -269,9 +282,9 @@ def test_one_edit_runs_at_a_time(client, files, monkeypatch):
 
 
 def test_large_uploads_are_refused(model, files, monkeypatch):
-    monkeypatch.setattr(app, "MAX_UPLOAD", "10kb")
+    monkeypatch.setattr(serving, "MAX_UPLOAD", "10kb")
     page = app.build_page(model, WEIGHTS)
-    limited = Client(app.serve(page, port=free_port()), verbose=False)
+    limited = Client(serving.serve(page, port=free_port()), verbose=False)
     with pytest.raises(Exception, match=r"413|[Ss]ize"):  # whichever HTTP error the client's version raises
         call(limited, files)
     page.close(verbose=False)
@@ -283,38 +296,38 @@ def test_large_uploads_are_refused(model, files, monkeypatch):
 def test_warnings_of_the_library_go_to_the_page(monkeypatch):
     shown = []
     monkeypatch.setattr(gr, "Warning", shown.append)
-    with app.warnings_on_page():
+    with serving.warnings_on_page():
         for _ in range(2):
-            pbe.images.reading.warnings.warn("5 % of mask is gray", PictureWarning, stacklevel=1)
+            warnings.warn("5 % of mask is gray", PictureWarning, stacklevel=1)
     assert shown == ["5 % of mask is gray"] * 2
 
 
-def test_a_region_comes_back_in_the_photos_size():
+def test_a_mask_comes_back_in_the_images_size():
     yy, xx = np.mgrid[:2000, :3000]
-    region = (xx - 1400) ** 2 + (yy - 900) ** 2 < 500**2
-    value = to_value(Image.new("RGB", (3000, 2000)), region)
-    back = region_of(value, (2000, 3000))
+    mask = (xx - 1400) ** 2 + (yy - 900) ** 2 < 500**2
+    value = to_value(Image.new("RGB", (3000, 2000)), mask)
+    back = drawn_mask(value, (2000, 3000))
     assert back.shape == (2000, 3000)
     # The canvas is half as large: the outline moves by less than a canvas pixel, of a circumference of 3142 pixels.
-    assert np.count_nonzero(back != region) < 3142
+    assert np.count_nonzero(back != mask) < 3142
 
 
 @pytest.mark.parametrize("value", [None, {"picture": "", "mask": ""}, to_value(Image.new("RGB", (30, 20)))])
-def test_no_region_is_none(value):
-    assert region_of(value, (20, 30)) is None
+def test_no_mask_is_none(value):
+    assert drawn_mask(value, (20, 30)) is None
 
 
 @pytest.mark.parametrize("mask", ["data:image/png;base64,AAAA", "data:text/html,hello", 7])
 def test_a_value_the_canvas_does_not_make_is_refused(mask):
-    with pytest.raises(ValueError, match="not one of this page"):
-        region_of({"picture": "", "mask": mask}, (20, 30))
+    with pytest.raises(ValueError, match="mask that the browser sent"):
+        drawn_mask({"picture": "", "mask": mask}, (20, 30))
 
 
 def test_the_canvas_shows_an_upright_copy_of_bounded_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (2000, 100), "gray").save(tmp_path / "photo.jpg", exif=exif)
-    upload, shown = app.open_upload(str(tmp_path / "photo.jpg"), "photo")
+    Image.new("RGB", (2000, 100), "gray").save(tmp_path / "image.jpg", exif=exif)
+    upload, shown = app.open_upload(str(tmp_path / "image.jpg"), "image")
     assert upload.size == (2000, 100)
     assert (pixels(shown) == 128).all()
     picture = to_value(shown)["picture"].removeprefix("data:image/jpeg;base64,")
@@ -322,16 +335,16 @@ def test_the_canvas_shows_an_upright_copy_of_bounded_size(tmp_path):
         assert copy.size == (77, 1536)
 
 
-def test_a_damaged_photo_is_a_message(tmp_path):
-    (tmp_path / "photo.png").write_bytes(b"no picture")
+def test_a_damaged_image_is_a_message(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"no picture")
     with pytest.raises(gr.Error) as caught:
-        app.open_upload(str(tmp_path / "photo.png"), "photo")
-    assert caught.value.message.startswith("photo photo.png is not a picture")
+        app.open_upload(str(tmp_path / "image.png"), "image")
+    assert caught.value.message.startswith("image image.png is not a picture")
 
 
-def test_a_photo_that_was_deleted_is_a_message(tmp_path):
+def test_an_image_that_was_deleted_is_a_message(tmp_path):
     with pytest.raises(gr.Error, match="load it again"):
-        app.open_upload(str(tmp_path / "photo.png"), "photo")
+        app.open_upload(str(tmp_path / "image.png"), "image")
 
 
 # --- starting ---------------------------------------------------------------------------------------------
@@ -363,7 +376,7 @@ def test_the_command_serves_asks_no_other_machine_and_leaves_no_files(tiny_check
             if line.startswith("serving at "):
                 break
         call(Client(lines[-1].split()[2], verbose=False), files)
-        assert any(path.name == "photo-7.png" for path in (tmp_path / "temporary").rglob("*"))
+        assert any(path.name == "image-7.png" for path in (tmp_path / "temporary").rglob("*"))
         server.send_signal(signal.SIGINT)
         lines += server.communicate(timeout=60)[0].splitlines()
     finally:
@@ -388,7 +401,7 @@ def test_a_taken_port_is_one_line(tiny_checkpoint, capsys):
         port = listener.getsockname()[1]
         assert main(["--ckpt", str(tiny_checkpoint), "--device", "cpu", "--port", str(port)]) == 2
     error = capsys.readouterr().err
-    assert error == f"error: cannot serve at 127.0.0.1:{port}: the port is taken or the host not this machine's\n"
+    assert error == f"error: cannot serve at 127.0.0.1:{port}: the port is taken, or the host is not this machine's\n"
 
 
 def test_a_number_that_is_no_port_is_one_line(tiny_checkpoint, capsys):

@@ -15,7 +15,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 gr = pytest.importorskip("gradio", reason="the page needs the extra app")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser needs playwright: pip install playwright")
 
-from pbe.app import page as app  # noqa: E402
+from pbe.app import serving  # noqa: E402
+from pbe.app.page import build_page  # noqa: E402
 from pbe.batch.provenance import Weights, identify, read_provenance  # noqa: E402
 from pbe.editing.loading import load_editor  # noqa: E402
 from pbe.editing.settings import quick_settings  # noqa: E402
@@ -33,8 +34,8 @@ def served(page: gr.Blocks) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    with app.warnings_on_page():
-        yield app.serve(page, port=port)
+    with serving.warnings_on_page():
+        yield serving.serve(page, port=port)
     page.close(verbose=False)
 
 
@@ -59,7 +60,7 @@ def browser(address: str, **kwargs):
 @pytest.fixture(scope="module")
 def address(tiny_checkpoint):
     model = load_editor(tiny_checkpoint, "cpu")
-    with served(app.build_page(model, Weights("tiny.ckpt", "00000000", "float32"))) as address:
+    with served(build_page(model, Weights("tiny.ckpt", "00000000", "float32"))) as address:
         yield address
 
 
@@ -70,10 +71,10 @@ def tab(address):
 
 
 @pytest.fixture
-def photo(tmp_path) -> Path:
-    """A photo of 3000x2000: noise, of which every pixel that changes or moves would show."""
+def image(tmp_path) -> Path:
+    """An image of 3000x2000: noise, of which every pixel that changes or moves would show."""
     noise = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8)
-    path = tmp_path / "photo.png"
+    path = tmp_path / "image.png"
     Image.fromarray(noise).save(path, compress_level=1)
     return path
 
@@ -134,17 +135,17 @@ def bounds(changed: np.ndarray) -> tuple[int, int, int, int]:
 # --- what is tested ---------------------------------------------------------------------------------------
 
 
-def test_a_box_is_repainted_and_nothing_else(tab, photo, tmp_path):
-    load(tab, "photo", photo)
+def test_a_box_is_repainted_and_nothing_else(tab, image, tmp_path):
+    load(tab, "image", image)
     load(tab, "exemplar", EXAMPLES / "china.jpg")
-    press(tab, "photo", "Box")
-    drag(tab, "photo", (0.25, 0.25), (0.5, 0.75))
+    press(tab, "image", "Box")
+    drag(tab, "image", (0.25, 0.25), (0.5, 0.75))
     result = paint(tab, tmp_path / "result.png")
 
-    before = np.asarray(Image.open(photo))
+    before = np.asarray(Image.open(image))
     assert result.shape == before.shape
     changed = (result != before).any(axis=-1)
-    # A pixel of the screen is 6 of the photo.
+    # A pixel of the screen is 6 of the image.
     assert bounds(changed) == pytest.approx((750, 500, 1500, 1500), abs=12)
     x0, y0, x1, y1 = bounds(changed)
     assert changed[y0:y1, x0:x1].mean() > 0.95  # some noise stays as it was by chance
@@ -154,71 +155,71 @@ def test_a_box_is_repainted_and_nothing_else(tab, photo, tmp_path):
     assert [url for url in tab.requests if not url.startswith((local, "data:", "blob:"))] == []
 
 
-def test_brush_eraser_undo_and_clear(tab, photo, tmp_path):
-    load(tab, "photo", photo)
+def test_brush_eraser_undo_and_clear(tab, image, tmp_path):
+    load(tab, "image", image)
     load(tab, "exemplar", EXAMPLES / "china.jpg")
-    drag(tab, "photo", (0.2, 0.5), (0.8, 0.5))
-    press(tab, "photo", "Eraser")
-    drag(tab, "photo", (0.5, 0.3), (0.5, 0.7))
-    press(tab, "photo", "Brush")
-    drag(tab, "photo", (0.1, 0.1), (0.9, 0.1))
-    press(tab, "photo", "Undo")
-    changed = (paint(tab, tmp_path / "result.png") != np.asarray(Image.open(photo))).any(axis=-1)
+    drag(tab, "image", (0.2, 0.5), (0.8, 0.5))
+    press(tab, "image", "Eraser")
+    drag(tab, "image", (0.5, 0.3), (0.5, 0.7))
+    press(tab, "image", "Brush")
+    drag(tab, "image", (0.1, 0.1), (0.9, 0.1))
+    press(tab, "image", "Undo")
+    changed = (paint(tab, tmp_path / "result.png") != np.asarray(Image.open(image))).any(axis=-1)
     assert changed[1000, 700:1200].mean() > 0.95
     assert changed[1000, 1800:2300].mean() > 0.95
     assert not changed[:, 1480:1520].any()  # erased
     assert not changed[:600].any()  # taken back
 
-    press(tab, "photo", "Clear")
+    press(tab, "image", "Clear")
     tab.locator("#paint").click()
-    assert "No region is drawn yet" in message(tab)
+    assert "There is no mask yet" in message(tab)
 
 
 def test_the_exemplar_is_cropped(tab, tmp_path):
-    load(tab, "photo", EXAMPLES / "coffee.png")
+    load(tab, "image", EXAMPLES / "coffee.png")
     load(tab, "exemplar", EXAMPLES / "china.jpg")
-    drag(tab, "photo", (0.4, 0.4), (0.6, 0.6))
+    drag(tab, "image", (0.4, 0.4), (0.6, 0.6))
     whole = paint(tab, tmp_path / "whole.png")
     drag(tab, "exemplar", (0.1, 0.1), (0.5, 0.9))
     cropped = paint(tab, tmp_path / "cropped.png")
     assert (whole != cropped).any()
-    assert read_provenance(tmp_path / "whole.png")["reference"] == ["exemplar.jpg"]
-    assert read_provenance(tmp_path / "cropped.png")["reference"] == ["exemplar-crop.tif"]
+    assert read_provenance(tmp_path / "whole.png")["exemplar"] == ["exemplar.jpg"]
+    assert read_provenance(tmp_path / "cropped.png")["exemplar"] == ["exemplar-crop.tif"]
 
     press(tab, "exemplar", "Load another picture")
     tab.locator("#exemplar-file").wait_for()
     tab.locator("#paint").click()
-    assert "There is no object yet" in message(tab)
+    assert "There is no exemplar yet" in message(tab)
 
 
-def test_a_result_becomes_the_photo(tab, tmp_path):
-    load(tab, "photo", EXAMPLES / "coffee.png")
+def test_a_result_becomes_the_image(tab, tmp_path):
+    load(tab, "image", EXAMPLES / "coffee.png")
     load(tab, "exemplar", EXAMPLES / "china.jpg")
-    press(tab, "photo", "Box")
-    drag(tab, "photo", (0.1, 0.1), (0.3, 0.3))
+    press(tab, "image", "Box")
+    drag(tab, "image", (0.1, 0.1), (0.3, 0.3))
     first = paint(tab, tmp_path / "first.png")
-    shown = tab.locator("#photo canvas").evaluate("canvas => canvas.toDataURL()")
-    tab.locator("#again").click()
-    tab.wait_for_function("old => document.querySelector('#photo canvas').toDataURL() !== old", arg=shown)
-    drag(tab, "photo", (0.6, 0.6), (0.9, 0.9))
+    shown = tab.locator("#image canvas").evaluate("canvas => canvas.toDataURL()")
+    tab.locator("#reuse").click()
+    tab.wait_for_function("old => document.querySelector('#image canvas').toDataURL() !== old", arg=shown)
+    drag(tab, "image", (0.6, 0.6), (0.9, 0.9))
     second = paint(tab, tmp_path / "second.png")
     changed = (second != first).any(axis=-1)
     assert bounds(changed) == pytest.approx((360, 240, 540, 360), abs=4)
-    with Image.open(EXAMPLES / "coffee.png") as photo:
-        assert (second[40:120, 60:180] != np.asarray(photo)[40:120, 60:180]).any(axis=-1).mean() > 0.95
+    with Image.open(EXAMPLES / "coffee.png") as before:
+        assert (second[40:120, 60:180] != np.asarray(before)[40:120, 60:180]).any(axis=-1).mean() > 0.95
 
 
 def test_wrong_input_is_answered_in_words(tab, tmp_path):
     tab.locator("#paint").click()
-    assert "There is no photo yet" in message(tab)
-    (tmp_path / "photo.png").write_bytes(b"no picture")
-    tab.locator("#photo-file input[type=file]").set_input_files(tmp_path / "photo.png")
-    tab.get_by_test_id("toast-text").filter(has_text="photo.png is not a picture that Pillow reads").wait_for()
-    assert tab.locator("#photo-file").is_visible()
-    load(tab, "photo", EXAMPLES / "coffee.png")
-    drag(tab, "photo", (0.4, 0.4), (0.6, 0.6))
+    assert "There is no image yet" in message(tab)
+    (tmp_path / "image.png").write_bytes(b"no picture")
+    tab.locator("#image-file input[type=file]").set_input_files(tmp_path / "image.png")
+    tab.get_by_test_id("toast-text").filter(has_text="image.png is not a picture that Pillow reads").wait_for()
+    assert tab.locator("#image-file").is_visible()
+    load(tab, "image", EXAMPLES / "coffee.png")
+    drag(tab, "image", (0.4, 0.4), (0.6, 0.6))
     tab.locator("#paint").click()
-    tab.get_by_test_id("toast-text").filter(has_text="There is no object yet").wait_for()
+    tab.get_by_test_id("toast-text").filter(has_text="There is no exemplar yet").wait_for()
 
 
 def test_the_screenshot(tiny_checkpoint, tmp_path):
@@ -234,10 +235,10 @@ def test_the_screenshot(tiny_checkpoint, tmp_path):
 def screenshot(checkpoint: Path, out: Path) -> None:
     """Has the first example painted by a model, and saves what the page then looks like."""
     model = load_editor(checkpoint)
-    page = app.build_page(model, identify(checkpoint, model.dtype), quick_settings(checkpoint))
+    page = build_page(model, identify(checkpoint, model.dtype), quick_settings(checkpoint))
     with served(page) as address, browser(address) as tab:
         tab.locator("#examples tbody tr").first.click()
-        tab.wait_for_function("document.querySelector('#photo canvas')?.width > 300")
+        tab.wait_for_function("document.querySelector('#image canvas')?.width > 300")
         tab.locator("#paint").click()
         tab.locator("#results img").first.wait_for(timeout=600 * SECONDS)
         tab.mouse.move(0, 0)

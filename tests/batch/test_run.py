@@ -24,7 +24,7 @@ from pbe.batch.provenance import (
 )
 from pbe.batch.run import Outcome, is_done, read_jobs, run_row
 from pbe.editing.settings import MAX_SEED, EditSettings
-from pbe.images.reading import PictureWarning
+from pbe.images.pillow import PictureWarning
 
 CHECKPOINT = Path("model.ckpt")
 WEIGHTS = Weights("model.ckpt", "0123abcd", "bfloat16")

@@ -14,8 +14,8 @@ from pbe.acceleration import prepare_for_inference
 from pbe.baselines.poisson import membrane
 from pbe.checkpoints.seeding import seeded_state
 from pbe.editing.edit import check_finite, mixed_context
-from pbe.images.reading import PictureWarning
-from pbe.images.seams import continue_inside, meet_photo
+from pbe.images.pillow import PictureWarning
+from pbe.images.seams import interpolate_harmonically, poisson_blend
 from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig
 
@@ -214,7 +214,7 @@ def test_meeting_the_photo_takes_off_what_the_model_got_wrong_around_the_mask():
     light = torch.linspace(-0.3, 0.5, 32).expand(1, 3, 24, 32)  # 0.4 of it across the mask
 
     def left(error, photo=truth):
-        return (meet_photo(truth + error, photo, keep) - truth)[..., 6:17, 9:25].abs().amax(dim=(1, 2, 3))
+        return (poisson_blend(truth + error, photo, keep) - truth)[..., 6:17, 9:25].abs().amax(dim=(1, 2, 3))
 
     assert left(colour).max() < 1e-6, "one error all around is exactly that inside"
     assert left(light).max() < 0.1, "few sweeps come near to the linear one, not more"
@@ -233,7 +233,7 @@ def test_values_go_on_as_a_harmonic_function(shape):
     }[shape]
     values = torch.randn(1, 2, 5, 6, generator=torch.Generator().manual_seed(0))
     values = torch.nn.functional.interpolate(values, (60, 72), mode="bicubic")
-    found = continue_inside(values, ~torch.from_numpy(inside)[None, None])
+    found = interpolate_harmonically(values, ~torch.from_numpy(inside)[None, None])
     exact = torch.from_numpy(membrane(values[0].permute(1, 2, 0).numpy(), inside)).permute(2, 0, 1)
     error = (found[0] - exact)[:, torch.from_numpy(inside)]
     assert torch.equal(found[0][:, ~inside], values[0][:, ~inside])
@@ -246,10 +246,10 @@ def test_meeting_the_photo_keeps_what_was_painted():
     photo = torch.zeros(1, 3, 24, 32)
     painted = torch.where(keep > 0, 0.2, torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(0)))
     before = painted.clone()
-    met = meet_photo(painted, photo, keep)
+    met = poisson_blend(painted, photo, keep)
     torch.testing.assert_close(met[..., 6:17, 9:25], painted[..., 6:17, 9:25] - 0.2, rtol=0, atol=1e-6)
     assert torch.equal(painted, before)
-    assert torch.equal(meet_photo(painted, photo, torch.zeros_like(keep)), painted)  # nothing around it to meet
+    assert torch.equal(poisson_blend(painted, photo, torch.zeros_like(keep)), painted)  # nothing around it to meet
 
 
 def test_a_result_meets_the_photo_at_the_mask_s_border(model):
@@ -278,7 +278,7 @@ def test_half_precision_edits(tmp_path):
     ("changes", "message"),
     [
         ({"mask": np.zeros((60, 80), bool)}, "empty"),
-        ({"mask": np.ones((60, 80), bool)}, "covers the whole photo"),
+        ({"mask": np.ones((60, 80), bool)}, "covers the whole"),
         ({"mask": np.ones((60, 81), bool)}, "81x60"),
         ({"mask": (20, 20, 90, 50)}, "80x60"),
         ({"image": "nowhere.png"}, "nowhere.png"),

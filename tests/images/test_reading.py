@@ -9,16 +9,10 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from pbe.images.reading import (
-    CLIP_MEAN,
-    CLIP_STD,
-    PictureWarning,
-    exemplar_tensor,
-    read_exemplar,
-    read_mask,
-    read_picture,
-)
+from pbe.images.pillow import PictureWarning
+from pbe.images.reading import exemplar_tensor, read_exemplar, read_mask, read_picture
 from pbe.images.saving import read_info, save_picture
+from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
 HIRES = Path(__file__).parents[3] / "shared" / "data" / "hires"
 ORIENTATION, MAKER, TAKEN = ExifTags.Base.Orientation, ExifTags.Base.Make, ExifTags.Base.DateTimeOriginal
@@ -124,7 +118,7 @@ def test_32_bit_gray_within_16_bits():
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_16_bit_colour_png_is_announced(tmp_path, channels):
     write_png16(tmp_path / "deep.png", noise((5, 7, channels), "uint16"))
-    with pytest.warns(PictureWarning, match=r"deep\.png holds 16 bits a colour channel.*numpy uint16 array"):
+    with pytest.warns(PictureWarning, match=r"deep\.png.*16 bits.*uint16"):
         picture = read_picture(tmp_path / "deep.png")
     assert picture.pixels.dtype == np.uint8
 
@@ -247,7 +241,7 @@ def test_with_pixels_checks_depth_and_channels():
 @pytest.mark.parametrize(
     "source, message",
     [
-        (np.float32([[0, 255]]), "photo has float values from 0 to 255; float pictures are in"),
+        (np.float32([[0, 255]]), r"photo has .* 0 to 255; .*\[0, 1\]"),
         (np.float32([[-1, 1]]), "photo has float values from -1 to 1"),
         (np.float32([[0, np.nan]]), "photo holds NaN or infinite values"),
         (np.zeros((3, 64, 64), np.uint8), r"photo has shape \(3, 64, 64\); an array must be .*\(H, W, C\)"),
@@ -287,7 +281,7 @@ def test_truncated_files(tmp_path, suffix):
 def test_decompression_bomb(tmp_path, monkeypatch):
     Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"bomb\.png is refused as too large"):
+    with pytest.raises(ValueError, match=r"bomb\.png.*MAX_IMAGE_PIXELS"):
         read_picture(tmp_path / "bomb.png")
 
 
@@ -385,7 +379,7 @@ def test_polygon_agrees_with_an_independent_one():
 
 
 def test_gray_mask_is_announced():
-    with pytest.warns(PictureWarning, match=r"100% of mask is gray; it is cut at 50 %"):
+    with pytest.warns(PictureWarning, match=r"100% of mask.*50 %"):
         read_mask(np.linspace(0.2, 0.8, 100).reshape(10, 10), (10, 10))
 
 
@@ -402,15 +396,15 @@ def test_smooth_edges_are_not_announced():
         (np.zeros((6, 9), bool), "mask is empty .*white = repaint"),
         (Image.new("RGBA", (9, 6), (0, 0, 0, 255)), "mask is empty"),
         (SPOT.astype(np.uint8), r"mask is empty \(its lightest value is 0\.39% of white\).*must be bool or float"),
-        (np.ones((6, 9), bool), "mask covers the whole photo of 9x6.*inverted"),
-        ((0, 0, 9, 6), "mask covers the whole photo"),
-        ((3, 2, 10, 4), r"mask: \(3, 2, 10, 4\) reaches outside the photo of 9x6"),
-        ((-1, 2, 4, 4), "reaches outside the photo of 9x6"),
+        (np.ones((6, 9), bool), "mask covers .* 9x6.*inverted"),
+        ((0, 0, 9, 6), "mask covers"),
+        ((3, 2, 10, 4), r"mask: \(3, 2, 10, 4\) .* outside .* 9x6"),
+        ((-1, 2, 4, 4), "outside .* 9x6"),
         ((3, 2, float("nan"), 4), "has no area"),
         ((7, 2, 3, 4), r"box \(7, 2, 3, 4\) has no area.*x0 < x1"),
-        ((0.1, 0.2, 0.5, 0.5), "looks like shares of the size; give pixels, the photo is 9x6"),
+        ((0.1, 0.2, 0.5, 0.5), r"\(0.1, 0.2, 0.5, 0.5\) .* pixels, .* 9x6"),
         ((3.1, 2.1, 3.3, 2.3), "mask is empty .*no pixel's centre"),
-        ([(1, 1), (20, 1), (1, 5)], "reaches outside the photo of 9x6"),
+        ([(1, 1), (20, 1), (1, 5)], "outside .* 9x6"),
         ([(1, 1), (2, 2)], "a polygon of 3 or more"),
         ((1, 2, 3), r"must be a picture, a box .* got \(1, 2, 3\)"),
         ([(1, 2), (3,)], "must be a picture, a box"),
@@ -585,7 +579,7 @@ def test_exif_that_is_too_long_for_jpeg(tmp_path):
         assert (read_info(jpeg), read_info(webp)) == ({}, {"seed": "3" * 100})
     exif[MAKER] = "x" * 65536
     image.info["exif"] = exif.tobytes()
-    with pytest.raises(ValueError, match=r"b\.jpg: the photo's EXIF block has 65\d+ bytes, JPEG holds 65533"):
+    with pytest.raises(ValueError, match=r"b\.jpg: .* EXIF block has 65\d+ bytes, JPEG holds 65533"):
         save_picture(image, tmp_path / "b.jpg")
     assert not (tmp_path / "b.jpg").exists()
 

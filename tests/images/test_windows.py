@@ -391,7 +391,7 @@ def test_wrong_weights():
     pixels, edited = np.zeros((20, 20, 3), dtype=np.uint8), torch.zeros(1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"weights outside the window \(0, 0, 10, 10\) must be 0"):
         composite(pixels, edited, Box(0, 0, 10, 10), np.ones((20, 20), dtype=np.float32))
-    with pytest.raises(ValueError, match=r"weights are \(9, 9\), the photo is \(20, 20\)"):
+    with pytest.raises(ValueError, match=r"\(9, 9\), .* \(20, 20\)"):
         composite(pixels, edited, Box(0, 0, 10, 10), np.ones((9, 9), dtype=np.float32))
 
 
