@@ -6,7 +6,8 @@ import argparse
 import re
 import signal
 import sys
-from typing import NoReturn
+
+from pbe.cli.flags import Parser
 
 EPILOG = """\
 examples:
@@ -18,14 +19,7 @@ A run's folder gets config.yaml, metrics.jsonl, samples/ and checkpoints/step-â€
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are one line, as those of the library are."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help says more)\n")
-
-
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
+def parser(prog: str | None = None) -> Parser:
     p = Parser(prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("settings", nargs="+", metavar="SETTING", help="YAML files and overrides key=value; later ones win")
     p.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")

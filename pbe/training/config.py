@@ -89,7 +89,7 @@ TASKS: dict[str, type[Run]] = {"paint_by_example": PaintByExampleRun, "vae": VAE
 
 
 def load_config(settings: Sequence[str]) -> Run:
-    """The settings of YAML files and overrides such as `data.batch_size=8`, of which later ones win.
+    """The settings of YAML files and overrides such as `data.batch_size=8`; later ones win.
 
     A YAML file may name another in `base`, relative to itself, whose values it changes. `task` chooses the dataclass.
     Raises `FileNotFoundError`, or `ValueError` that names the key which is unknown or has a value of another type.
@@ -122,7 +122,7 @@ def check_names(changes: DictConfig, origin: str) -> None:
 def read_yaml(path: Path) -> DictConfig:
     """A YAML file over what it names in `base`."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no config {path}; a setting is written key=value")
+        raise FileNotFoundError(f"config {path} not found; a setting is written key=value")
     try:
         config = OmegaConf.load(path)
     except OSError:

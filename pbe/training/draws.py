@@ -37,7 +37,7 @@ class TrainingBatch(NamedTuple):
         example, draws = (
             [x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in part] for part in self
         )
-        return TrainingBatch(Example(*example), NoiseDraws(*draws))
+        return TrainingBatch(Example._make(example), NoiseDraws._make(draws))
 
 
 def add_noise_draws(example: Example, vae: VAEConfig, num_timesteps: int = 1000, count: int = 1) -> TrainingBatch:

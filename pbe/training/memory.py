@@ -17,8 +17,10 @@ from pbe.models.vae import AutoencoderKL
 
 
 class Variant(nn.Module):
-    """Computes otherwise what `original` does, of a class beside this one: with its parts and parameters, under the
-    same names."""
+    """Takes the place of `original` and computes in another way, with its parts and parameters under the same names.
+
+    A subclass also inherits from the original's class.
+    """
 
     def __init__(self, original: nn.Module):
         vars(self).update(vars(original))
@@ -27,30 +29,26 @@ class Variant(nn.Module):
 def swap(
     root: nn.Module, variants: Mapping[type[nn.Module], type[Variant]], among: Collection[nn.Module] | None = None
 ) -> None:
-    """Puts variants in the place of the modules in `root` that have these types; of those `among` them alone."""
+    """Replaces the modules in `root` of these types, or only those `among` a choice, by their variants."""
     for name, module in list(root.named_modules()):
         if type(module) in variants and (among is None or module in among):
             root.set_submodule(name, variants[type(module)](module))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Activations that are computed again
+class Recomputed(Variant):
+    """A block whose inputs alone are kept for the backward pass, where it runs again (arXiv 1604.06174)."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        # nothing in a block is random
+        return checkpoint(super().forward, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """The function's value, of which nothing but the inputs is kept for the backward pass: it runs again there (Chen et
-    al. 2016, arXiv 1604.06174)."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+class RecomputedResBlock(Recomputed, ResBlock):
+    """A residual block, recomputed."""
 
 
-class RecomputedResBlock(Variant, ResBlock):
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return recomputed(super().forward, x, emb)
-
-
-class RecomputedTransformer(Variant, SpatialTransformer):
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return recomputed(super().forward, x, context)
+class RecomputedTransformer(Recomputed, SpatialTransformer):
+    """A transformer, recomputed."""
 
 
 def checkpoint_blocks(unet: UNet, which: bool | int) -> None:
@@ -71,18 +69,14 @@ def blocks_by_level(unet: UNet) -> list[list[nn.Module]]:
     """The residual and transformer blocks at each resolution, the highest first; the middle's are of the last."""
     levels: list[list[nn.Module]] = [[] for _ in unet.config.channel_mult]
     level = 0
-    for layers in unet.input_blocks:
+    for layers in (list(block.children()) for block in unet.input_blocks):
         level += isinstance(layers[0], Downsample)
         levels[level] += layers
     levels[level] += unet.middle_block
-    for layers in unet.output_blocks:
+    for layers in (list(block.children()) for block in unet.output_blocks):
         levels[level] += layers
         level -= isinstance(layers[-1], Upsample)
     return [[layer for layer in layers if isinstance(layer, (ResBlock, SpatialTransformer))] for layers in levels]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Cross-attention over one token
 
 
 class SingleTokenBlock(Variant, TransformerBlock):
@@ -99,15 +93,11 @@ class SingleTokenBlock(Variant, TransformerBlock):
 
 
 def skip_queries(unet: UNet) -> None:
-    """Leaves out what a context of one token makes needless, but in blocks where it trains, as adapters can."""
+    """Makes transformer blocks `SingleTokenBlock`s, except where adapters train what those leave out."""
     blocks = [block for block in unet.modules() if isinstance(block, TransformerBlock)]
     unread = {block: nn.ModuleList([block.norm2, block.attn2.to_q, block.attn2.to_k]) for block in blocks}
     frozen = {block for block, parts in unread.items() if not any(p.requires_grad for p in parts.parameters())}
     swap(unet, {TransformerBlock: SingleTokenBlock}, frozen)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Half precision
 
 
 class GroupNormAsGiven(Variant, nn.GroupNorm):
@@ -167,7 +157,7 @@ def cast_frozen(model: PaintByExample, dtype: torch.dtype, layers: bool) -> dict
     """
     vision = model.cond_stage_model.vision
     tower = nn.ModuleList([vision.embeddings, vision.pre_layrnorm, vision.encoder])
-    cast = {*model.vae.parameters()}
+    cast: set[Tensor] = {*model.vae.parameters()}
     swap(model, {AutoencoderKL: FrozenVAE})
     if not any(parameter.requires_grad for parameter in tower.parameters()):
         cast |= {*tower.parameters()}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import lightning
 import torch
+from lightning import LightningModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -47,11 +47,11 @@ class Checkpoints(Checkpoint):
         self.folder, self.config = folder, config
         self.position = (0, 0)
 
-    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_step = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # which leaves nothing behind
             return
@@ -64,15 +64,11 @@ class Checkpoints(Checkpoint):
         if step != self.last_step and (ends or step % self.config.every_n_steps == 0):
             self.save(trainer, pl_module)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["data_position"] = self.position
         checkpoint["global_batch"], checkpoint["num_records"] = global_batch(trainer), num_records(trainer)
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning counts batches, and the position counts pictures: both go on only with batches of the same size.
         if checkpoint["global_batch"] != global_batch(trainer):
             raise ValueError(
@@ -87,7 +83,7 @@ class Checkpoints(Checkpoint):
         self.position = checkpoint["data_position"]
         data_of(trainer).set_position(*self.position)
 
-    def save(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+    def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = self.last_step = trainer.global_step
         bad = [name for name, p in pl_module.named_parameters() if p.requires_grad and not p.isfinite().all()]
         if bad:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
+from lightning import LightningModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -25,8 +25,8 @@ from pbe.training.task import data_of, sum_over_processes
 class TrainingMetrics(Callback):
     """Logs, every `trainer.log_every_n_steps` optimiser steps, means over the samples of all processes since last time.
 
-    What is averaged are the 1-D tensors in `metrics` of a training step's result, a value a sample, NaN where a sample
-    has none. Beside them: the learning rate, pictures per second outside of validation, the highest memory use in GiB
+    It averages the 1-D tensors in `metrics` of a training step's result, of one value per sample, NaN where a sample has
+    none. Beside them: the learning rate, pictures per second outside of validation, the highest memory use in GiB
     (the device's on CUDA, else the process's), and how many pictures could not be used so far.
 
     What was summed since the last line is in the checkpoints: a resumed run logs what an uninterrupted one does.
@@ -37,12 +37,12 @@ class TrainingMetrics(Callback):
         self.seconds = 0.0  # before this process began
         self.since = time.monotonic()
 
-    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_step = trainer.global_step
         self.since = time.monotonic() - self.seconds
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         for name, values in outputs["metrics"].items():
             counted = ~values.isnan()
@@ -69,24 +69,20 @@ class TrainingMetrics(Callback):
         totals = sum_over_processes(trainer, torch.stack(list(self.totals.values())))
         return dict(zip(self.totals, totals.tolist(), strict=True))
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["metrics"] = {"totals": self.reduced(trainer), "seconds": time.monotonic() - self.since}
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.seconds = checkpoint["metrics"]["seconds"]
         # Sums over all processes go on in the first one alone.
         own = 1.0 if trainer.is_global_zero else 0.0
         totals = checkpoint["metrics"]["totals"].items()
         self.totals = {name: torch.tensor(total) * own for name, total in totals}
 
-    def on_validation_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.paused = time.monotonic()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self.since += time.monotonic() - self.paused
 
@@ -109,7 +105,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class JSONLinesLogger(Logger):
-    """Appends metrics to a file, one JSON object a line, with `step`.
+    """Appends metrics to a file, one JSON object per line, with `step`.
 
     Lines of steps after `step` are removed first: a run that continues from a checkpoint takes those steps again.
     """

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import lightning
 import torch
+from lightning import LightningModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -71,11 +71,11 @@ class SampleGrids(Callback):
         self.folder, self.config = folder, config
         self.examples: Example | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_step = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, every = trainer.global_step, self.config.every_n_steps
         if step == self.last_step or every is None or step % every:
@@ -102,7 +102,7 @@ class SampleGrids(Callback):
 
 
 def first_examples(loader: Iterable[Example], count: int) -> Example:
-    """The first `count` examples that a loader gives, or as many as it has, as one batch."""
+    """The first `count` examples that a loader gives, or all if it gives fewer, as one batch."""
     examples = (Example(*one) for batch in loader for one in zip(*batch, strict=True))
     return collate(list(itertools.islice(examples, count)))
 
