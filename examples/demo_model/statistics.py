@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pbe.evaluation.bootstrap import bootstrap, interval
+from pbe.evaluation.bootstrap import Bootstrap
 
-RESAMPLES = 2000
+BOOTSTRAP = Bootstrap(resamples=2000)
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,11 @@ def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float
         raise ValueError("the denominators of a ratio are 0 on average")
     numerator, denominator = (resampled_counts(len(a)) @ torch.stack([a, b], dim=1)).unbind(dim=1)  # (R,)
     again = (numerator / denominator)[denominator != 0]
-    value, low, high = interval(a.sum() / b.sum(), again, level=0.95, centred=False)
+    value, low, high = BOOTSTRAP.interval(a.sum() / b.sum(), again)
     return Statistic(value.item(), again.std().item(), low.item(), high.item(), len(a))
 
 
 @cache
 def resampled_counts(n: int) -> Tensor:
-    """How often the bootstrap draws each of n cases: float64 (RESAMPLES, n)."""
-    generator = torch.Generator().manual_seed(0)
-    return bootstrap(lambda drawn: torch.bincount(drawn, minlength=n), torch.arange(n), RESAMPLES, generator)
+    """How often the bootstrap draws each of n cases: float64 (resamples, n)."""
+    return BOOTSTRAP.draws(lambda drawn: torch.bincount(drawn, minlength=n), torch.arange(n))

@@ -92,6 +92,7 @@ class BlendedDiffusion(System):
         """CLIP's embedding (1, embed_dim) of the task's text or exemplar, of length 1."""
         if self.target == "image":
             return F.normalize(image_embedding(self.clip, task.exemplar).float(), dim=-1)
+        assert self.tokenizer is not None  # as the target is text
         token_ids = self.tokenizer(task.prompt(), self.clip.config.text.context_length, truncate=True)
         return F.normalize(self.clip.encode_text(token_ids.to(self.clip.logit_scale.device)).float(), dim=-1)
 

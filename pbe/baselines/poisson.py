@@ -1,4 +1,7 @@
-"""Seamless cloning: the source's gradients inside a region, the target's colours around it (Pérez et al. 2003)."""
+"""Seamless cloning: the source's gradients inside a region, the target's colours around it (Pérez et al. 2003).
+
+The equation is solved exactly, as the baseline is published; `pbe.images.seams` has a quick approximation for editing.
+"""
 
 import numpy as np
 
@@ -9,7 +12,7 @@ def poisson_blend(target: np.ndarray, source: np.ndarray, region: np.ndarray) ->
     """The target with the source cloned into a region: float64 (H, W, C), not clipped to any range.
 
     `target` and `source` are (H, W, C), `region` is bool (H, W). Inside, the result has the source's Laplacian, with
-    the target as the boundary's value; the picture's own border is no boundary (the gradient across it is 0). The
+    the target as the boundary's value; the picture's own border is not a boundary (the gradient across it is 0). The
     source is read in the region and one pixel around it.
 
     ValueError for a region that is empty or covers the whole picture: nothing would fix the colours.

@@ -1,4 +1,4 @@
-"""What every system of the comparison is: a function from a task to a picture."""
+"""What all systems of the comparison have in common: they make a picture of a task."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Task:
             shown = pixels[..., -1] >= windows.white_level(pixels.dtype) / 2
         else:
             shown = np.ones(exemplar_picture.size, dtype=bool)
-        cutout = np.dstack([exemplar_picture.to_rgb8(), np.where(shown, 255, 0).astype(np.uint8)])
+        cutout = np.dstack([np.asarray(exemplar_picture.to_rgb8()), np.where(shown, 255, 0).astype(np.uint8)])
         return cls(
             image=np.array(picture.to_rgb8()),
             repaint=read_mask(mask, picture.size),

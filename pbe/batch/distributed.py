@@ -37,7 +37,7 @@ class DividedWork(lightning.LightningModule, Generic[Result]):
     """Each process calls `set_up` with its device, and what that returns with each index of its share.
 
     After prediction `results` holds those of all indices, in every process. They must be picklable. What `set_up`
-    loads is no submodule: Lightning would move it to the device whole, and copy the first process's to all.
+    loads is not a submodule: Lightning would move it to the device whole, and copy the first process's to all.
     """
 
     def __init__(self, count: int, set_up: Callable[[torch.device], Callable[[int], Result]]):
@@ -106,7 +106,7 @@ def predict(work: DividedWork, device: str, devices: int, num_nodes: int, progre
     )
     try:
         with warnings.catch_warnings():
-            # Beside making a picture, reading its row costs nothing; and the pictures are written, not returned.
+            # Reading an index costs nothing beside the work; and results are kept here, not returned.
             warnings.filterwarnings("ignore", message=".*does not have many workers|predict returned None")
             trainer.predict(work, return_predictions=False)
     finally:

@@ -191,17 +191,17 @@ def _make_columns(judges: Judges) -> list[_Column]:
             name, density = ("qs", QualityScore) if backbone.is_released_clip else ("log_density", LogDensity)
             columns.append(_Column(name, kind, density(judges.mixture, bootstrap), ("whole",)))
         if kind == "clip":
-            inputs = ("released region", "released exemplar")
-            columns.append(_Column("clip_score", kind, FeatureSimilarity(bootstrap), inputs))
+            released = ("released region", "released exemplar")
+            columns.append(_Column("clip_score", kind, FeatureSimilarity(bootstrap), released))
         if kind != "inception":  # its features are made for distances between sets
-            inputs = ("region", "exemplar")
-            columns.append(_Column("foreground_similarity", kind, FeatureSimilarity(bootstrap), inputs))
+            similarity = FeatureSimilarity(bootstrap)
+            columns.append(_Column("foreground_similarity", kind, similarity, ("region", "exemplar")))
         columns.append(_Column("foreground_fid", kind, FrechetDistance(size, bootstrap=for_fid), ("region",)))
-    inputs = ("result", "image", "keep")
-    columns.append(_Column("background_mse", None, BackgroundMSE(bootstrap), inputs))
-    columns.append(_Column("background_ssim", None, BackgroundSSIM(bootstrap), inputs))
+    pictures = ("result", "image", "keep")
+    columns.append(_Column("background_mse", None, BackgroundMSE(bootstrap), pictures))
+    columns.append(_Column("background_ssim", None, BackgroundSSIM(bootstrap), pictures))
     if judges.lpips is not None:
-        columns.append(_Column("background_lpips", None, BackgroundLPIPS(judges.lpips, bootstrap), inputs))
+        columns.append(_Column("background_lpips", None, BackgroundLPIPS(judges.lpips, bootstrap), pictures))
     return columns
 
 

@@ -212,7 +212,7 @@ def test_mixtures_that_cannot_be_read(sklearn_mixture, tmp_path):
     with pytest.raises(ValueError, match="not a sound pickle"):
         convert_mixture(tmp_path / "gmm")
     np.savez(tmp_path / "other.npz", weights=np.ones(2))
-    with pytest.raises(ValueError, match="no mixture of this library"):
+    with pytest.raises(ValueError, match="is not a mixture of this library"):
         load_mixture(tmp_path / "other.npz")
     with pytest.raises(FileNotFoundError, match="no such mixture"):
         load_mixture(tmp_path / "none.npz")

@@ -115,7 +115,7 @@ def study_report(key: str | Path, files: Sequence[str | Path], bootstrap: Bootst
         answers = read_answers(path, known)
         if answers.participant in owners:
             raise ValueError(
-                f"{path} is of the same participant as {owners[answers.participant]}: give the later one alone"
+                f"{path} is of the same participant as {owners[answers.participant]}: give only the later one"
             )
         owners[answers.participant] = path
         found.append(answers)
