@@ -10,7 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.edit_worker import SEED, memory, say, synchronize
+from benchmarks import peers
+from benchmarks.worker import SEED, Numbers, memory, serve, synchronize
 from pbe.data.example import Example
 from pbe.models.lora import LoRAConfig
 from pbe.models.paint_by_example import latent_mask
@@ -139,18 +140,16 @@ class Diffusers(System):
     precision, image and masked image one after the other, the rest under autocast."""
 
     def __init__(self, task: Task, checkpointed: bool):
-        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+        from diffusers import DDPMScheduler
         from diffusers.training_utils import EMAModel
 
-        try:
-            from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
-        except ImportError:
-            from diffusers.pipelines.paint_by_example.image_encoder import PaintByExampleImageEncoder
-
-        folder, dtype = Path(task.diffusers), getattr(torch, task.dtype)
-        self.vae = AutoencoderKL.from_pretrained(folder / "vae").to(task.device, dtype)
-        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet").to(task.device)
-        self.encoder = PaintByExampleImageEncoder.from_pretrained(folder / "image_encoder").to(task.device)
+        dtype = getattr(torch, task.dtype)
+        parts = peers.network_classes()
+        self.vae, self.unet, self.encoder = (
+            parts[name].from_pretrained(Path(task.diffusers) / name).to(task.device)
+            for name in ("vae", "unet", "image_encoder")
+        )
+        self.vae.to(dtype)
         self.encoder.model.to(dtype)
         self.vae.requires_grad_(False)
         self.encoder.model.requires_grad_(False)
@@ -186,7 +185,8 @@ class Diffusers(System):
         return nn.functional.mse_loss(eps.float(), draws.noise)
 
     def update_average(self) -> None:
-        self.average.step(self.trained)
+        if self.average:
+            self.average.step(self.trained)
 
 
 def ours(task: Task, **settings: Any) -> System:
@@ -210,8 +210,8 @@ SYSTEMS: dict[str, Callable[[Task], System]] = {
 }
 
 
-def take_steps(system: System) -> dict[str, float]:
-    """Seconds of a step, of as many as the task says, and the first one's loss.
+def take_steps(system: System) -> Numbers:
+    """The mean seconds of the task's steps, and the first one's loss.
 
     The processor's own seconds are what a busy machine changes least; beside a GPU they are what starting work takes.
     """
@@ -228,23 +228,26 @@ def take_steps(system: System) -> dict[str, float]:
 
 def fits(system: System, size: int) -> bool:
     """Whether a step with `size` pictures finds room, beside the optimiser's state, which a first step makes."""
-    enough = True
-    try:
+
+    def take_step() -> None:
         batch = system.batch(size)
         for _ in range(1 if system.optimizer.state else 2):
             system.step(batch)
         synchronize(system.device)
+
+    enough = True
+    try:
+        take_step()
     except torch.OutOfMemoryError:
         enough = False
     # not in `except`, where the error still holds the failed step's tensors
-    batch = None
     system.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
     return enough
 
 
-def answer(system: System, line: str) -> dict[str, float]:
+def answer(system: System, line: str) -> Numbers:
     """Does what a line asks for."""
     what, *numbers = line.split()
     if what == "memory":
@@ -256,21 +259,14 @@ def answer(system: System, line: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """`train_worker.py SYSTEM TASK`: a name and the task as JSON."""
+    """`train_worker SYSTEM TASK …`: a name and the task as JSON."""
     name, task = sys.argv[1], Task(**json.loads(sys.argv[2]))
     if task.limit_gib:
         total = torch.cuda.get_device_properties(task.device).total_memory
         torch.cuda.set_per_process_memory_fraction(task.limit_gib * 2**30 / total)
     start = time.perf_counter()
     system = SYSTEMS[name](task)
-    say({"load s": time.perf_counter() - start})
-    for line in sys.stdin:
-        say(answer(system, line.strip()))
-
-
-def command(name: str, task: Task) -> list[str]:
-    """What starts the worker."""
-    return [sys.executable, "-m", __name__, name, json.dumps(asdict(task))]
+    serve({"load s": time.perf_counter() - start}, partial(answer, system))
 
 
 if __name__ == "__main__":

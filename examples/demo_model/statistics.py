@@ -58,5 +58,5 @@ def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float
 
 @cache
 def resampled_counts(n: int) -> Tensor:
-    """How often the bootstrap draws each of n cases: float64 (resamples, n)."""
+    """How often each resample of the bootstrap has each of n cases: float64 (resamples, n)."""
     return BOOTSTRAP.draws(lambda drawn: torch.bincount(drawn, minlength=n), torch.arange(n))
