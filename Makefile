@@ -1,33 +1,48 @@
-# `make demo` edits a photo, `make test` checks everything; both make the environment in .venv first.
-# Another Python: make test PYTHON=python3.12
+# `make demo` edits a photo, `make test` checks everything, `make docs` builds the site: each makes what it needs of the
+# environment in .venv first. Another Python: make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/installed
+# Stamps of what is installed: the package alone, and what each extra adds. A stamp is written last, so an interrupted
+# installation is done again.
+CORE := $(VENV)/installed
+TEST := $(VENV)/installed-test
+DOCS := $(VENV)/installed-docs
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow docs clean
 
-demo: $(READY)
+demo: $(CORE)
 	$(BIN)/python examples/demo.py
 
-test: $(READY)
+test: $(TEST)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-slow: $(READY)
+slow: $(TEST)
 	$(BIN)/python -m pytest -m slow
 
-clean:
-	rm -rf $(VENV) build dist pbe.egg-info .pytest_cache .ruff_cache
-	find pbe benchmarks tests tools examples -name __pycache__ -prune -exec rm -rf {} +
+docs: $(DOCS)
+	$(BIN)/python -m mkdocs build --strict
 
-# The stamp is written last: an interrupted installation is done again.
-$(READY): setup.py
+clean:
+	rm -rf $(VENV) build dist site pbe.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find pbe tests tools examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(CORE): setup.py
 	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) not found: make PYTHON=/path/to/python3.10 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("pbe needs Python 3.10 or newer, $(PYTHON) is " \
 		+ sys.version.split()[0] + ": make PYTHON=/path/to/python3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+$(TEST): $(CORE)
 	$(BIN)/python -m pip install --editable '.[test]'
-	touch $(READY)
+	touch $@
+
+$(DOCS): $(CORE)
+	$(BIN)/python -m pip install --editable '.[docs]'
+	touch $@

@@ -23,10 +23,13 @@ PLOT = ["matplotlib>=3.7"]
 APP = ["gradio>=6.29"]
 MASKS = ["opencv-python-headless>=4.8"]
 EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
-# ruff is pinned: another version formats and finds other things.
 # diffusers loads weights tensor by tensor, and moves networks off a small card, only with accelerate.
 BENCH = ["diffusers>=0.33", "transformers>=4.48", "accelerate>=0.31", *SAFETENSORS]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "ruff==0.17.6", *BENCH, *APP, *EVAL, *MASKS]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
+# ruff and mypy are pinned, here and nowhere else: another version finds other things, or formats another way.
+# mypy reads typing_extensions, which no code imports when it runs.
+CHECKS = ["ruff==0.17.6", "mypy==2.4.1", "typing_extensions>=4.10"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", *CHECKS, *DOCS, *BENCH, *APP, *EVAL, *MASKS]
 
 setup(
     name="pbe",
@@ -69,8 +72,9 @@ setup(
         "eval": EVAL,
         "masks": MASKS,
         "bench": BENCH,
+        "docs": DOCS,
         "test": TEST,
-        "dev": [*TEST, *LOG, *PLOT, "playwright>=1.65"],
+        "dev": [*TEST, *LOG, *PLOT, "playwright>=1.65", "pre-commit>=3.5"],
     },
     entry_points={"console_scripts": ["pbe = pbe.cli:main"]},
     classifiers=[

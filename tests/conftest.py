@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import os
 from pathlib import Path
 
 import golden_file
@@ -13,8 +14,10 @@ from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
 
-# The networks here are so small that threads cost more than they save, most of all on a busy machine.
+# The networks here are so small that threads cost more than they save, most of all on a busy machine. Here and in the
+# processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = PaintByExampleConfig(
     unet=UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(0,), context_dim=64),

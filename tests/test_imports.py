@@ -1,10 +1,15 @@
-"""What a process imports: for help no heavy package, for an edit none that it does not use."""
+"""Who imports whom: for help no heavy package, for an edit none that it does not use, and arrows that run one way."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+import pbe
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {
@@ -19,6 +24,27 @@ HEAVY = {
     "diffusers",
     "gradio",
 }
+
+# What the modules of each package may import of the others, also inside functions and for types alone.
+EDITING = {"acceleration", "images", "sampling", "checkpoints", "models", "io"}
+ARROWS = {
+    "io": set(),
+    "models": set(),
+    "sampling": {"io"},
+    "checkpoints": {"models", "io"},
+    "images": {"models", "io"},
+    "acceleration": {"checkpoints", "models", "io"},
+    "data": {"images", "models", "io"},
+    "editing": EDITING,
+    "batch": {"editing", *EDITING},
+    "training": {"data", "editing", *EDITING},
+    "evaluation": {"batch", "data", "editing", *EDITING},
+    "baselines": {"evaluation", "batch", "data", "editing", *EDITING},
+    "app": {"batch", "editing", *EDITING},
+    "cli": {"app", "baselines", "evaluation", "training", "batch", "data", "editing", *EDITING},
+}
+# The only modules that know Lightning.
+LIGHTNING = ("training/", "batch/distributed.py", "data/datamodule.py")
 
 HELP = """
 import sys
@@ -62,3 +88,57 @@ def test_an_editor_needs_only_torch_and_pillow():
     assert {"torch", "PIL", "pbe.editing.edit"} <= found
     unused = HEAVY - {"torch", "numpy", "PIL"} | {"torch._dynamo", "torch._inductor", "sympy", "pandas"}
     assert unused.isdisjoint(found)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports anywhere, and what it uses of `pbe` by its short names."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pbe":
+            yield pbe._HOMES.get(node.attr, "pbe")
+
+
+def test_arrows_run_one_way():
+    TopologicalSorter(ARROWS).prepare()  # raises for a circle
+    packages = {path.parent.name for path in (ROOT / "pbe").glob("*/__init__.py")}
+    assert packages == set(ARROWS), "a new package stands in ARROWS, and in the README's 'How it is built'"
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_a_package_imports_only_what_lies_below_it(package):
+    upward = {
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in (ROOT / "pbe" / package).rglob("*.py")
+        for module in imported(path)
+        if module.startswith("pbe.") and module.split(".")[1] in ARROWS.keys() - ARROWS[package] - {package}
+    }
+    assert sorted(upward) == []
+
+
+def test_lightning_stays_where_runs_are_made():
+    found = {
+        str(path.relative_to(ROOT / "pbe"))
+        for path in (ROOT / "pbe").rglob("*.py")
+        if any(module.split(".")[0] == "lightning" for module in imported(path))
+    }
+    assert {name for name in found if not name.startswith(LIGHTNING)} == set()
+
+
+def test_no_module_lies_loose_in_the_package():
+    assert [path.name for path in (ROOT / "pbe").glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_what_uses_the_library_calls_no_command_from_code(folder):
+    """Benchmarks and examples use the library as anyone's code would."""
+    callers = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in (ROOT / folder).rglob("*.py")
+        for module in imported(path)
+        if module.startswith("pbe.cli")
+    ]
+    assert callers == []

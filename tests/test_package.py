@@ -7,7 +7,9 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 MASKS = {"coffee_mask.png": "coffee.png", "china_mask.png": "china.jpg", "flower_mask.png": "flower.jpg"}
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
@@ -78,9 +81,12 @@ def test_every_folder_of_code_is_a_package():
 
 
 def test_module_imports_are_core_requirements(setup_arguments):
+    """Importing a module needs no extra; the page is all of one, which `import pbe.app` names where it is missing."""
     core = names(setup_arguments["install_requires"])
-    found = {path: imported(ast.parse(path.read_text(encoding="utf-8")).body) - core for path in sources("pbe")}
-    assert {str(path): packages for path, packages in found.items() if packages} == {}
+    app = core | names(setup_arguments["extras_require"]["app"])
+    found = {path: imported(ast.parse(path.read_text(encoding="utf-8")).body) for path in sources("pbe")}
+    extra = {str(path): packages - (app if path.parent.name == "app" else core) for path, packages in found.items()}
+    assert {path: packages for path, packages in extra.items() if packages} == {}
 
 
 def test_all_imports_are_required_somewhere(setup_arguments):
@@ -102,9 +108,7 @@ def test_extras_named_in_messages_and_texts_exist(setup_arguments):
     assert named <= set(setup_arguments["extras_require"])
 
 
-@pytest.mark.parametrize(
-    "document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_between_documents_lead_somewhere(document):
     for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
         if link.startswith("http"):
@@ -115,6 +119,44 @@ def test_links_between_documents_lead_somewhere(document):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_a_document_names_exist(document):
+    folders = "|".join(path.name for path in (ROOT / "pbe").iterdir() if path.is_dir())
+    text = document.read_text(encoding="utf-8")
+    named = re.findall(
+        r"(?<![\w./])((?:pbe|tests|examples|benchmarks|configs|tools)/[\w/]+\.(?:py|yaml|md|jpg|png))", text
+    )
+    named += [f"pbe/{name}" for name in re.findall(rf"(?<=`)((?:{folders})/[\w/]+\.py)(?=`)", text)]
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def commands(document: Path) -> Iterator[tuple[list[str], list[str]]]:
+    """The commands `pbe …` of a document's shell blocks: their names, and their flags."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL))
+    for line in re.findall(r"^pbe (.*)$", blocks.replace("\\\n", " "), re.MULTILINE):
+        words = line.split(" #")[0].split()
+        names = takewhile(re.compile(r"[a-z][a-z-]*").fullmatch, words)
+        yield list(names), [word.split("=")[0] for word in words if word.startswith("--")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_flags_of_a_document_s_commands_exist(document, capsys):
+    from pbe.cli import main
+
+    unknown = []
+    for names, flags in commands(document):
+        with pytest.raises(SystemExit):
+            main([*names, "--help"])
+        known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        unknown += [f"{' '.join(names)} {flag}" for flag in flags if flag not in known]
+    assert unknown == []
+
+
+def test_the_readmes_commands_are_seen():
+    seen = {" ".join(names) for names, _ in commands(ROOT / "README.md")}
+    assert seen >= {"edit", "train", "evaluate run", "show-data"}
 
 
 def test_readme_s_make_targets_exist():
@@ -138,6 +180,15 @@ def test_make_names_the_python_it_lacks(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target, installed", [("demo", ["."]), ("docs", [".", ".[docs]"]), ("test", [".", ".[test]"])])
+def test_make_installs_what_a_target_needs_and_no_more(tmp_path, target, installed):
+    for name in ("Makefile", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    run = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.findall(r"pip install --editable '?([^'\n]+)'?$", run.stdout, re.MULTILINE) == installed
+
+
 def test_ci_script_is_executable():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
@@ -151,7 +202,9 @@ def test_import_is_quick():
 
 
 def test_examples_are_listed_and_small():
-    listed = set(re.findall(r"^\| `([\w.]+)`", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    listed = set(
+        re.findall(r"^\| `([\w.]+\.(?:png|jpg))`", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     pictures = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".png", ".jpg")}
     assert listed == pictures
     assert sum((EXAMPLES / name).stat().st_size for name in pictures) < 1.5e6

@@ -29,19 +29,16 @@ def parser(prog: str | None = None) -> Parser:
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Trains; returns the exit code."""
     args = parser(prog).parse_intermixed_args(argv)  # settings may follow --resume
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
     from pbe.training.config import load_config
-    from pbe.training.run import train
+    from pbe.training.run import Terminated, train
 
     try:
         skipped = train(load_config(args.settings), args.resume)
-    except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
-    except SIGTERMException:
-        print("stopped by SIGTERM; --resume goes on from the last checkpoint", file=sys.stderr)
+    except Terminated as stop:
+        print(f"{stop}; --resume goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGTERM
     if skipped:
         counts = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in skipped.items())

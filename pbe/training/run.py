@@ -10,9 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pbe.checkpoints.formats.opening import open_checkpoint
 from pbe.data.datamodule import ExampleDataModule, check_sizes
@@ -49,17 +51,22 @@ UNTRUE_HERE = (
 )
 
 
+class Terminated(Exception):
+    """Training was stopped by SIGTERM; a run that is resumed goes on from its last checkpoint."""
+
+
 def train(config: Run, resume: bool = False) -> dict[str, int]:
     """Runs the training that `config` describes, in its folder, to its end.
 
     Returns how many pictures could not be used, over all processes, by split and reason; in the first process alone.
 
     Raises before training: `ValueError` for settings that do not fit, `FileExistsError` for a folder with checkpoints
-    and without `resume`, `OSError` where the folder cannot hold the run. `FloatingPointError` where training diverges.
+    and without `resume`, `OSError` where the folder cannot hold the run. `FloatingPointError` where training diverges,
+    `Terminated` where it is stopped.
     """
     check_trainer(config.trainer)
     folder = Path(config.run)
-    with claimed(folder):
+    with lightning_errors(), claimed(folder):
         checkpoints = list_checkpoints(folder / "checkpoints")
         last = checkpoints[-1] if checkpoints else None
         if last:
@@ -77,6 +84,17 @@ def train(config: Run, resume: bool = False) -> dict[str, int]:
             trainer.fit(module, data, ckpt_path=last)
         skipped = skipped_pictures(trainer)
         return {name.removeprefix("data/skipped_"): int(n) for name, n in skipped.items()} if is_first_process() else {}
+
+
+@contextmanager
+def lightning_errors() -> Iterator[None]:
+    """Turns Lightning's exceptions into `ValueError` and `Terminated`."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except SIGTERMException as error:
+        raise Terminated("stopped by SIGTERM") from error
 
 
 def is_first_process() -> bool:

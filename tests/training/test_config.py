@@ -150,8 +150,7 @@ def test_trainer_s_arguments_are_known():
 def test_command_line_says_it_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none.yaml")]) == 2
     assert (
-        capsys.readouterr().err
-        == f"error: config {tmp_path / 'none.yaml'} not found; a setting is written key=value\n"
+        capsys.readouterr().err == f"error: config {tmp_path / 'none.yaml'} not found; a setting is written key=value\n"
     )
     (tmp_path / "list.yaml").write_text("- 1\n")
     assert main([str(tmp_path / "list.yaml")]) == 2

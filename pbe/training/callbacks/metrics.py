@@ -25,7 +25,7 @@ from pbe.training.task import data_of, sum_over_processes
 class TrainingMetrics(Callback):
     """Logs, every `trainer.log_every_n_steps` optimiser steps, means over the samples of all processes since last time.
 
-    It averages the 1-D tensors in `metrics` of a training step's result, of one value per sample, NaN where a sample has
+    It averages the 1-D tensors in `metrics` of a training step's result, one value per sample, NaN where a sample has
     none. Beside them: the learning rate, pictures per second outside of validation, the highest memory use in GiB
     (the device's on CUDA, else the process's), and how many pictures could not be used so far.
 
