@@ -72,15 +72,13 @@ def comparison(
     inputs: Inputs, results: Mapping[tuple[float, int], Image.Image], scales: Sequence[float], seeds: Sequence[int]
 ) -> Image.Image:
     """Image | masked | exemplar | results; for several guidance scales and seeds a table of the results below those."""
-    import numpy as np
     from PIL import Image
 
     from pbe.images.grids import grid
     from pbe.images.reading import read_picture
 
     def shown(image: Image.Image) -> Image.Image:
-        rgb = read_picture(image).rgb()[0].permute(1, 2, 0).numpy()
-        return Image.fromarray(np.rint((rgb + 1) * 127.5).astype(np.uint8))
+        return read_picture(image).to_rgb8()
 
     photo = shown(inputs.photo)
     masked = Image.composite(Image.new("RGB", photo.size, "gray"), photo, Image.fromarray(inputs.repaint))

@@ -77,36 +77,7 @@ def build_study(
         raise ValueError(f"a system's name must be printable text, got {unprintable[0]!r}")
     if out.exists() and not (overwrite and (out / KEY).is_file()):
         raise FileExistsError(f"{out} exists; --force (overwrite=True) replaces it, if it is a study")
-    files = [result_files(test_set, folder) for folder in systems.values()]
-
-    rng = np.random.default_rng(config.seed)
-    count = min(config.num_items, len(test_set.items))
-    chosen = np.sort(rng.choice(len(test_set.items), count, replace=False)).tolist()
-    # Pictures are numbered at random: neither their names nor their order in the page tells whose they are.
-    numbers = iter(rng.permutation(count * (2 + len(systems))).tolist())
-    pictures: dict[str, bytes] = {}
-    items, key = [], {}
-    for i in chosen:
-        item = test_set.items[i]
-        image = read_rgb(item.image)
-        results = [read_result(found[i], item, image) for found in files]
-        shown = [reduced(one, config.size) for one in (image, read_rgb(item.exemplar), *results)]
-        shown[0] = outlined(shown[0], item.repaint())
-        names = [f"p{next(numbers):05d}" for _ in shown]
-        pictures |= {name: jpeg(one, config.quality) for name, one in zip(names, shown, strict=True)}
-        key[item.name] = dict(zip(names[2:], systems, strict=True))
-        items.append(
-            {
-                "item": item.name,
-                "image": names[0],
-                "exemplar": names[1],
-                "results": sorted(names[2:]),
-                "aspect": round(image.width / image.height, 4),
-            }
-        )
-        if on_item is not None:
-            on_item()
-    pictures = dict(sorted(pictures.items()))
+    items, key, pictures = _draw_items(test_set, systems, config, on_item)
     total = sum(map(len, pictures.values()))
     if total > MAX_INLINE and not as_files:
         raise ValueError(
@@ -137,6 +108,42 @@ def build_study(
             for name, data in pictures.items():
                 (folder / addresses[name]).write_bytes(data)
     return study
+
+
+def _draw_items(
+    test_set: TestSet, systems: Mapping[str, str | Path], config: StudyConfig, on_item: Callable[[], None] | None
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]], dict[str, bytes]]:
+    """The items as the page has them, the system of each result by item, and the JPEGs by name."""
+    files = [result_files(test_set, folder) for folder in systems.values()]
+
+    rng = np.random.default_rng(config.seed)
+    count = min(config.num_items, len(test_set.items))
+    chosen = np.sort(rng.choice(len(test_set.items), count, replace=False)).tolist()
+    # Pictures are numbered at random: neither their names nor their order in the page tells whose they are.
+    numbers = iter(rng.permutation(count * (2 + len(systems))).tolist())
+    pictures: dict[str, bytes] = {}
+    items, key = [], {}
+    for i in chosen:
+        item = test_set.items[i]
+        image = read_rgb(item.image)
+        results = [read_result(found[i], item, image) for found in files]
+        shown = [reduced(one, config.size) for one in (image, read_rgb(item.exemplar), *results)]
+        shown[0] = outlined(shown[0], item.repaint())
+        names = [f"p{next(numbers):05d}" for _ in shown]
+        pictures |= {name: jpeg(one, config.quality) for name, one in zip(names, shown, strict=True)}
+        key[item.name] = dict(zip(names[2:], systems, strict=True))
+        items.append(
+            {
+                "item": item.name,
+                "image": names[0],
+                "exemplar": names[1],
+                "results": sorted(names[2:]),
+                "aspect": round(image.width / image.height, 4),
+            }
+        )
+        if on_item is not None:
+            on_item()
+    return items, key, dict(sorted(pictures.items()))
 
 
 def render(study: Mapping[str, Any]) -> str:
