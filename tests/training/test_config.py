@@ -1,13 +1,21 @@
 """Configs: the YAML files are whole and say what they are meant to, and a mistake is one line that names the key."""
 
 import itertools
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from pbe.cli.train import main
+from pbe.io.fields import field_docs
+from pbe.training.callbacks.checkpoints import CheckpointConfig
+from pbe.training.callbacks.samples import SamplesConfig
 from pbe.training.config import RENAMED, PaintByExampleRun, VAERun, load_config, save_config, to_dict
+from pbe.training.initialization import ModelConfig
+from pbe.training.module import TrainingConfig
+from pbe.training.optimizer import OptimizerConfig
 from pbe.training.run import check_trainer
+from pbe.training.vae import VAETrainingConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
@@ -64,6 +72,13 @@ def test_ablation_ends_in_the_paper_s_recipe():
     paper, last = (load_config([str(CONFIGS / name)]) for name in ("paint_by_example.yaml", "ablation/5_guidance.yaml"))
     a, b = flat(to_dict(paper)), flat(to_dict(last))
     assert {key for key in a if a[key] != b[key]} == {"run", "model.tokens"}  # said, where the recipe leaves it
+
+
+@pytest.mark.parametrize(
+    "owner", [TrainingConfig, VAETrainingConfig, OptimizerConfig, ModelConfig, CheckpointConfig, SamplesConfig]
+)
+def test_every_setting_is_documented_under_its_field(owner):
+    assert field_docs(owner).keys() == {field.name for field in fields(owner)}
 
 
 def test_sizes_are_tuples():

@@ -25,9 +25,9 @@ from pbe.training.task import data_of, sum_over_processes
 class TrainingMetrics(Callback):
     """Logs, every `trainer.log_every_n_steps` optimiser steps, means over the samples of all processes since last time.
 
-    It averages the 1-D tensors in `metrics` of a training step's result, one value per sample, NaN where a sample has
-    none. Beside them: the learning rate, pictures per second outside of validation, the highest memory use in GiB
-    (the device's on CUDA, else the process's), and how many pictures could not be used so far.
+    It averages the 1-D tensors in `metrics` of a training step's result: one value per sample, NaN where it has none.
+    Beside them: the learning rate, pictures per second outside of validation, the highest memory use in GiB (the
+    device's on CUDA, else the process's), and how many pictures could not be used so far.
 
     What was summed since the last line is in the checkpoints: a resumed run logs what an uninterrupted one does.
     """
