@@ -1,6 +1,6 @@
 """One manifest to train on and one held out, from folders with `boxes.csv`, `images/` and perhaps `masks/`.
 
-python -m examples.demo_model.split_photos ../shared/data/clothing ../shared/data/flowers --out runs/data
+python -m examples.demo_model.split_photos photos/clothing photos/flowers --out runs/data
 
 A photo is held out by its file name's hash: always the same ones, whatever else is added. Both files are in the order
 of those hashes, so that their first rows are of every kind.
