@@ -20,9 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from benchmarks import edit_worker, train_worker
-
-    Task = edit_worker.Task | train_worker.Task
+    from _typeshed import DataclassInstance as Task  # of the worker's own module
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 321
