@@ -163,6 +163,8 @@ def choose_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device={device!r} is not a device; choose auto, cpu, cuda, cuda:1, mps, …") from None
+    if chosen.type == "meta":
+        raise ValueError("device='meta' holds no values: nothing can be computed there; choose auto, cpu, cuda, mps, …")
     if (chosen.index or 0) >= counts.get(chosen.type, 1):
         raise ValueError(f"device={str(device)!r} is not there: torch sees {counts[chosen.type]} of type {chosen.type}")
     return chosen

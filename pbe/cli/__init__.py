@@ -4,6 +4,7 @@ import argparse
 from importlib import import_module
 
 import pbe
+from pbe.cli.flags import Parser
 
 # Each module has `main(argv, prog) -> exit code`, and is imported only when its command is chosen.
 COMMANDS = {
@@ -22,7 +23,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs the subcommand that `argv` (default: the command line's arguments) names; returns its exit code."""
     width = max(map(len, COMMANDS))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pbe",
         description="Paint by Example: exemplar-based image editing",
         epilog="commands:\n" + "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pbe.cli.errors import one_line_errors
+from pbe.cli.flags import Parser
 
 if TYPE_CHECKING:  # torch is not imported for `--help`
     from torch import Tensor
@@ -21,8 +22,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 A_FILE = "a file ending in .safetensors or .ckpt"
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog=prog, description=__doc__)
+def parser(prog: str | None = None) -> Parser:
+    p = Parser(prog=prog, description=__doc__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pbe.batch.job import Inputs, Job
-from pbe.io.fields import read
+from pbe.editing.settings import COUNT, SETTINGS
+from pbe.io.fields import check, read
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +27,7 @@ def variants(args: argparse.Namespace, job: Job, num_images: int) -> tuple[dict[
     sweep, settings = args.sweep_guidance is not None, job.settings
     scales = read("--sweep-guidance", args.sweep_guidance, tuple[float, ...]) if sweep else (settings.guidance,)
     seeds = [settings.seed + i for i in range(num_images)] if args.seeds is None else parse_seeds(args.seeds)
+    check("the number of results", len(scales) * len(seeds), COUNT)
     with_grid = args.grid or sweep or args.seeds is not None
 
     out = Path(job.out)
@@ -51,9 +53,11 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:\.\.(\d+))?\s*", part)
-        if found is None or int(found[2] or found[1]) < int(found[1]):
+        if found is None:
             raise ValueError(f"--seeds {text!r} is not a range like 1..8 or a list like 1,5,9")
-        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
+        first, last = (read("--seeds", seed, SETTINGS["seed"]) for seed in (found[1], found[2] or found[1]))
+        check(f"the number of seeds in {part}", last - first + 1, COUNT)
+        seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pbe.cli.errors import one_line_errors
+from pbe.cli.flags import Parser
 
 if TYPE_CHECKING:
     from pbe.data.records import Record
@@ -18,8 +19,8 @@ COLUMNS = ("image", "mask", "label", "x0", "y0", "x1", "y1")
 SIDE = 512  # long side at which masks are drawn; GrabCut takes seconds for a whole photo
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser(prog: str | None = None) -> Parser:
+    p = Parser(
         prog=prog,
         description=__doc__,
         epilog="OUT gets masks/ and the manifest objects.csv, for data.donors. Objects that were not found whole are "

@@ -27,7 +27,8 @@ from pbe.cli.comparison import comparison, runs, variants
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import Parser, add_model, add_renamed, add_settings, flag, load_for
 from pbe.editing.loading import check_memory
-from pbe.editing.settings import SETTINGS, EditSettings
+from pbe.editing.settings import COUNT, SETTINGS, EditSettings
+from pbe.io.fields import check
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -143,8 +144,8 @@ def edit_one(args: argparse.Namespace) -> int:
         raise ValueError("--devices, --num-nodes and --redo need --batch")
     num_images = 1 if args.num_images is None else args.num_images
     batch_size = 4 if args.batch_size is None else args.batch_size
-    if num_images < 1 or batch_size < 1:
-        raise ValueError(f"--num-images and --batch-size must be at least 1, got {num_images} and {batch_size}")
+    for name, count in (("num_images", num_images), ("batch_size", batch_size)):
+        check(flag(name), count, COUNT)
     job = Job.from_row({name: getattr(args, name) for name in COLUMNS})
     jobs, grid_path = variants(args, job, num_images)
     inputs = read_inputs(job)

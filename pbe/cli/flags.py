@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
@@ -20,6 +21,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        args = sys.argv[1:] if args is None else list(args)
+        for before, argument in zip(["", *args], args, strict=False):
+            if not argument.strip() or (argument.startswith("--") and argument.endswith("=")):
+                name = argument.strip() or before or "an argument"
+                self.error(f"{name.rstrip('=')} is empty; expected a value (is a shell variable unset?)")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists the arguments)\n")

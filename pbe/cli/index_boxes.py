@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from pbe.cli.errors import one_line_errors
+from pbe.cli.flags import Parser
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog=prog, description=__doc__)
+def parser(prog: str | None = None) -> Parser:
+    p = Parser(prog=prog, description=__doc__)
     p.add_argument("csv", type=Path, help="such as oidv6-train-annotations-bbox.csv")
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
     p.add_argument("--images", type=Path, help="the pictures' folder: leave out the pictures that have no file there")

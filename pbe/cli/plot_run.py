@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.cli.errors import one_line_errors
+from pbe.cli.flags import Parser
 from pbe.io.rows import read_jsonl
 
 LOSSES = {
@@ -22,8 +23,8 @@ LOSSES = {
 GAIN = "val/exemplar_gain"
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(prog: str | None = None) -> Parser:
+    p = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that `pbe train` wrote")
     p.add_argument("--out", type=Path, required=True, help="the picture to write")
     return p

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pbe.cli.errors import one_line_errors
+from pbe.cli.flags import Parser
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,8 +18,8 @@ STAGES = ("photo", "window", "mask", "masked", "crop", "exemplar", "target")
 COLOURS = {"box": (230, 30, 30), "grown": (255, 170, 0), "exemplar_box": (30, 160, 60), "window": (30, 90, 255)}
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog=prog, description=__doc__)
+def parser(prog: str | None = None) -> Parser:
+    p = Parser(prog=prog, description=__doc__)
     p.add_argument(
         "config",
         nargs="+",

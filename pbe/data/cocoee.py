@@ -22,11 +22,12 @@ class CocoEE:
         if not listed.is_file():
             raise FileNotFoundError(f"{listed}: there is no such file; a folder of COCOEE has one")
         try:
-            ids = np.load(listed, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{listed} cannot be read: {error}") from None
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ValueError(f"{listed} must hold a list of integers, got {ids.dtype} {ids.shape}")
+            ids = np.load(listed, mmap_mode="r", allow_pickle=False)  # mapped: a header may claim any size
+        except Exception as error:  # numpy raises almost anything for a damaged header
+            raise ValueError(f"{listed} cannot be read as an array: {error}") from None
+        if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+            found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "several arrays"
+            raise ValueError(f"{listed} must hold a list of integers, got {found}")
         self._ids = ids
         self.photos = number_photos(ids.tolist())
         missing = [path for i in range(len(ids)) for path in self._paths(i) if not path.is_file()]

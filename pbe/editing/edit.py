@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
-from pbe.editing.settings import SETTINGS, EditKeywords, EditSettings
+from pbe.editing.settings import COUNT, SETTINGS, EditKeywords, EditSettings
 from pbe.images import windows
 from pbe.images.pillow import PictureWarning
 from pbe.images.reading import (
@@ -35,7 +35,6 @@ from pbe.sampling import SPACINGS, Callback, NoiseSchedule, get_sampler, guided_
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-COUNT = Annotated[int, Range(1)]
 Weights = tuple[Annotated[float, Range(0)], ...]
 
 

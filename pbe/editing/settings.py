@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypedDict
 from pbe.io.fields import Range, check, describe, field_docs, field_types, read
 
 MAX_SEED = 2**64 - 1  # torch's generators take 64 bits
+COUNT = Annotated[int, Range(1, 10_000)]  # of the results of one call, and of those sampled at once
 
 SamplerName = Literal["ddim", "plms", "ddpm", "dpm_solver"]
 SpacingName = Literal["leading", "trailing"]
@@ -58,12 +59,12 @@ class EditSettings:
     """Put only the masked pixels into the photo; without it the model's own picture of the whole window."""
     seam: Literal["poisson", "feather"] = "poisson"
     """Let the result meet the photo's light and colour at the mask's border, by Poisson blending, or only fade in."""
-    feather: Annotated[int, Range(0)] | None = None
+    feather: Annotated[int, Range(0, 10**6)] | None = None
     """Width in photo pixels of the soft seam, which lies inside the mask (default: a 64th of the window, and at least
     two of the model's pixels)."""
     margin: Annotated[float, Range(0, 0.5, below=True)] = 0.1
     """Share of an automatic window's side that is kept free on each side of the mask."""
-    resolution: Annotated[int, Range(8, step=8)] | None = None
+    resolution: Annotated[int, Range(8, 8192, step=8)] | None = None
     """Side in pixels at which the model works (default: the one that it was trained on)."""
 
     def __post_init__(self) -> None:

@@ -214,6 +214,8 @@ def feather_weights(repaint: np.ndarray, width: int) -> np.ndarray:
     thickness = np.ones(inside.shape, dtype=np.int32)  # radius of the largest disc in the mask over this pixel
     core = inside
     for radius in range(1, width + 1):
+        if not core.any():
+            break
         depth += core
         if radius in radii:
             discs = core
@@ -227,6 +229,9 @@ def feather_weights(repaint: np.ndarray, width: int) -> np.ndarray:
     rise = np.full(inside.shape, width, dtype=np.float32)  # min over the mask's pixels q of thickness(q) + distance
     near = np.zeros_like(inside)
     for radius in range(1, width):
+        if np.array_equal(near, inside):  # as it stays: any width beyond takes no longer
+            rise -= width - radius
+            break
         near = (_dilate(near, square=radius % 2 == 0) | (thickness == radius)) & inside
         rise -= near
 

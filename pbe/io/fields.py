@@ -40,7 +40,9 @@ class Range:
             return f"above {self.low}" + (f" and below {self.high}" if self.high < math.inf else "")
         if self.high == math.inf:
             return f"of at least {self.low}{multiple}"
-        return f"of at least {self.low} and below {self.high}" if self.below else f"from {self.low} to {self.high}"
+        if self.below:
+            return f"of at least {self.low} and below {self.high}"
+        return f"from {self.low} to {self.high}{multiple}"
 
 
 def field_types(owner: type) -> dict[str, Any]:

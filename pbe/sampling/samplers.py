@@ -183,18 +183,17 @@ def plms(eps: Eps, x_t: Tensor, grid: Grid, draw: Draw, eta: float) -> States:
     """PLMS, equation 12 (Liu et al., arXiv 2202.09778): DDIM steps along a mean of the last four predictions.
 
     The first step, without a past, is a pseudo improved Euler step, as in latent diffusion: one evaluation more than
-    there are steps.
+    there are steps. A single step has no second timestep to look ahead to: it is DDIM's.
     """
     history: list[Tensor] = []  # newest first
     for index, (t, alpha_bar_t, alpha_bar_prev) in enumerate(grid):
         eps_t = evaluate(eps, x_t, t)
         history = [eps_t, *history[:3]]
-        if index == 0:
-            # eps' = (eps(x_t, t) + eps(x_prev, t_prev)) / 2; with a single step t_prev is t, as in the original
+        if index == 0 and len(grid) > 1:
+            # eps' = (eps(x_t, t) + eps(x_prev, t_prev)) / 2
             x_prev, _ = ddim_step(x_t, eps_t, alpha_bar_t, alpha_bar_prev)
-            t_prev = grid[min(1, len(grid) - 1)].t
-            eps_t = (eps_t + evaluate(eps, x_prev, t_prev)) / 2
-        else:
+            eps_t = (eps_t + evaluate(eps, x_prev, grid[1].t)) / 2
+        elif index > 0:
             weights = ADAMS_BASHFORTH[len(history)]
             eps_t = sum((w * e for w, e in zip(weights, history, strict=True)), torch.zeros_like(x_t))
         x_t, z_0 = ddim_step(x_t, eps_t, alpha_bar_t, alpha_bar_prev)

@@ -568,6 +568,10 @@ def test_incomplete_cocoee(tmp_path):
         (tmp_path / "id_list.npy").write_bytes(content)
         with pytest.raises(ValueError, match=r"id_list\.npy cannot be read"):
             CocoEE(tmp_path)
+    with (tmp_path / "id_list.npy").open("wb") as file:
+        np.savez(file, a=np.zeros(3, int), b=np.zeros(3, int))
+    with pytest.raises(ValueError, match=r"id_list\.npy must hold a list of integers, got several arrays"):
+        CocoEE(tmp_path)
     np.save(tmp_path / "id_list.npy", np.zeros(3))
     with pytest.raises(ValueError, match="must hold a list of integers, got float64"):
         CocoEE(tmp_path)

@@ -381,3 +381,14 @@ def test_the_commands(made, tmp_path, capsys):
     file = answer_file(tmp_path / "a.json", tmp_path / "s/key.json", "a", {"quality": order, "likeness": order})
     assert command("study-report", tmp_path / "s/key.json", file, "--out", tmp_path / "r", "--resamples", 100) == 0
     assert capsys.readouterr().out == (tmp_path / "r/study-report.md").read_text()
+
+
+@pytest.mark.parametrize("damage", [{"study": 3}, {"systems": "a"}, {"items": []}, {"items": {"1": {"A": "other"}}}])
+def test_a_damaged_key_is_named(tmp_path, damage):
+    key = {"kind": "pbe study key", "study": "1", "systems": ["a"], "items": {"1": {"A": "a"}}}
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    assert read_key(tmp_path / "key.json").systems == ("a",)
+    for content in ({**key, **damage}, {name: key[name] for name in key if name not in damage}):
+        (tmp_path / "key.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"key\.json is not the key of a study"):
+            read_key(tmp_path / "key.json")

@@ -409,3 +409,12 @@ def test_large_photo_from_window_to_composite():
     assert size == (512, 512)
     assert (result == pixels)[~repaint].all()
     assert (result != pixels)[repaint].mean() > 0.9
+
+
+def test_a_feather_wider_than_the_mask_takes_no_longer():
+    mask = np.zeros((60, 80), bool)
+    mask[10:50, 20:70] = True
+    weights = feather_weights(mask, 10**6)  # a loop of as many rounds would take hours
+    assert (weights[mask] > 0).all()
+    assert (weights[~mask] == 0).all()
+    assert weights.max() == 1

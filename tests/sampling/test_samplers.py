@@ -18,6 +18,7 @@ from pbe.sampling import (
     plms,
     randn,
     sampler,
+    trailing,
 )
 from pbe.sampling.samplers import ADAMS_BASHFORTH
 
@@ -225,7 +226,6 @@ def test_ddim_is_diffusers_step_by_step(steps, eta):
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 5, 10, 30, 50, 999])
 def test_plms_is_diffusers_step_by_step(steps):
-    # for a single step they differ: diffusers evaluates once where the original evaluates twice
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.PNDMScheduler(
         **SD_BETAS, skip_prk_steps=True, set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1
@@ -238,6 +238,22 @@ def test_plms_is_diffusers_step_by_step(steps):
         states.append(x_t)
     # diffusers makes the improved Euler step out of two of its own
     assert_steps_equal(infos, states[1:])
+
+
+@pytest.mark.parametrize("spacing", [leading, trailing])
+def test_plms_with_one_step_is_ddim(spacing):
+    """On a Gaussian of deviation 0.1, whose eps is known; a second evaluation at the same timestep led far astray."""
+    schedule = NoiseSchedule.scaled_linear()
+    one_step = spacing(schedule, 1)
+
+    def eps(x_t, t):
+        alpha_bar = schedule.alpha_bar[t[0]].item()
+        return x_t * (1 - alpha_bar) ** 0.5 / (alpha_bar * 0.01 + 1 - alpha_bar)
+
+    x_T = randn((4, 8, 8), make_generators(0, 2))
+    assert torch.equal(plms(eps, x_T, one_step), ddim(eps, x_T, one_step))
+    if spacing is trailing:
+        assert plms(eps, x_T, one_step).std() < 0.2
 
 
 # --- the contract -----------------------------------------------------------------------------------------------------
@@ -267,8 +283,8 @@ def test_any_number_of_steps_takes_exactly_that_many(name, steps):
     assert [info.index for info in infos] == list(range(steps))
     assert {info.steps for info in infos} == {steps}
     assert [info.t for info in infos] == timesteps
-    if name == "plms":  # the improved Euler step looks ahead; with a single step, at the same timestep
-        timesteps.insert(1, timesteps[min(1, steps - 1)])
+    if name == "plms" and steps > 1:  # the improved Euler step looks ahead
+        timesteps.insert(1, timesteps[1])
     assert evaluated == timesteps
     assert torch.isfinite(z_0).all()
     assert torch.equal(infos[-1].x_t, z_0)

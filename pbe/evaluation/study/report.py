@@ -48,8 +48,18 @@ class Answers:
 
 def read_key(path: str | Path) -> Key:
     """The key that `build_study` wrote. ValueError for another file."""
-    content = _read_json(Path(path), "pbe study key", "is not the key of a study; `study` writes it as key.json")
-    return Key(content["study"], tuple(content["systems"]), content["items"])
+    path, otherwise = Path(path), "is not the key of a study; `study` writes it as key.json"
+    content = _read_json(path, "pbe study key", otherwise)
+    study, systems, items = (content.get(name) for name in ("study", "systems", "items"))
+    is_named = isinstance(study, str) and isinstance(systems, list) and all(isinstance(name, str) for name in systems)
+    if not (is_named and isinstance(items, dict) and all(_shows(pictures, systems) for pictures in items.values())):
+        raise ValueError(f"{path} {otherwise}")
+    return Key(study, tuple(systems), items)
+
+
+def _shows(pictures: Any, systems: list[str]) -> bool:
+    """Whether a key's item has one picture of each system."""
+    return isinstance(pictures, dict) and sorted(map(str, pictures.values())) == sorted(systems)
 
 
 def read_answers(path: str | Path, key: Key) -> Answers:
