@@ -10,7 +10,7 @@ CORE := $(VENV)/installed
 TEST := $(VENV)/installed-test
 DOCS := $(VENV)/installed-docs
 
-.PHONY: demo test slow docs clean
+.PHONY: demo test slow fuzz docs clean
 
 demo: $(CORE)
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,11 @@ test: $(TEST)
 
 slow: $(TEST)
 	$(BIN)/python -m pytest -m slow
+
+# make fuzz SECONDS=1800
+SECONDS ?= 60
+fuzz: $(TEST)
+	$(BIN)/python -m tests.fuzz.checkpoints --seconds $(SECONDS)
 
 docs: $(DOCS)
 	$(BIN)/python -m mkdocs build --strict

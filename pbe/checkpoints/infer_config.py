@@ -4,10 +4,10 @@ What shapes cannot tell (the number of attention heads, the latents' scale, the 
 or stands in an entry `pbe` that files written by this library carry, or in the configs of a diffusers folder.
 """
 
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.key_map import count
@@ -21,6 +21,7 @@ from pbe.models.vae import VAEConfig
 
 ModelSizes = PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConfig
 
+MAX_HINT = 1 << 16  # of heads, or of pixels along a side
 CLIP_HEAD_WIDTH = 64  # in every CLIP that OpenAI released
 
 
@@ -42,11 +43,12 @@ class Hints:
             if name == "exemplar_tokens":
                 fits, expected = value in ("class", "all"), "'class' or 'all'"
             elif name == "latent_scale":
-                fits, expected = isinstance(value, int | float) and 0 < value < math.inf, "a positive number"
+                fits, expected = is_number(value) and 0 < value <= MAX_HINT, f"a positive number up to {MAX_HINT}"
             else:
-                fits, expected = isinstance(value, int) and value > 0, "a positive whole number"
+                fits = type(value) is int and 0 < value <= MAX_HINT
+                expected = f"a positive whole number up to {MAX_HINT}"
             if value is not None and not fits:
-                raise CheckpointError(f"{name}={value!r} is not {expected}")
+                raise CheckpointError(f"{name}={shown(value)} is not {expected}")
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "Hints":
@@ -60,13 +62,18 @@ class Hints:
         vision = configs.get("image_encoder") or clip.get("vision_config") or {}
         text = configs.get("text_encoder") or clip.get("text_config") or {}
         for tower in (vision, text):
+            if not isinstance(tower, Mapping):
+                raise CheckpointError(f"{shown(tower)} for the sizes of a CLIP tower; expected a JSON object")
             if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
-                raise CheckpointError(f"hidden_act={tower['hidden_act']!r}; only 'quick_gelu' is supported")
-        sample_size, levels = unet.get("sample_size"), len(vae.get("block_out_channels", ()))
+                raise CheckpointError(f"hidden_act={shown(tower['hidden_act'])}; only 'quick_gelu' is supported")
+        sample_size, widths = unet.get("sample_size"), vae.get("block_out_channels", ())
+        if not isinstance(widths, list | tuple) or len(widths) > 16:
+            raise CheckpointError(f"block_out_channels={shown(widths)}; expected a list of one width per level")
+        levels = len(widths)
         # named attention_head_dim by a historical slip; it counts heads in every v1 model
         unet_heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
-        if not isinstance(unet_heads, int | None):
-            raise CheckpointError(f"{unet_heads} heads by level; Stable Diffusion v1 has one number for all levels")
+        if isinstance(unet_heads, list):
+            raise CheckpointError(f"{shown(unet_heads)} heads by level; Stable Diffusion v1 has one number for all")
         return cls(
             unet_heads=unet_heads,
             vision_heads=vision.get("num_attention_heads"),
@@ -74,6 +81,17 @@ class Hints:
             latent_scale=vae.get("scaling_factor"),
             resolution=sample_size * 2 ** (levels - 1) if isinstance(sample_size, int) and levels else None,
         )
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A value from a file, for a message: what is neither short nor flat is named by its type alone."""
+    numbers = isinstance(value, list) and all(map(is_number, value))
+    text = repr(value) if numbers or value is None or isinstance(value, str | int | float) else ""
+    return text if 0 < len(text) <= 100 else f"a {type(value).__name__}"
 
 
 class Shapes(dict[str, tuple[int, ...]]):
@@ -91,6 +109,7 @@ def unet_config(shapes: Shapes, hints: Hints, prefix: str = "model.diffusion_mod
     """Sizes of the UNet whose parameters' names begin with `prefix`."""
     model_channels, in_channels = shapes[f"{prefix}input_blocks.0.0.weight"][:2]
     widths, blocks, attention_levels = [0], [0], set()
+    attended = {m[1] for m in map(re.compile(rf"{re.escape(prefix)}input_blocks\.(\d+)\.1\.").match, shapes) if m}
     for i in range(1, count(shapes, f"{prefix}input_blocks.*.")):
         block = f"{prefix}input_blocks.{i}"
         if f"{block}.0.op.weight" in shapes:  # a downsampling ends the level
@@ -99,7 +118,7 @@ def unet_config(shapes: Shapes, hints: Hints, prefix: str = "model.diffusion_mod
             continue
         widths[-1] = shapes[f"{block}.0.out_layers.3.weight"][0]
         blocks[-1] += 1
-        if any(name.startswith(f"{block}.1.") for name in shapes):
+        if str(i) in attended:
             attention_levels.add(len(widths) - 1)
     if len(set(blocks)) > 1 or any(width % model_channels for width in widths):
         raise CheckpointError(

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+MAX_LAYERS = 64  # of one kind; CLIP's largest tower has 48
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -65,6 +67,8 @@ class TensorMapping(NamedTuple):
 
     def shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         """The tensor's shape, given the sources'."""
+        if len(shapes) == self.parts == 1 and self.form == "same":
+            return tuple(shapes[0])
         return tuple(self.build(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
 
 
@@ -123,9 +127,15 @@ def prefixes(name: str) -> Iterator[str]:
 
 
 def count(names: Iterable[str], template: str) -> int:
-    """How many different numbers stand in the place of `*` in names that begin like `template`."""
+    """How many different numbers stand in the place of `*` in names that begin like `template`.
+
+    ValueError for more than any model has: a small file could otherwise ask for all combinations of levels and blocks.
+    """
     pattern = re.compile(re.escape(template).replace(r"\*", r"(\d+)"))
-    return len({m[1] for m in map(pattern.match, names) if m})
+    found = len({m[1] for m in map(pattern.match, names) if m})
+    if found > MAX_LAYERS:
+        raise ValueError(f"{found:,} layers {template}; expected at most {MAX_LAYERS}")
+    return found
 
 
 def shorten(names: list[str], limit: int = 8) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pbe.checkpoints import infer_config
 from pbe.checkpoints.infer_config import Hints, ModelSizes, Shapes
-from pbe.checkpoints.key_map import KeyMap, Rule, count, prefixes, renamed, same
+from pbe.checkpoints.key_map import KeyMap, Rule, count, renamed, same
 from pbe.models.adm import ADM
 from pbe.models.clip import CLIP
 from pbe.models.paint_by_example import PaintByExample
@@ -318,5 +318,9 @@ LAYOUTS = (
 
 def find_layout(names: Iterable[str]) -> Layout | None:
     """The layout of tensors with these names, or None."""
-    have = {prefix for name in names for prefix in prefixes(name)}
-    return next((layout for layout in LAYOUTS if have.issuperset(layout.signature)), None)
+    names = [f"{name}." for name in names]
+
+    def has(module: str) -> bool:
+        return any(name.startswith(f"{module}.") for name in names)
+
+    return next((layout for layout in LAYOUTS if all(map(has, layout.signature))), None)

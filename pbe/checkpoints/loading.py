@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, Shapes
-from pbe.checkpoints.key_map import KeyMap, TensorMapping, UnlistedNames, mismatches, shorten
+from pbe.checkpoints.key_map import KeyMap, TensorMapping, mismatches, shorten
 from pbe.checkpoints.layouts import LAYOUTS, Layout, Model, find_layout
 from pbe.checkpoints.meta_device import build_on_meta
 
@@ -107,10 +107,10 @@ def recognise(file: Checkpoint) -> RecognisedCheckpoint:
         raise CheckpointError(
             f"{path} is a {file.kind} of {len(names)} tensors ({shorten(names, 4)}), which fits no known model: {known}"
         )
-    key_map = layout.key_map_of(names)
     try:
+        key_map = layout.key_map_of(names)
         mappings = key_map.to_ours(names)
-    except UnlistedNames as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} looks like {layout.name}, but has {error}") from None
     missing = [source for mapping in mappings.values() for source in mapping.sources if source not in file.tensors]
     if missing:
@@ -131,11 +131,14 @@ def hints_of(file: Checkpoint) -> Hints:
 def build(checkpoint: RecognisedCheckpoint) -> Model:
     """The model that a checkpoint fits, on the meta device; `CheckpointError` where its tensors do not fit together."""
     layout = checkpoint.layout
+    empty = [name for name, shape in checkpoint.shapes.items() if 0 in shape]
     try:
+        if empty:
+            raise ValueError(f"no numbers in {len(empty)} tensors: {shorten(empty)}")
         model = build_on_meta(layout.model, layout.infer(checkpoint.shapes, checkpoint.hints))
     except CheckpointError:
         raise
-    except (ValueError, IndexError, ZeroDivisionError) as error:  # shapes with too few numbers or with zeros
+    except (ValueError, IndexError, ArithmeticError, RuntimeError) as error:  # too few numbers, zeros, too large ones
         likeness = f"{checkpoint.path} looks like {layout.name}"
         raise CheckpointError(f"{likeness}, but no such model has its sizes: {error}") from error
     check_names_and_shapes(checkpoint, {name: tuple(p.shape) for name, p in model.state_dict().items()})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pbe.checkpoints.formats.opening import CheckpointError
-from pbe.checkpoints.infer_config import ModelSizes, pbe_entry
+from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry, shown
 from pbe.checkpoints.key_map import mismatches, shorten
 from pbe.checkpoints.loading import RecognisedCheckpoint, build
 from pbe.checkpoints.meta_device import build_on_meta
@@ -77,7 +77,10 @@ def input_order(checkpoint: RecognisedCheckpoint) -> str:
     if channels == 9 and checkpoint.layout.model is PaintByExample:
         return OUR_INPUTS
     if channels == 9:
-        return checkpoint.file.entry.get("inputs", "z_t, mask, z_masked")
+        inputs = checkpoint.file.entry.get("inputs", "z_t, mask, z_masked")
+        if inputs not in ("z_t, mask, z_masked", OUR_INPUTS):
+            raise CheckpointError(f"{checkpoint.path}: its entry 'pbe' says inputs={shown(inputs)}")
+        return inputs
     raise CheckpointError(f"{checkpoint.path}: its UNet has {channels} input channels; expected 4 or 9")
 
 
@@ -234,7 +237,10 @@ def describe(checkpoint: RecognisedCheckpoint) -> dict[str, Any]:
         "dtypes": dict(dtypes),
         "averaged copies": any(name.startswith(EMA_PREFIX) for name in file.names()),
         "optimizer": "optimizer_states" in file.extras,
-        "also": {key: file.extras[key] for key in ("epoch", "global_step", "pbe") if key in file.extras},
+        "also": {
+            **{key: file.extras[key] for key in ("epoch", "global_step") if is_number(file.extras.get(key))},
+            **({"pbe": file.entry} if file.entry else {}),
+        },
         "not loaded": dict(Counter(reason for name in file.names() if (reason := checkpoint.key_map.reason(name)))),
     }
 

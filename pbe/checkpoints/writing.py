@@ -44,13 +44,19 @@ def save_checkpoint(
         if path.suffix == ".safetensors":
             save_safetensors(tensors, part, {"pbe": json.dumps(entry)})
         else:
-            torch.save({"state_dict": tensors, "pbe": dict(entry)}, part)
+            save_pickle({"state_dict": tensors, "pbe": dict(entry)}, part)
 
 
 def check_suffix(path: Path) -> None:
     """Raises `ValueError` for a name that `save_checkpoint` does not write."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: a checkpoint's name must end in {', '.join(SUFFIXES)}")
+
+
+def save_pickle(value: Any, path: Path) -> None:
+    """torch.save by an open file: with a path its error does not say why nothing can be written."""
+    with path.open("wb") as file:
+        torch.save(value, file)
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

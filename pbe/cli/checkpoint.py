@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pbe.cli.errors import one_line_errors
+from pbe.cli.errors import one_line_errors, printable
 from pbe.cli.flags import Parser
 
 if TYPE_CHECKING:  # torch is not imported for `--help`
@@ -113,7 +113,7 @@ def inspect(args: argparse.Namespace) -> int:
 
     facts = describe(open_recognised(args.checkpoint))
     config = facts["config"]
-    print(f"{facts['file']}: {facts['layout']} ({facts['kind']})")
+    print(printable(f"{facts['file']}: {facts['layout']} ({facts['kind']})"))
     for part in dataclasses.fields(config):
         print(f"  {part.name}: {getattr(config, part.name)}")
     for name in ("parameters", "dtypes"):
@@ -123,7 +123,7 @@ def inspect(args: argparse.Namespace) -> int:
     for name, value in facts["also"].items():
         if isinstance(value, dict):  # a run's whole config would bury the rest
             value = {key: x for key, x in value.items() if not isinstance(x, dict)}
-        print(f"  {name}: {value}")
+        print(f"  {name}: {printable(value)}")
     for reason, n in facts["not loaded"].items():
         print(f"  not loaded: {n} tensors ({reason})")
     return 0
@@ -184,7 +184,8 @@ def diff(args: argparse.Namespace) -> int:
     found = surgery.diff(open_recognised(args.a), open_recognised(args.b))
     differences = [d for d in found if not d.largest <= args.tolerance]  # a tolerance of NaN ignores nothing
     for d in differences:
-        print(f"{d.name}: {d.what}" + (f", largest difference {d.largest:.3g}" if d.what == "values" else ""))
+        largest = f", largest difference {d.largest:.3g}" if d.what == "values" else ""
+        print(printable(f"{d.name}: {d.what}{largest}"))
     print(f"{len(differences)} tensors differ" if differences else "no difference")
     return 1 if differences else 0
 
@@ -226,11 +227,9 @@ def set_vae(args: argparse.Namespace) -> Contents:
 
 
 def seed(args: argparse.Namespace) -> int:
-    import torch
-
     from pbe.checkpoints.loading import DTYPES
     from pbe.checkpoints.seeding import seeded_checkpoint
-    from pbe.checkpoints.writing import PICKLE_SUFFIXES
+    from pbe.checkpoints.writing import PICKLE_SUFFIXES, save_pickle
     from pbe.io.atomic import replacing
 
     check_output(args)
@@ -239,5 +238,5 @@ def seed(args: argparse.Namespace) -> int:
         suffixes = ", ".join(PICKLE_SUFFIXES)
         raise ValueError(f"{args.out}: a file of the original layout is a pickle; its name must end in {suffixes}")
     with replacing(args.out, args.force) as part:
-        torch.save(seeded_checkpoint(args.size, args.seed, DTYPES[args.dtype]), part)
+        save_pickle(seeded_checkpoint(args.size, args.seed, DTYPES[args.dtype]), part)
     return 0

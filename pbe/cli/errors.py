@@ -1,5 +1,6 @@
 """How every command ends where something is wrong."""
 
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -8,7 +9,19 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 # What the library raises for a user's files and values, and for a missing extra.
-EXPECTED = (ValueError, OSError, MemoryError, ImportError)
+EXPECTED = (ValueError, OSError, MemoryError, RecursionError, ImportError)
+
+MAX_CHARACTERS = 2_000  # of a message or a printed value
+# What moves a terminal's cursor or reverses its text, and what no encoding can write.
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(value: object) -> str:
+    """A value, which may come from a file, as one line for a terminal: control characters are escaped."""
+    text = str(value)
+    if len(text) > MAX_CHARACTERS:
+        text = f"{text[:MAX_CHARACTERS]}… ({len(text) - MAX_CHARACTERS:,} more characters)"
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def one_line_errors(main: Callable[P, int]) -> Callable[P, int]:
@@ -19,7 +32,7 @@ def one_line_errors(main: Callable[P, int]) -> Callable[P, int]:
         try:
             return main(*args, **kwargs)
         except EXPECTED as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error) or 'out of memory'}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

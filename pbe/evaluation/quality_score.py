@@ -21,6 +21,9 @@ from torch import Tensor
 from pbe.checkpoints.formats.pickles import Placeholder, read_pickle
 from pbe.io.atomic import replacing
 
+MAX_COMPONENTS = 1_000
+MAX_INFLATED = 1 << 26  # bytes that come of a small file
+MAX_EXPANDED = 1 << 25  # numbers: precisions that a file gives in short, as their diagonals
 ARRAYS = ("weights", "means", "precisions_cholesky")
 
 
@@ -42,6 +45,8 @@ class GaussianMixture:
         shapes = tuple(tuple(getattr(self, name).shape) for name in ARRAYS)
         if shapes != ((K,), (K, C), (K, C, C)) or not K:
             raise ValueError(f"weights, means and precisions of a mixture are (K,), (K, C), (K, C, C), got {shapes}")
+        if K > MAX_COMPONENTS:
+            raise ValueError(f"a mixture of {K:,} Gaussians; expected at most {MAX_COMPONENTS:,}")
         if not all(getattr(self, name).isfinite().all() for name in ARRAYS) or (self.weights < 0).any():
             raise ValueError("a mixture's weights, means and precisions must be finite, and its weights 0 or more")
 
@@ -113,13 +118,17 @@ def save_mixture(mixture: GaussianMixture, path: str | Path, overwrite: bool = F
 def load_mixture(path: str | Path) -> GaussianMixture:
     """Reads what `save_mixture` wrote; FileNotFoundError, or ValueError for another file."""
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such mixture")
     try:
+        with zipfile.ZipFile(path) as archive:
+            inflated = sum(member.file_size for member in archive.infolist())
+        if inflated > max(MAX_INFLATED, 8 * path.stat().st_size):
+            raise ValueError(f"it inflates to {inflated:,} bytes")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name].astype(np.float64)) for name in ARRAYS}
             return GaussianMixture(**arrays, features=str(file["features"]))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such mixture") from None
-    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file may fail in any way
         raise ValueError(f"{path} is not a mixture of this library ({error}); convert-mixture reads a pickle") from None
 
 
@@ -146,15 +155,17 @@ def convert_mixture(path: str | Path, described: str = "") -> GaussianMixture:
     try:
         weights, means, P = (torch.from_numpy(_array(state[name])) for name in names)
         return GaussianMixture(weights, means, _full(P, state["covariance_type"], *means.shape), described)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, IndexError, ArithmeticError) as error:
         raise ValueError(f"{path} holds a mixture that cannot be read: {error}") from None
 
 
 def _full(P: Tensor, kind: Any, K: int, C: int) -> Tensor:
     """Precisions' Cholesky factors of one of scikit-learn's covariance types, as (K, C, C)."""
+    if kind == "full":
+        return P
+    if K * C * C > MAX_EXPANDED:
+        raise ValueError(f"{K:,} covariances of {C:,} features are too large")
     match kind:
-        case "full":
-            return P
         case "tied":
             return P.expand(K, C, C).contiguous()
         case "diag":

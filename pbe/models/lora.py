@@ -7,6 +7,7 @@ adapters holds those tensors alone, a few megabytes (`pbe.checkpoints.adapters`)
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,10 +28,10 @@ class LoRAConfig:
     targets: list[str] = field(default_factory=lambda: list(TARGETS))
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank must be at least 1, got {self.rank}")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"lora.alpha must be positive, got {self.alpha}")
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"lora.rank must be a whole number of at least 1, got {self.rank!r}")
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha must be a positive number, got {self.alpha!r}")
         for target in self.targets:
             try:
                 re.compile(target)
@@ -62,13 +63,23 @@ class LoRALinear(nn.Linear):
         return layer
 
 
+def check_plain(model: nn.Module) -> None:
+    """Raises `ValueError` for a model that has adapters already."""
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has adapters already: merge them, or load the model again")
+
+
 def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -> list[nn.Parameter]:
     """Gives the layers that `config` targets an adapter each; returns the adapters' parameters, the ones to train.
 
     Raises `ValueError` if no linear layer's name matches, or the model has adapters already.
     """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("the model has adapters already: merge them, or load the model again")
+    check_plain(model)
+    return adapt(model, target_layers(model, config), config, generator)
+
+
+def target_layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
+    """The linear layers that `config` targets, by name; raises `ValueError` if there are none."""
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -76,6 +87,13 @@ def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -
     }
     if not layers:
         raise ValueError(f"no linear layer's name matches lora.targets {config.targets}")
+    return layers
+
+
+def adapt(
+    model: nn.Module, layers: Mapping[str, nn.Linear], config: LoRAConfig, generator: torch.Generator
+) -> list[nn.Parameter]:
+    """Gives these layers, by name, an adapter each, as `add_lora` does."""
     for name, layer in layers.items():
         model.set_submodule(name, LoRALinear(layer, config, generator))
     return [parameter for name, parameter in model.named_parameters() if is_adapter(name)]

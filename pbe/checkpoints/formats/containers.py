@@ -24,9 +24,15 @@ from pbe.checkpoints.formats.lazy_tensors import (
     StoredTensor,
     StoredTensors,
 )
-from pbe.checkpoints.formats.pickles import Placeholder, StorageRef, TensorRef, read_pickle
+from pbe.checkpoints.formats.pickles import MAX_DIMENSIONS, Placeholder, StorageRef, TensorRef, read_pickle
 
-MAX_PICKLE_BYTES = 1 << 28  # the largest real data.pkl is a few megabytes
+MAX_PICKLE_BYTES = 1 << 24  # the largest real data.pkl is a few megabytes
+# What may come of a file: tensors of a few times its bytes, but not of a small one that is compressed, or names the
+# same bytes again and again.
+MAX_TENSORS = 10_000  # the released model with its averages has 2,076
+MAX_GROWTH, SMALL_TENSOR_BYTES = 8, 1 << 26
+MAX_NAME = 500  # characters of a tensor's name
+MAX_ENTRY = 1 << 17  # of the text of the entry `pbe`
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
@@ -64,7 +70,7 @@ def read_zip(path: Path) -> Checkpoint:
         if start + info.compress_size > file.size:
             raise CheckpointError(f"{path} is damaged: its member {name} ends after the end of the file")
         if info.compress_type != zipfile.ZIP_STORED:
-            return CompressedRecord(path, name, info.file_size)
+            return CompressedRecord(file, name, start, info.compress_size, info.file_size, info.CRC)
         return MappedRecord(file, start, info.compress_size)
 
     def contents(name: str) -> bytes:
@@ -179,14 +185,16 @@ def read_safetensors(path: Path) -> Checkpoint:
         dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
         begin, end = entry["data_offsets"]
         try:
+            if len(shape) > MAX_DIMENSIONS:
+                raise ValueError(f"{len(shape)} dimensions")
             like = torch.empty(shape, dtype=dtype, device="meta")
-        except (RuntimeError, TypeError, OverflowError) as error:  # an empty tensor may claim any size
-            raise CheckpointError(f"{path} is damaged: {name} has the impossible shape {shape}") from error
+        except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # an empty tensor may claim any size
+            raise CheckpointError(f"{path} is damaged: {name} has an impossible shape ({error})") from error
         record = MappedRecord(file, data + begin, end - begin)
         tensors[name] = StoredTensor(record, 0, like.numel(), dtype, like.shape, like.stride())
     if not tensors:
         raise CheckpointError(f"{path} is a safetensors file that holds no tensors")
-    return Checkpoint(path, "safetensors file", tensors, extras)
+    return _checked(Checkpoint(path, "safetensors file", tensors, extras))
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -195,6 +203,35 @@ def parse_json(text: str | bytes, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON ({error})") from error
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, if what it asks for is in proportion to its file, and its entry `pbe` is plain data."""
+    path, tensors = checkpoint.path, checkpoint.tensors
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(f"{path} holds {len(tensors):,} tensors; expected at most {MAX_TENSORS:,}")
+    if (longest := max(map(len, tensors))) > MAX_NAME:
+        raise CheckpointError(f"{path} names a tensor in {longest:,} characters; expected at most {MAX_NAME}")
+    needed, size = sum(tensor.cost for tensor in tensors.values()), path.stat().st_size
+    if needed > max(SMALL_TENSOR_BYTES, MAX_GROWTH * size):
+        raise CheckpointError(f"{path} has {size:,} bytes, and its tensors need {needed:,}: it is not sound")
+    _check_plain(checkpoint.entry, path)
+    return checkpoint
+
+
+def _check_plain(entry: dict[str, Any], path: Path) -> None:
+    """Raises unless an entry is what JSON can hold, and not long: whoever reads it may then walk, compare and print it.
+
+    It is encoded step by step, since the text of lists that hold each other has no end.
+    """
+    length = 0
+    try:
+        for piece in json.JSONEncoder().iterencode(entry):
+            length += 8 + len(piece)
+            if length > MAX_ENTRY:
+                raise ValueError(f"more than {MAX_ENTRY:,} bytes")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its entry 'pbe' is not plain settings ({error})") from None
 
 
 def _read_pickle(path: Path, stream: Any) -> tuple[Any, dict[str, StorageRef]]:
@@ -245,7 +282,7 @@ def _state_dict(path: Path, kind: str, top: Any, locate: Callable[[StorageRef], 
         extras = others
     elif others:
         extras["state_dict"] = others
-    return Checkpoint(path, kind, tensors, extras)
+    return _checked(Checkpoint(path, kind, tensors, extras))
 
 
 def _script_module(path: Path, top: Any, locate: Callable[[StorageRef], Any]) -> Checkpoint:
@@ -258,8 +295,8 @@ def _script_module(path: Path, top: Any, locate: Callable[[StorageRef], Any]) ->
 
     def walk(module: Placeholder, prefix: str, depth: int) -> None:
         nonlocal seen
-        seen += 1
-        if depth > 100 or seen > 100_000:
+        seen += 1 + len(module.state)
+        if depth > 100 or seen > 100_000 or len(prefix) > MAX_NAME:
             raise CheckpointError(f"{path} is damaged: its modules contain each other without end")
         for key, value in module.state.items():
             if not isinstance(key, str):
@@ -277,4 +314,4 @@ def _script_module(path: Path, top: Any, locate: Callable[[StorageRef], Any]) ->
     walk(top, "", 0)
     if not any(isinstance(tensor, StoredTensor) for tensor in tensors.values()):
         raise CheckpointError(f"{path} is a TorchScript archive that holds no tensors")
-    return Checkpoint(path, "TorchScript archive", tensors, {})
+    return _checked(Checkpoint(path, "TorchScript archive", tensors, {}))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-import zipfile
 import zlib
 from collections.abc import KeysView
 from dataclasses import dataclass
@@ -93,21 +92,23 @@ class MappedRecord:
 class CompressedRecord:
     """A zip member that somebody's archiver compressed: read into memory whenever it is asked for."""
 
-    path: Path
+    file: MappedFile
     name: str
+    start: int
+    compressed: int
     nbytes: int
+    crc: int
 
     def read(self, start: int, dtype: torch.dtype, numel: int) -> Tensor:
         end = start + numel * dtype.itemsize
+        deflated = memoryview(self.file.memory)[self.start : self.start + self.compressed]
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self.name) as member:
-                member.seek(start)
-                data = bytearray(member.read(end - start))
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{self.path} is damaged: its member {self.name} is unreadable ({error})") from error
-        if len(data) != end - start:
-            raise CheckpointError(f"{self.path} is damaged: its member {self.name} is shorter than it says")
-        return torch.frombuffer(data, dtype=dtype)
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(deflated, max_length=end)
+        except zlib.error as error:
+            raise CheckpointError(f"{self.file.path} is damaged: its member {self.name}: {error}") from error
+        if len(data) != end or (end == self.nbytes and zlib.crc32(data) != self.crc):
+            raise CheckpointError(f"{self.file.path} is damaged: its member {self.name} is not what it says")
+        return torch.frombuffer(bytearray(memoryview(data)[start:]), dtype=dtype)
 
     def release(self, start: int, nbytes: int) -> None:
         """Nothing is held."""
@@ -127,6 +128,13 @@ class StoredTensor:
     shape: torch.Size
     stride: tuple[int, ...]
 
+    @property
+    def cost(self) -> int:
+        """Bytes in memory once it is read and copied; of a compressed record, all that comes before is inflated too."""
+        if isinstance(self.record, CompressedRecord):
+            return self.start + self.span * self.dtype.itemsize
+        return self.shape.numel() * self.dtype.itemsize
+
     def load(self) -> Tensor:
         if self.span == 0:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -143,6 +151,7 @@ class StoredNumber:
     value: int
     dtype: torch.dtype = torch.int64
     shape: torch.Size = torch.Size()
+    cost: int = 0
 
     def load(self) -> Tensor:
         return torch.tensor(self.value, dtype=self.dtype)

@@ -80,6 +80,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _open_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}; {EXPECTED}")
+    if not path.is_file():  # opening a pipe would wait for its other end
+        raise CheckpointError(f"{path} is a pipe, a socket or a device; {EXPECTED}")
     return _read_file(path)
 
 

@@ -19,8 +19,12 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 
+# What one pickle may ask for. The released model with its averages and its optimizer's states takes 320,000 steps.
+MAX_STEPS = 750_000  # opcodes, and items of the tuples that they copy or walk
 MAX_TUPLE_ITEMS = 10_000  # hashing a tuple walks all that it nests, in C: too much of it ends or stalls the process
+MAX_OTHER_KEYS = 10_000  # keys other than text, with what they nest: only text's hashes cannot be made to collide
 MAX_PLACEHOLDERS = 10_000  # classes a file may name; real checkpoints name a handful
+MAX_DIMENSIONS = 64  # torch's own limit
 
 
 class Sealed:
@@ -80,9 +84,9 @@ class Placeholder(metaclass=_PlaceholderType):
     state: Any
     items: list[Any]
 
-    def __new__(cls, *args: object, **kwargs: object) -> Placeholder:  # NEWOBJ_EX passes keywords
+    def __new__(cls, *args: object) -> Placeholder:
         self = super().__new__(cls)
-        self.args = (*args, *kwargs.items())
+        self.args = args
         self.state = None
         self.items = []
         return self
@@ -109,7 +113,18 @@ class Placeholder(metaclass=_PlaceholderType):
 
 
 class PlainDict(dict):
-    """Stands for `collections.OrderedDict`; attributes set on it (a state dict's `_metadata`) are dropped."""
+    """Stands for `collections.OrderedDict`; attributes set on it (a state dict's `_metadata`) are dropped.
+
+    Python 2 made it of a list of pairs, which is emptied: a list that the file names often is copied once.
+    """
+
+    def __init__(self, *pairs: list) -> None:
+        for key, value in pairs[0] if pairs else ():
+            if not isinstance(key, str):
+                raise pickle.UnpicklingError(f"a dictionary has a key of type {type(key).__name__}; expected text")
+            self[key] = value
+        if pairs:
+            pairs[0].clear()
 
     def __setstate__(self, state: object) -> None:
         pass
@@ -131,11 +146,11 @@ class _Function(Sealed):
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None) -> TensorRef:
     if not isinstance(storage, StorageRef) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise pickle.UnpicklingError("a tensor is not described by a storage, a size and a stride")
-    dtype = storage.dtype if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype):
-        raise pickle.UnpicklingError(f"a tensor has a {type(dtype).__name__} in the place of its dtype")
+    dtype = _checked_dtype(storage.dtype if dtype is None else dtype)
     # No message repeats a value from the file: the text of lists that hold each other can be endless.
-    if len(size) != len(stride) or not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
+    if len(size) > MAX_DIMENSIONS or len(size) != len(stride):
+        raise pickle.UnpicklingError(f"a tensor has {len(size)} dimensions and {len(stride)} strides")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)):
         raise pickle.UnpicklingError("a tensor has an impossible offset, size or stride")
     tensor = TensorRef(storage, dtype, offset, tuple(size), tuple(stride))
     # More elements than the storage holds (an expanded tensor) would let a small file ask for any amount of memory.
@@ -162,8 +177,17 @@ def _tensor_v3(
     return _tensor(storage, offset, size, stride, dtype)
 
 
+def _checked_dtype(dtype: Any) -> torch.dtype:
+    if dtype in PLAIN_DTYPES:
+        return dtype
+    name = dtype.name if isinstance(dtype, _PlaceholderType) else type(dtype).__name__
+    known = ", ".join(str(plain).removeprefix("torch.") for plain in PLAIN_DTYPES)
+    raise pickle.UnpicklingError(f"a tensor is stored as {name}; expected one of {known}")
+
+
 def _first(data: object, *rest: object) -> object:
-    """A parameter is its tensor, a TorchScript list its list: the type, hooks and state beside it are dropped."""
+    """A parameter is its tensor, a TorchScript list its list, a torch.Size its tuple: the type, hooks and state beside
+    it are dropped."""
     return data
 
 
@@ -181,13 +205,14 @@ STORAGE_DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
     "ComplexFloatStorage": torch.complex64,
 }
+# Whose numbers can be read as they stand. Of the others torch crashes, or knows too little: quantised, packed bits.
+PLAIN_DTYPES = dict.fromkeys(STORAGE_DTYPES.values())
+PLAIN_DTYPES |= dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64))
 
 # Everything a file may name and get; the rest becomes a placeholder.
 GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): PlainDict,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
-    ("torch", "Size"): torch.Size,
+    ("torch", "Size"): _Function(_first),
     ("torch._utils", "_rebuild_tensor"): _Function(_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor_v2),
     ("torch._utils", "_rebuild_tensor_v3"): _Function(_tensor_v3),
@@ -197,7 +222,7 @@ GLOBALS: dict[tuple[str, str], Any] = {
     ("torch.jit._pickle", "restore_type_tag"): _Function(_first),
     ("torch.storage", "UntypedStorage"): torch.uint8,
     **{("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()},
-    **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in PLAIN_DTYPES},
 }
 
 
@@ -221,7 +246,8 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             case ("module", Placeholder() | type() as container, *_):
                 return container  # pre-zip files put a module's source beside its class
-            case ("storage", torch.dtype() as dtype, str() as key, _, int() as numel, *view):
+            case ("storage", torch.dtype() | _PlaceholderType() as dtype, str() as key, _, int() as numel, *view):
+                dtype = _checked_dtype(dtype)
                 root = self.storages.setdefault(key, StorageRef(key, dtype, 0, numel * dtype.itemsize))
             case _:
                 raise pickle.UnpicklingError("a persistent id does not describe a storage")
@@ -239,23 +265,32 @@ class _Unpickler(pickle.Unpickler):
 
 
 _REFUSED = {"EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "STRING", "NEXT_BUFFER", "READONLY_BUFFER"}
+_REFUSED |= {"LONG", "LONG4"}  # numbers of any length
 _TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
+_TEXTS = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"}
+# Which of the items that an opcode takes are hashed; the first is the container, where there is one.
+_KEYS = {"SETITEM": slice(1, None, 2), "SETITEMS": slice(1, None, 2), "DICT": slice(0, None, 2)}
+_KEYS |= {"ADDITEMS": slice(1, None), "FROZENSET": slice(0, None)}
 _MARK = object()
+_TEXT = -1
 
 
 def _check_opcodes(stream: BinaryIO) -> None:
     """Read one pickle's opcodes up to its STOP without running them; refuse what torch never writes or would do harm.
 
-    The stack is followed only as far as the sizes of tuples need: an item is the mark, or the number of items nested
-    in it if it is a tuple, 0 otherwise.
+    The stack is followed only as far as the sizes of tuples and the kinds of keys need: an item is the mark, `_TEXT`,
+    or the number of items nested in it if it is a tuple, 0 otherwise.
     """
-    start = stream.tell()
+    start, steps, other_keys = stream.tell(), 0, 0
     stack: list[Any] = []
     memo: dict[int, int] = {}
     arg: Any
     position: Any
     for opcode, arg, position in pickletools.genops(stream):
         name = opcode.name
+        steps += 1
+        if steps > MAX_STEPS:
+            raise pickle.UnpicklingError(f"it has more than {MAX_STEPS:,} steps")
         if name in _REFUSED:
             raise pickle.UnpicklingError(f"the opcode {name} at byte {position} is refused")
         if name in ("PUT", "BINPUT", "LONG_BINPUT"):
@@ -270,6 +305,8 @@ def _check_opcodes(stream: BinaryIO) -> None:
             stack.append(stack[-1])
         elif name == "MARK":
             stack.append(_MARK)
+        elif not opcode.stack_before:
+            stack += [_TEXT if name in _TEXTS else 0] * len(opcode.stack_after)
         else:
             taken = []
             for item in reversed(opcode.stack_before):
@@ -279,10 +316,17 @@ def _check_opcodes(stream: BinaryIO) -> None:
                 else:
                     taken.append(stack.pop())
             size = 0
+            items = [item for item in reversed(taken) if item is not _MARK]
+            sizes = [max(item, 0) for item in items]
+            steps += sum(sizes)
             if name in _TUPLES:
-                size = sum(1 + item for item in taken if item is not _MARK)
+                size = len(sizes) + sum(sizes)
                 if size > MAX_TUPLE_ITEMS:
                     raise pickle.UnpicklingError(f"a tuple nests more than {MAX_TUPLE_ITEMS} items")
+            if name in _KEYS:
+                other_keys += sum(1 + item for item in items[_KEYS[name]])  # 0 for a text
+                if other_keys > MAX_OTHER_KEYS:
+                    raise pickle.UnpicklingError(f"more than {MAX_OTHER_KEYS:,} keys are not text")
             stack.extend(size for _ in opcode.stack_after)
 
 

@@ -1,0 +1,1 @@
+"""A package, so that `python -m tests.fuzz.…` finds this folder and not the tests that torch-fidelity installs."""
