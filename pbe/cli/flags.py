@@ -22,7 +22,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(  # type: ignore[override]  # one signature in place of typeshed's overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         args = sys.argv[1:] if args is None else list(args)
         for before, argument in zip(["", *args], args, strict=False):
             if not argument.strip() or (argument.startswith("--") and argument.endswith("=")):

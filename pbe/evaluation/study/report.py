@@ -50,9 +50,10 @@ def read_key(path: str | Path) -> Key:
     """The key that `build_study` wrote. ValueError for another file."""
     path, otherwise = Path(path), "is not the key of a study; `study` writes it as key.json"
     content = _read_json(path, "pbe study key", otherwise)
-    study, systems, items = (content.get(name) for name in ("study", "systems", "items"))
-    is_named = isinstance(study, str) and isinstance(systems, list) and all(isinstance(name, str) for name in systems)
-    if not (is_named and isinstance(items, dict) and all(_shows(pictures, systems) for pictures in items.values())):
+    study, systems, items = content.get("study"), content.get("systems"), content.get("items")
+    if not (isinstance(study, str) and isinstance(systems, list) and isinstance(items, dict)):
+        raise ValueError(f"{path} {otherwise}")
+    if not (all(isinstance(name, str) for name in systems) and all(_shows(shown, systems) for shown in items.values())):
         raise ValueError(f"{path} {otherwise}")
     return Key(study, tuple(systems), items)
 
