@@ -62,7 +62,7 @@ setup(
         "regex",
         "tqdm",
         "numpy",
-        "pillow",
+        "pillow>=11.1",  # older ones lose EXIF that they have read, and fail on GPS 0/0
     ],
     extras_require={
         "safetensors": SAFETENSORS,

@@ -22,6 +22,7 @@ from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, drawn_mask, to_v
 from pbe.app.uploads import MAX_RESULTS, EditFiles, save_edits, take
 from pbe.batch.provenance import Weights
 from pbe.editing.settings import QUICK, SETTINGS, EditSettings
+from pbe.images.pillow import open_image
 from pbe.images.reading import read_mask, read_picture
 from pbe.images.windows import mask_bounding_box
 from pbe.io.fields import read
@@ -75,7 +76,7 @@ def show_drop_zone() -> tuple[object, ...]:
 
 def show_example(index: int) -> tuple[object, ...]:
     image, mask, exemplar = example_files()[index]
-    with Image.open(image) as opened:
+    with open_image(Path(image)) as opened:
         repaint = read_mask(mask, (opened.height, opened.width))
     return *show(image, "image", repaint), *show(exemplar, "exemplar")
 

@@ -17,7 +17,7 @@ from PIL import Image
 from pbe.batch.job import Job, read_inputs, run_job
 from pbe.batch.provenance import Weights, check_writable, provenance_of, save_result
 from pbe.editing.settings import EditSettings
-from pbe.images.pillow import UNREADABLE
+from pbe.images.pillow import UNREADABLE, open_image
 from pbe.images.reading import read_picture
 from pbe.images.saving import save_picture
 from pbe.images.windows import Box
@@ -100,9 +100,9 @@ def take(source: Path | np.ndarray, folder: Path, name: str, crop: Box | None = 
 def check_pixels(path: Path, name: str) -> None:
     """ValueError for a picture of more than MAX_PIXELS, before they are read."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
-    except (*UNREADABLE, Image.DecompressionBombError):
+    except UNREADABLE:
         return  # the library, which reads it next, says what is wrong
     if width * height > MAX_PIXELS:
         raise ValueError(

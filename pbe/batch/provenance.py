@@ -93,15 +93,13 @@ def save_described(image: Image.Image, path: Path, provenance: Mapping[str, Any]
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
     """What `save_result` stored in a picture, or None where there is nothing."""
-    from PIL import Image
-
-    from pbe.images.pillow import UNREADABLE
+    from pbe.images.pillow import UNREADABLE, open_image
     from pbe.images.saving import read_info
 
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             stored = json.loads(read_info(image)["pbe"])
-    except (*UNREADABLE, KeyError, Image.DecompressionBombError):
+    except UNREADABLE:
         return None  # not a picture, or not one of ours
     return stored if isinstance(stored, dict) else None
 

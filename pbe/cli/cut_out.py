@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from pbe.data.crop import UnusablePicture, usable
+    from pbe.data.crop import usable
     from pbe.data.manifest import Manifest
+    from pbe.data.records import UnusablePicture
     from pbe.io.atomic import replacing
 
     sources = [Manifest(path) for path in args.manifests]

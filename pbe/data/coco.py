@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from pbe.data.records import (
     upright_size,
 )
 from pbe.images.reading import fill_polygon
+from pbe.io.json_text import parse_json, shown
 
 
 class Polygons(NamedTuple):
@@ -63,7 +63,7 @@ def decode_counts(text: str) -> np.ndarray:
 def decode_rle(rle: dict[str, Any]) -> np.ndarray:
     """bool (h, w) of an RLE {"size": [h, w], "counts": list or compressed text}: lengths of runs down the columns,
     alternately outside and inside the object. ValueError if they do not fill the size."""
-    height, width = rle["size"]
+    height, width = map(int, rle["size"])
     counts = rle["counts"]
     counts = decode_counts(counts) if isinstance(counts, str) else np.array(counts, dtype=np.int64)
     if (counts < 0).any() or counts.sum() != height * width:
@@ -77,26 +77,32 @@ def check_segmentation(segmentation: Any) -> None:
     """ValueError unless it is a list of polygons or looks like an RLE, whose counts are decoded when it is drawn."""
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), segmentation.get("counts")
-        if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
-            raise ValueError(f"the size of an RLE is {size!r}, not [height, width]")
+        if not (isinstance(size, list) and len(size) == 2 and all(type(n) in (int, float) and n >= 1 for n in size)):
+            raise ValueError(f"the size of an RLE is {shown(size)}, not [height, width]")
+        if size[0] * size[1] > MAX_PIXELS or any(n % 1 for n in size):
+            raise ValueError(f"the size of an RLE is {shown(size)}, not whole numbers of up to {MAX_PIXELS} pixels")
         if not isinstance(counts, (list, str)):
-            raise ValueError(f"the counts of an RLE are {counts!r}, not a list or a text")
+            raise ValueError(f"the counts of an RLE are {shown(counts)}, not a list or a text")
         if isinstance(counts, list):
             check_numbers(counts, "the counts of an RLE hold")
     elif not isinstance(segmentation, list):
-        raise ValueError(f"segmentation is {segmentation!r}, not a list of polygons or an RLE")
+        raise ValueError(f"segmentation is {shown(segmentation)}, not a list of polygons or an RLE")
     else:
         for ring in segmentation:
             if not isinstance(ring, list) or len(ring) % 2:
-                raise ValueError(f"a polygon is {str(ring)[:40]}, not a list of x, y, x, y, ...")
+                raise ValueError(f"a polygon is {shown(ring)}, not a list of x, y, x, y, ...")
             check_numbers(ring, "a polygon holds")
 
 
+LARGEST = 2**53  # of the whole numbers that a float tells apart
+MAX_PIXELS = 2**28  # more than Pillow reads
+
+
 def check_numbers(values: list[Any], what: str) -> None:
-    """ValueError, which begins with `what`, naming the first value that is not a finite number."""
+    """ValueError, which begins with `what`, naming the first value that is not a number within LARGEST."""
     for value in values:
-        if type(value) not in (int, float) or not abs(value) < math.inf:
-            raise ValueError(f"{what} {repr(value)[:40]}, not a number")
+        if type(value) not in (int, float) or not abs(value) < LARGEST:
+            raise ValueError(f"{what} {shown(value)}, not a number")
 
 
 def read_segmentation(segmentation: Any, size: tuple[int, int]) -> MaskSource:
@@ -106,9 +112,10 @@ def read_segmentation(segmentation: Any, size: tuple[int, int]) -> MaskSource:
     return Polygons(tuple(np.reshape(ring, (-1, 2)) / (size[1], size[0]) for ring in segmentation))
 
 
-NUMBER, TEXT, ID = ((int, float), "a number"), ((str,), "a text"), ((int, str), "a number or a text")
+NUMBER, TEXT, ID = ((int, float), "a number"), ((str,), "a text"), ((int, float, str), "a number or a text")
 LIST = ((list,), "a list")
 Fields = dict[str, tuple[tuple[type, ...], str]]  # types and what they are called, by name
+QUOTES = "'\""
 FIELDS: dict[str, Fields] = {
     "images": {"id": ID, "file_name": TEXT, "width": NUMBER, "height": NUMBER},
     "categories": {"id": ID, "name": TEXT},
@@ -119,7 +126,7 @@ FIELDS: dict[str, Fields] = {
 def read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The content of an annotation file. ValueError naming the file and the first entry that is wrong."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     for part, fields in FIELDS.items():
@@ -134,22 +141,28 @@ def read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def check_entry(entry: Any, part: str, fields: Fields) -> None:
-    """ValueError for an entry of `part` without one of the fields, or with a value that cannot be."""
+    """ValueError for an entry of `part` without one of the fields, or with a value that cannot be. Polygons of fewer
+    than three points are taken out."""
     if not isinstance(entry, dict):
-        raise ValueError(f"it is {str(entry)[:40]}, not an object")
+        raise ValueError(f"it is {shown(entry)}, not an object")
     for name, (kinds, expected) in fields.items():
         if name not in entry:
             raise ValueError(f"it has no {name}")
-        if not isinstance(entry[name], kinds):
-            raise ValueError(f"{name} is {str(entry[name])[:40]}, not {expected}")
+        value = entry[name]
+        if not isinstance(value, kinds) or (kinds == ID[0] and isinstance(value, float) and not value.is_integer()):
+            raise ValueError(f"{name} is {shown(value).strip(QUOTES)}, not {expected}")
+        if kinds == NUMBER[0]:
+            check_numbers([value], f"{name} is")
     if part == "images" and not (entry["width"] > 0 and entry["height"] > 0):
         raise ValueError(f"its size is {entry['width']}x{entry['height']} (width x height), not above 0")
     if part == "annotations":
         box = entry["bbox"]
-        if len(box) != 4 or not all(isinstance(number, (int, float)) for number in box):
-            raise ValueError(f"bbox is {box}, not [x, y, width, height]")
+        if len(box) != 4 or not all(type(number) in (int, float) and abs(number) < LARGEST for number in box):
+            raise ValueError(f"bbox is {shown(box)}, not [x, y, width, height]")
         if entry.get("segmentation") and not entry.get("iscrowd"):
             check_segmentation(entry["segmentation"])
+            if isinstance(entry["segmentation"], list):  # a point or a line is not a mask
+                entry["segmentation"] = [ring for ring in entry["segmentation"] if len(ring) >= 6]
 
 
 class Coco:

@@ -10,26 +10,18 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
 from pbe.data.example import draw_integers, draw_uniform
-from pbe.data.records import upright_size_of
-from pbe.images.pillow import UNREADABLE
+from pbe.data.records import UnusablePicture
+from pbe.images.pillow import UNREADABLE, open_image, turn_upright, upright_size
 from pbe.images.reading import read_picture
 from pbe.images.windows import Box
 
 DRAFT_SCALES = (8, 4, 2)  # of JPEG's decoder; 1 is all of the picture
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's own conversion to 8 bits clips these to white
-
-
-class UnusablePicture(ValueError):
-    """A picture that no example can be made of; `reason` is "missing", "unreadable" or "no box"."""
-
-    def __init__(self, reason: Literal["missing", "unreadable", "no box"], message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 @contextmanager
@@ -40,10 +32,9 @@ def usable(name: str | Path) -> Iterator[None]:
     except UnusablePicture:
         raise
     except FileNotFoundError as error:
-        known = error.filename is None or str(error.filename) == str(name)
-        which = "there is no such file" if known else f"there is no file {error.filename}"
+        which = "there is no such file" if isinstance(name, Path) else error
         raise UnusablePicture("missing", f"{name}: {which}") from error
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UnusablePicture("unreadable", f"{name} cannot be read: {error}") from error
 
 
@@ -129,9 +120,8 @@ class Photo:
         """UnusablePicture if the file is missing or not a picture."""
         self.path = path
         with usable(path), ExitStack() as opened:
-            # Not by its path: Pillow would map uncompressed TIFFs into memory, and garbles those that EXIF rotates.
-            self._image = Image.open(opened.enter_context(path.open("rb")))
-            self.size = upright_size_of(self._image)  # (height, width)
+            self._image = opened.enter_context(open_image(path, "it"))
+            self.size = upright_size(self._image)  # (height, width)
             self._close = opened.pop_all().close
 
     def __enter__(self) -> Photo:
@@ -156,8 +146,7 @@ class Photo:
             drafted = image.draft(image.mode, (image.width // wanted, image.height // wanted)) if wanted > 1 else None
             if drafted is not None:  # it is a JPEG; its extent is that of the whole photo, so it may be fractional
                 scale = round(max(self.size) / max(drafted[1]))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            image = turn_upright(image)
             crops = [_crop(image, scaled(region, scale, image.size[::-1])) for region in regions]
         return [T.resize(crop, list(size), antialias=antialias) for crop, size in zip(crops, sizes, strict=True)]
 

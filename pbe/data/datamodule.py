@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from pbe.data.dataset import ExampleDataset, train_val_split
 from pbe.data.example import Example, collate, make_generator
 from pbe.data.recipe_config import RecipeConfig, override_recipe
-from pbe.data.records import Source
+from pbe.data.records import DataWarning, Source
 from pbe.data.sources import SourceConfig, open_source
 
 _SHUFFLE = 3  # beside the purposes of a hash in dataset.py
@@ -34,7 +35,7 @@ class DataConfig:
     """Objects with masks, of all sizes, for `recipe.transplant`."""
     val_size: int = 0
     """Without a `val_source`: the number of photos of `source` to validate on, with all their objects, always the same
-    ones, which are not trained on; 0: no validation."""
+    ones, which are not trained on; a tenth of them where that is more than half. 0: no validation."""
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     """How training examples are made."""
     val_recipe: dict[str, Any] = field(default_factory=dict)
@@ -63,9 +64,9 @@ class DataConfig:
         return override_recipe(self.recipe, {"augment": False, **self.val_recipe}, "data.val_recipe")
 
 
-def check_sizes(config: DataConfig, multiple: int, exemplar_size: int) -> None:
+def check_sizes(config: DataConfig, multiple: int, exemplar_size: int, resolution: int | None = None) -> None:
     """ValueError unless all examples suit a model whose pictures have sides of a `multiple` of pixels, and whose
-    exemplars are of `exemplar_size`."""
+    exemplars are of `exemplar_size`. Warns (DataWarning) where they are not of its `resolution`."""
     for key, recipe in config.recipes().items():
         if recipe.resolution % multiple:
             raise ValueError(
@@ -73,6 +74,13 @@ def check_sizes(config: DataConfig, multiple: int, exemplar_size: int) -> None:
             )
         if recipe.exemplar_size != exemplar_size:
             raise ValueError(f"{key}.exemplar_size must be {exemplar_size} for this model, got {recipe.exemplar_size}")
+        if resolution is not None and recipe.resolution != resolution:
+            warnings.warn(
+                f"{key}.resolution is {recipe.resolution}, but the model's is {resolution}: each example has "
+                f"{(recipe.resolution / resolution) ** 2:.3g} times the pixels that it is made for",
+                DataWarning,
+                stacklevel=2,
+            )
 
 
 class ExampleSampler(DistributedSampler):
@@ -153,13 +161,27 @@ class ExampleDataModule(lightning.LightningDataModule):
             if config.val_source is not None:
                 val = self._open(config.val_source, val_recipe)
             elif config.val_size:
-                source, val = train_val_split(source, config.val_size)
+                source, val = train_val_split(source, self._val_size(source))
             self.train = self._dataset(source, config.recipe)
             self.val = self._dataset(val, val_recipe) if val is not None else None
         if stage == "test" and self.test is None:
             if config.test_source is None:
                 raise ValueError("data.test_source is not set: there is nothing to test on")
             self.test = self._dataset(self._open(config.test_source, val_recipe), val_recipe)
+
+    def _val_size(self, source: Source) -> int:
+        """The number of photos to hold out: a tenth where `val_size` is more than half of them, with a warning."""
+        size, count = self.config.val_size, int(source.photos.max()) + 1
+        if 2 * size <= count or count < 2:
+            return size
+        fewer = max(1, count // 10)
+        warnings.warn(
+            f"{source.name} has {count} photos: {fewer} are held out for validation, not data.val_size={size}, "
+            "which is more than half of them",
+            DataWarning,
+            stacklevel=3,
+        )
+        return fewer
 
     def _open(self, source: SourceConfig, recipe: RecipeConfig) -> Source:
         return open_source(source, (recipe.min_area, recipe.max_area))

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from pbe.data.crop import UnusablePicture, usable
+from pbe.data.crop import usable
 from pbe.data.example import Example, hash64, make_generator
 from pbe.data.recipe import Stages, make_example
 from pbe.data.recipe_config import RecipeConfig
-from pbe.data.records import Record, Source
+from pbe.data.records import Record, Source, UnusablePicture
 
 REASONS = ("missing", "unreadable", "no box")
 MAX_ATTEMPTS = 100  # this many unusable pictures in a row are an error
 MAX_WARNINGS = 20  # per process; the counts go on
+MOST_SKIPPED = 0.1  # share of the pictures, once they are 200, that may be skipped without a warning of how many
 _MAX_WORKERS = 256
 _EXAMPLE, _STEP, _REPLACEMENT = range(3)  # what a hash is for
 
@@ -47,6 +48,7 @@ class ExampleDataset(Dataset[Example]):
         # One row per worker, since workers cannot add to one number at once.
         self._skipped = torch.zeros(_MAX_WORKERS, len(REASONS), dtype=torch.int64).share_memory_()
         self._warned: set[str] = set()
+        self._tried = self._failed = 0  # pictures, in this process
 
     def __len__(self) -> int:
         return len(self.source)
@@ -77,6 +79,7 @@ class ExampleDataset(Dataset[Example]):
         for attempt in range(MAX_ATTEMPTS):
             number = i if attempt == 0 else hash64(_REPLACEMENT, *key, attempt) % len(self)
             generator = make_generator(_EXAMPLE, *key, attempt)
+            self._tried += 1
             try:
                 return make_example(self._record(number), self.recipe, generator, seed, self.donors)
             except UnusablePicture as problem:
@@ -91,6 +94,15 @@ class ExampleDataset(Dataset[Example]):
     def _skip(self, number: int, problem: UnusablePicture) -> None:
         worker = get_worker_info()
         self._skipped[worker.id % _MAX_WORKERS if worker else 0, REASONS.index(problem.reason)] += 1
+        self._failed += 1
+        if self._tried >= 200 and self._failed > MOST_SKIPPED * self._tried and "" not in self._warned:
+            self._warned.add("")
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items() if count)
+            warnings.warn(
+                f"{self.source.name}: more than a tenth of the pictures cannot be used: {counts}",
+                UnusablePictureWarning,
+                stacklevel=3,
+            )
         if str(problem) in self._warned or len(self._warned) == MAX_WARNINGS:
             return
         self._warned.add(str(problem))
@@ -126,7 +138,9 @@ def train_val_split(source: Source, n: int) -> tuple[Source, Source]:
     photos = source.photos
     count = int(photos.max()) + 1
     if not 0 < n < count:
-        raise ValueError(f"{n} pictures (data.val_size) cannot be held out of the {count} of {source.name}")
+        raise ValueError(
+            f"{n} pictures (data.val_size) cannot be held out of the {count} of {source.name}; give data.val_source"
+        )
     chosen = np.zeros(count, dtype=bool)
     chosen[torch.randperm(count, generator=make_generator(count))[:n].numpy()] = True
     held = chosen[photos]  # (N,)

@@ -11,24 +11,28 @@ A row is one object. Its columns (docs/data.md has examples):
     target             optional: what the edited picture should be, in place of itself
     label, or class    optional: a name
 
-Rows of the same picture make one record, except those with an exemplar or target, which make one each. Other columns
-are ignored.
+Rows of the same picture make one record, except those with an exemplar or target, which make one each. Names that other
+tools give these columns are read too (ALIASES, and x1, y1, x2, y2); further columns are ignored.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pbe.data.picture_sizes import read_sizes
 from pbe.data.records import (
+    DataWarning,
     MaskArray,
     MaskFile,
     PackedStrings,
     Record,
+    UnusablePicture,
     check_shape,
     clip_boxes,
     in_area,
@@ -36,14 +40,23 @@ from pbe.data.records import (
     upright_size,
 )
 from pbe.io.fields import read
+from pbe.io.json_text import shown
 from pbe.io.rows import read_rows
 
 CORNERS = ("x0", "y0", "x1", "y1")
-ALIASES = {"file": "image", "class": "label"}
+ALIASES = dict.fromkeys(("file", "filename", "file_name", "filepath", "file_path", "image_path", "path"), "image")
+ALIASES |= dict.fromkeys(("class", "class_name", "category"), "label")
+ALIASES |= dict(zip(("xmin", "ymin", "xmax", "ymax"), CORNERS, strict=True))
+ALIASES |= dict(zip(("x_min", "y_min", "x_max", "y_max"), CORNERS, strict=True))
+ALIASES |= dict(zip(("left", "top", "right", "bottom"), CORNERS, strict=True))
+FROM_1 = {"x1": "x0", "y1": "y0", "x2": "x1", "y2": "y1"}  # corners where they are counted from 1
 TEXTS = ("image", "mask", "exemplar", "target", "label")
-COLUMNS = (*TEXTS, *CORNERS, "box", "width", "height", *ALIASES)
+COLUMNS = (*TEXTS, *CORNERS, "box", "width", "height")
 RENAMED = {"reference": "exemplar"}  # columns, new names by old ones
 LARGEST_FRACTION = 1.5  # more than a box in fractions may reach over the edge, less than any real box in pixels
+OTHER_UNITS = {100: "percent", 1000: "thousandths"}
+MOST_SKIPPED = 0.1  # share of the pictures that may be skipped without a warning
+MAX_SIDE = 2**31
 
 
 class _Row(NamedTuple):
@@ -59,7 +72,8 @@ class _Row(NamedTuple):
 
 
 def _read_row(cells: dict[str, Any]) -> _Row:
-    cells = {ALIASES.get(name, name): value for name, value in cells.items()}
+    if "x2" in cells and "x0" not in cells:
+        cells = {FROM_1.get(name, name): value for name, value in cells.items()}
     if "image" not in cells:
         raise ValueError(f"it has no image (or file); it has: {', '.join(cells) or 'nothing'}")
     texts = {name: _text(name, cells.get(name, "")) for name in TEXTS}
@@ -68,7 +82,7 @@ def _read_row(cells: dict[str, Any]) -> _Row:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or "\0" in value:
-        raise ValueError(f"{name} is {value!r}, not a text")
+        raise ValueError(f"{name} is {shown(value)}, not a text")
     value.encode()  # a ValueError for half of a surrogate pair, which JSON can spell
     return value
 
@@ -79,21 +93,23 @@ def _box(cells: dict[str, Any]) -> list[float]:
         if given:
             raise ValueError("give box or x0, y0, x1, y1, not both")
         if not isinstance(cells["box"], list) or len(cells["box"]) != 4:
-            raise ValueError(f"box is {cells['box']!r}, not a list of x0, y0, x1, y1")
+            raise ValueError(f"box is {shown(cells['box'])}, not a list of x0, y0, x1, y1")
         given = dict(zip(CORNERS, cells["box"], strict=True))
     elif not given and "mask" in cells:
         return [math.nan] * 4
     if len(given) < 4:
         missing = next(name for name in CORNERS if name not in given)
-        raise ValueError(f"it has no {missing}; a row needs x0, y0, x1 and y1, or a box, or a mask")
-    return [read(name, value, float) for name, value in given.items()]
+        raise ValueError(
+            f"it has no {missing}; a row needs x0, y0, x1 and y1, or a box, or a mask; it has: {', '.join(cells)}"
+        )
+    return [read(name, given[name], float) for name in CORNERS]
 
 
 def _size(cells: dict[str, Any]) -> list[float]:
     size = [read(name, cells[name], float) for name in ("height", "width") if name in cells]
     if len(size) == 1:
         raise ValueError("give both width and height, or neither")
-    if size and min(size) < 1:
+    if size and not 1 <= min(size) <= max(size) < MAX_SIDE:
         raise ValueError(f"width and height are {size[1]:g} and {size[0]:g}; a picture has at least 1 pixel")
     return size or [0, 0]
 
@@ -108,7 +124,7 @@ class Manifest:
     def __init__(self, path: str | Path, images: str | Path = "", area: tuple[float, float] = (0.0, 1.0)) -> None:
         self.name, self._folder, self._area = str(path), Path(path).parent, area
         lines, rows = [], []
-        for line, cells in read_rows(Path(path), COLUMNS, renamed=RENAMED, ignore_others=True):
+        for line, cells in read_rows(Path(path), COLUMNS, renamed=RENAMED, aliases=ALIASES, ignore_others=True):
             try:
                 if isinstance(cells, ValueError):
                     raise cells
@@ -118,7 +134,11 @@ class Manifest:
             lines.append(line)
         if not rows:
             raise ValueError(f"{path} has no rows")
-        usable = self._check_boxes(rows, lines)
+        images_of = [row.image for row in rows]
+        self._check_boxes(rows, lines)
+        self._images = self._find_images(images_of, Path(images) if images else None)
+        usable = self._choose(rows, number_photos(images_of))
+        self._texts = {name: PackedStrings([getattr(row, name) for row in rows]) for name in TEXTS}
         records: dict[Any, list[int]] = {}
         for i in np.flatnonzero(usable).tolist():
             row = rows[i]
@@ -129,37 +149,101 @@ class Manifest:
         self._rows = np.array([i for group in records.values() for i in group])
         self._ends = np.cumsum([0, *map(len, records.values())])
         self.photos = number_photos([os.path.normpath(rows[group[0]].image) for group in records.values()])
-        self._texts = {name: PackedStrings([getattr(row, name) for row in rows]) for name in TEXTS}
-        folders = [Path(images)] if images else [self._folder, self._folder / "images"]
-        found = (folder for folder in folders if any((folder / row.image).is_file() for row in rows))
-        if (folder := next(found, None)) is None:
-            raise FileNotFoundError(
-                f"none of the pictures of {path}, such as {rows[0].image}, is in {' or '.join(map(str, folders))}"
-            )
-        self._images = folder
 
-    def _check_boxes(self, rows: list[_Row], lines: list[int]) -> np.ndarray:
-        """Which rows (N,) may have a box within the area. Keeps boxes as fractions as far as the size is known."""
+    def _check_boxes(self, rows: list[_Row], lines: list[int]) -> None:
+        """Keeps the boxes, as fractions as far as the rows say the size. ValueError for a box that cannot be."""
         self._boxes = np.array([row.box for row in rows])  # (N, 4)
         self._sizes = np.array([row.size for row in rows]).astype(np.int64)  # (N, 2)
         in_pixels = bool(np.nanmax(self._boxes, initial=0) > LARGEST_FRACTION)
-        has_size = np.logical_and.reduce(self._sizes, axis=1)
+        has_size, has_box = self._sizes.all(axis=1), ~np.isnan(self._boxes[:, 0])
         if in_pixels:
             self._boxes[has_size] /= np.tile(self._sizes[has_size, ::-1], 2)
-        # Boxes in pixels of a size that only the file tells are checked when it is opened.
-        self._in_pixels = ~has_size if in_pixels else np.zeros_like(has_size)
-        known = ~self._in_pixels & ~np.isnan(self._boxes[:, 0])
-        clipped, sound = clip_boxes(self._boxes[known])
+        self._in_pixels = has_box & ~has_size & in_pixels
+        sound = ~has_box | (self._boxes[:, 2:] > self._boxes[:, :2]).all(axis=1)
+        known = has_box & ~self._in_pixels
+        self._boxes[known], sound_inside = clip_boxes(self._boxes[known])
+        sound[known] &= sound_inside
         if not sound.all():
-            first = np.flatnonzero(known)[~sound][0]
+            first = np.flatnonzero(~sound)[0]
             raise ValueError(
                 f"{self.name}, line {lines[first]}: box {rows[first].box} is not inside the picture with x0 < x1 and "
                 f"y0 < y1 (taken as {'pixels' if in_pixels else 'fractions'}: see docs/data.md)"
             )
-        self._boxes[known] = clipped
-        usable = np.ones(len(rows), dtype=bool)
-        usable[known] = in_area(clipped, self._area)
-        return usable
+
+    def _find_images(self, images: list[str], given: Path | None) -> Path:
+        """The folder in which any of the pictures is."""
+        folders = [given] if given else [self._folder, self._folder / "images"]
+        for folder in folders:
+            if any((folder / image).is_file() for image in images):
+                return folder
+        raise FileNotFoundError(
+            f"none of the pictures of {self.name}, such as {images[0]}, is in {' or '.join(map(str, folders))}"
+        )
+
+    def _choose(self, rows: list[_Row], photos: np.ndarray) -> np.ndarray:
+        """Which rows (N,) may have a box within the area, by the pictures' own sizes where no others are given.
+
+        Pictures that cannot be read, and those with no box inside, stay: whoever reads them is told. Warns
+        (DataWarning) where they are many, and where the boxes are hardly in pixels.
+        """
+        boxes, sizes, problems = self._boxes.copy(), self._sizes.copy(), np.zeros(len(rows), dtype="U10")
+        measured = np.flatnonzero(self._in_pixels).tolist()
+        names = list(dict.fromkeys(rows[i].image for i in measured))
+        cache = self._folder / f".{Path(self.name).name}.sizes.json"
+        found = dict(zip(names, read_sizes(self._images, names, cache) if names else (), strict=True))
+        for i in measured:
+            size = found[rows[i].image]
+            if isinstance(size, str):
+                problems[i] = size
+            else:
+                sizes[i] = size
+        inside = self._in_pixels & (problems == "")
+        boxes[inside] /= np.tile(sizes[inside, ::-1], 2)
+        boxes, sound = clip_boxes(boxes)
+        problems[inside & ~sound] = "outside"
+        problems[sound & (problems == "") & ~in_area(boxes, self._area)] = "no box"
+        good = np.bincount(photos, problems == "") > 0
+        self._warn_of_skipped(rows, problems, photos, good)
+        given = np.array([row.box for row in rows])
+        self._warn_of_unit(given, sizes, problems == "outside")
+        return (problems != "no box") & ((problems != "outside") | ~good[photos])
+
+    def _warn_of_skipped(self, rows: list[_Row], problems: np.ndarray, photos: np.ndarray, good: np.ndarray) -> None:
+        """Names the reasons where too many pictures have no row without a problem."""
+        skipped, firsts = np.unique(np.where(good[photos], -1, photos), return_index=True)
+        firsts = firsts[skipped >= 0]
+        if len(firsts) <= MOST_SKIPPED * len(good):
+            return
+        least, most = (f"{100 * share:g}" for share in self._area)
+        texts = {
+            "no box": f"have no box of {least} to {most} % of their area",
+            "outside": "have a box that is not inside of them",
+            "missing": "are missing",
+            "unreadable": "cannot be read",
+        }
+        counts = [(text, firsts[problems[firsts] == problem]) for problem, text in texts.items()]
+        reasons = "; ".join(f"{len(of)} {text}, such as {rows[of[0]].image}" for text, of in counts if len(of))
+        warnings.warn(
+            f"{self.name}: {len(firsts)} of {len(good)} pictures cannot be used: {reasons}", DataWarning, stacklevel=4
+        )
+
+    def _warn_of_unit(self, boxes: np.ndarray, sizes: np.ndarray, outside: np.ndarray) -> None:
+        """Says so where boxes (N, 4) in pictures of `sizes` (N, 2) are probably in another unit than pixels."""
+        known = sizes.all(axis=1) & ~np.isnan(boxes[:, 0])
+        largest = boxes[known].max(initial=0)
+        unit = next((unit for unit in OTHER_UNITS if largest <= unit), None)
+        if unit is None or largest <= LARGEST_FRACTION:
+            return
+        # How probable it is that right and lower edges, anywhere in their pictures, all are this near to the corner.
+        log_chance = np.log(np.minimum(1, unit / sizes[known])).sum()
+        if log_chance < math.log(0.01) or (outside[known].mean() > 0.05 and largest > unit / 2):
+            height, width = sizes[known].max(axis=0)
+            warnings.warn(
+                f"{self.name}: the boxes are probably not in pixels but in {OTHER_UNITS[unit]}: none of their numbers "
+                f"is above {largest:g}, in pictures of up to {width}x{height}; give pixels, or fractions from 0 to 1",
+                DataWarning,
+                stacklevel=4,
+            )
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -172,7 +256,7 @@ class Manifest:
         boxes, masks = np.stack([box for box, _ in objects]), [mask for _, mask in objects if mask is not None]
         chosen = np.flatnonzero(in_area(boxes, self._area))
         if not chosen.size:
-            raise ValueError(f"{image}: no box is of {self._area[0]:g} to {self._area[1]:g} of its area")
+            raise UnusablePicture("no box", f"{image}: no box is of {self._area[0]:g} to {self._area[1]:g} of its area")
         labels = [self._texts["label"][row] for row in rows]
         return Record(
             image,
@@ -197,7 +281,9 @@ class Manifest:
         box = self._boxes[row : row + 1]
         clipped, sound = clip_boxes(box / np.tile(size[::-1], 2) if self._in_pixels[row] else box)
         if not sound.all():
-            raise ValueError(f"{image} is {size[1]}x{size[0]}; its box {box[0].tolist()} is not inside it")
+            raise UnusablePicture(
+                "no box", f"{image} is {size[1]}x{size[0]}; its box {box[0].tolist()} is not inside it"
+            )
         return clipped[0], MaskFile(mask) if mask else None
 
     def _path(self, row: int, name: str) -> Path | None:

@@ -80,7 +80,7 @@ def _read_rows(path: Path, progress: Callable[[int], Any]) -> Iterator[tuple[int
         for name in ("ImageID", "LabelName", *COORDINATES):
             if name not in names:
                 raise ValueError(f"{path} has no column {name!r}, as OpenImages' files of boxes have; it has: {names}")
-        kinds = {"ImageID": "S17", "LabelName": "S33", **dict.fromkeys(COORDINATES, "f8"), **dict.fromkeys(FLAGS, "i1")}
+        kinds = {"ImageID": "S17", "LabelName": "S33", **dict.fromkeys(COORDINATES, "f8"), **dict.fromkeys(FLAGS, "f4")}
         columns = [name for name in kinds if name in names]
         dtype, places = [(name, kinds[name]) for name in columns], [names.index(name) for name in columns]
         progress(len(header))
@@ -116,7 +116,7 @@ def _first_bad_row(text: str, line: int, names: list[str], columns: list[str]) -
         for name in columns[2:] if row else ():
             cell = row[names.index(name)]
             try:
-                float(cell) if name in COORDINATES else int(cell)
+                float(cell)
             except ValueError:
                 return f"line {number}: {name} is {cell!r}, not a number"
     return None
@@ -140,7 +140,7 @@ def _first(bad: np.ndarray) -> int | None:
 
 
 def _check_rows(rows: np.ndarray, sound_ids: np.ndarray, corners: np.ndarray, path: Path, line: int) -> None:
-    """ValueError for the first row with an ImageID or coordinates that cannot be."""
+    """ValueError for the first row with an ImageID, coordinates or flags that cannot be."""
     if (i := _first(~sound_ids)) is not None:
         name = rows["ImageID"][i].decode()
         raise ValueError(f"{path}, line {line + i}: ImageID {name!r} is not 16 hexadecimal digits, as OpenImages' are")
@@ -148,6 +148,9 @@ def _check_rows(rows: np.ndarray, sound_ids: np.ndarray, corners: np.ndarray, pa
     if (i := _first(np.logical_not(near))) is not None:
         values = ", ".join(f"{name} {value:g}" for name, value in zip(COORDINATES, corners[i], strict=True))
         raise ValueError(f"{path}, line {line + i}: {values}: not fractions of the picture's width and height")
+    for name in set(FLAGS) & set(rows.dtype.names or ()):
+        if (i := _first(rows[name] % 1 != 0)) is not None:  # True for NaN and infinities
+            raise ValueError(f"{path}, line {line + i}: {name} is {rows[name][i]:g}, not a whole number")
     if (i := _first(np.char.str_len(rows["LabelName"]) > 32)) is not None:
         raise ValueError(f"{path}, line {line + i}: LabelName is longer than 32 characters")
 

@@ -24,7 +24,6 @@ from torchvision.transforms.v2 import functional as T
 from pbe.data.augment import Recoloring, augment_exemplar, draw_recoloring
 from pbe.data.crop import (
     Photo,
-    UnusablePicture,
     content_box,
     coverage_window,
     in_window,
@@ -35,7 +34,7 @@ from pbe.data.crop import (
 from pbe.data.example import Example, draw_bernoulli, draw_integers
 from pbe.data.masks import bezier_outline, box_outline, grow_box
 from pbe.data.recipe_config import RecipeConfig
-from pbe.data.records import MaskSource, Record, Source, in_area
+from pbe.data.records import MaskSource, Record, Source, UnusablePicture, in_area
 from pbe.data.transplant import Donor, donor_box, draw_donor, paste, read_donor
 from pbe.images.reading import fill_polygon, read_exemplar
 from pbe.images.windows import Box, extract_repaint

@@ -26,9 +26,9 @@ class RecipeConfig:
     """
 
     resolution: Side = 512
-    """Side in pixels of what the UNet sees."""
+    """Side in pixels of what the UNet sees; in a config that leaves it out, the model's."""
     exemplar_size: Side = 224
-    """Side in pixels of what the exemplar's encoder sees."""
+    """Side in pixels of what the exemplar's encoder sees; in a config that leaves it out, the model's."""
     antialias: bool = False
     """Resample with antialiasing, as editing does; the original did not."""
     draft: bool = True

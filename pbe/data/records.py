@@ -6,19 +6,27 @@ orientation applied), so that they fit the picture at any size it is decoded to.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-from PIL import ExifTags, Image
 
+from pbe.images import pillow
 from pbe.images.reading import read_mask, read_picture
 from pbe.images.windows import mask_bounding_box
 
 
 class DataWarning(UserWarning):
     """A data set can be used, but not all of what it lists."""
+
+
+class UnusablePicture(ValueError):
+    """A picture that no example can be made of; `reason` is "missing", "unreadable" or "no box" (that can be used)."""
+
+    def __init__(self, reason: Literal["missing", "unreadable", "no box"], message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 class MaskSource(Protocol):
@@ -95,28 +103,18 @@ def in_area(boxes: np.ndarray, area: tuple[float, float]) -> np.ndarray:
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of a picture once its EXIF orientation is applied, from the file's header alone."""
-    with Image.open(path) as image:
-        return upright_size_of(image)
-
-
-def upright_size_of(image: Image.Image) -> tuple[int, int]:
-    """(height, width) of an opened picture, whose pixels are not loaded, once its EXIF orientation is applied."""
-    # Pillow decodes a whole PNG to look for EXIF behind its pixels, where next to none has any.
-    exif: Mapping[int, int] = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-    width, height = image.size
-    if image.format == "TIFF":  # Pillow turns these itself, some releases already their size
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
-    return (width, height) if exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else (height, width)
+    """(height, width) of a picture once its orientation is applied, from the file's header alone."""
+    with pillow.open_image(path) as image:
+        return pillow.upright_size(image)
 
 
 def check_shape(path: Path, size: tuple[int, int], annotated: tuple[int, int]) -> None:
-    """ValueError unless a picture of `size` (height, width) is one of the `annotated` size, up to its scale."""
+    """UnusablePicture unless a picture of `size` (height, width) is one of the `annotated` size, up to its scale."""
     if not _same_shape(size, annotated):
-        raise ValueError(
+        raise UnusablePicture(
+            "no box",
             f"{path} is {size[1]}x{size[0]} (upright), but was annotated as {annotated[1]}x{annotated[0]} "
-            "(width x height)"
+            "(width x height)",
         )
 
 

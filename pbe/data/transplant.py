@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
-from pbe.data.crop import Photo, UnusablePicture, to_pixels, usable
+from pbe.data.crop import Photo, to_pixels, usable
 from pbe.data.example import draw_integers
-from pbe.data.records import MaskSource, Source, upright_size
+from pbe.data.records import MaskSource, Source, UnusablePicture, upright_size
 from pbe.images.windows import Box
 
 

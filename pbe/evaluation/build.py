@@ -7,7 +7,9 @@ same category in another photo, the one whose features are nearest to those of t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from pbe import __version__
-from pbe.data.records import Record, Source, upright_size
+from pbe.data.crop import usable
+from pbe.data.records import DataWarning, Record, Source, UnusablePicture, upright_size
 from pbe.evaluation.backbones import Backbone
 from pbe.evaluation.cocoee import read_rgb, squared
 from pbe.evaluation.surrogate import object_box
@@ -90,7 +93,8 @@ def build_test_set(
     Where the exemplar's object has a mask, it stands beside: `Ref_mask_3500/<id>_ref_mask.png`, white on the object.
 
     `images` and `exemplars` may be one data set: an object's own photo is never its exemplar. The same data,
-    settings and backbone give the same folder. Images whose category has no object in another photo are left out.
+    settings and backbone give the same folder. Images whose category has no object in another photo are left out, and
+    so, with a warning (DataWarning), are pictures that cannot be read.
     Ids are those in the files' names, as in COCO's, if all have one; else they count from 1.
 
     ValueError where labels are missing or nothing fits; FileExistsError for an existing folder unless `overwrite`.
@@ -109,7 +113,7 @@ def build_test_set(
         for i in rng.permutation(len(images)).tolist():
             if len(items) == config.num_items:
                 break
-            chosen = _choose(images[i], ids[i], config, rng)
+            chosen = _choose(images[i], ids[i], config, rng) if i in ids else None
             if chosen is None or chosen.label not in candidates:
                 continue
             if chosen.label not in features:
@@ -118,7 +122,11 @@ def build_test_set(
             if found is None:
                 continue
             nearest, similarity = found
-            items.append(_write(part, chosen, exemplars[nearest.record], nearest.box, similarity, config))
+            exemplar = exemplars[nearest.record]
+            patch = _patch(exemplar, nearest.box, config)
+            if patch is None:
+                continue
+            items.append(_write(part, chosen, exemplar, nearest.box, patch, similarity, config))
             if on_item is not None:
                 on_item()
         if len(items) < 2:
@@ -140,25 +148,45 @@ def build_test_set(
     return len(items)
 
 
+@contextmanager
+def _left_out(name: str | Path) -> Iterator[None]:
+    """Warns of a picture that cannot be read, where the error would end the block."""
+    try:
+        with usable(name):
+            yield
+    except UnusablePicture as problem:
+        warnings.warn(f"{problem}; it is left out", DataWarning, stacklevel=4)
+
+
+def _read_record(source: Source, i: int) -> Record | None:
+    with _left_out(f"{source.name}[{i}]"):
+        return source[i]
+    return None
+
+
 # --- images ----------------------------------------------------------------------------------------------
 
 
-def _ids(source: Source) -> list[int]:
-    """An id a record: the number in its file's name, if all have one of their own, else 1, 2, …"""
-    stems = [source[i].image.stem for i in range(len(source))]
-    if all(stem.isascii() and stem.isdigit() and len(stem) <= 12 for stem in stems) and len(set(stems)) == len(stems):
-        numbers = [int(stem) for stem in stems]
-        if len(set(numbers)) == len(numbers):
+def _ids(source: Source) -> dict[int, int]:
+    """An id for each readable record: the number in its file's name, if all have one of their own, else 1, 2, …"""
+    records = {i: record for i in range(len(source)) if (record := _read_record(source, i)) is not None}
+    stems = {i: record.image.stem for i, record in records.items()}
+    if all(stem.isascii() and stem.isdigit() and len(stem) <= 12 for stem in stems.values()):
+        numbers = {i: int(stem) for i, stem in stems.items()}
+        if len(set(numbers.values())) == len(numbers):
             return numbers
-    return list(range(1, len(source) + 1))
+    return {i: i + 1 for i in records}
 
 
 def _choose(record: Record, id_: int, config: BuildConfig, rng: np.random.Generator) -> _Chosen | None:
     """One of the record's boxes with a square around it of which it takes a share within the area; None without."""
-    height, width = upright_size(record.image)
-    labels = _labels(record)
+    labels, size = _labels(record), None
+    with _left_out(record.image):
+        size = height, width = upright_size(record.image)
+    if size is None:
+        return None
     for i in rng.permutation(len(record.boxes)).tolist():
-        box = object_box(record, (height, width), i)
+        box = object_box(record, size, i)
         side = min(width, height)
         if max(box.width, box.height) < side and config.area[0] <= box.area / side**2 <= config.area[1]:
             x0, y0 = (
@@ -182,7 +210,8 @@ def _by_label(source: Source, config: BuildConfig, rng: np.random.Generator) -> 
     """The objects that may be exemplars, by category, at most `candidates` of each."""
     found: dict[str, list[_Object]] = {}
     for i in range(len(source)):
-        for k, label in enumerate(_labels(source[i])):
+        record = _read_record(source, i)
+        for k, label in enumerate(_labels(record) if record else ()):
             found.setdefault(label, []).append(_Object(i, k))
     for label in sorted(found):
         if len(found[label]) > config.candidates:
@@ -191,9 +220,13 @@ def _by_label(source: Source, config: BuildConfig, rng: np.random.Generator) -> 
     return found
 
 
-def _patch(record: Record, i: int, config: BuildConfig) -> tuple[Image.Image, Box]:
-    """An object with some surroundings, and its box."""
-    image = read_rgb(record.image)
+def _patch(record: Record, i: int, config: BuildConfig) -> tuple[Image.Image, Box] | None:
+    """An object with some surroundings, and its box; None where its picture cannot be read."""
+    image = None
+    with _left_out(record.image):
+        image = read_rgb(record.image)
+    if image is None:
+        return None
     size = image.height, image.width
     box = object_box(record, size, i)
     return image.crop(box.grown(config.grow, size)), box
@@ -206,10 +239,10 @@ def _candidate_features(
     kept: list[_Object] = []
     features, patches = [], []
     for number, one in enumerate(objects):
-        patch, box = _patch(source[one.record], one.box, config)
-        if min(box.width, box.height) >= config.min_side:
+        found = _patch(source[one.record], one.box, config)
+        if found is not None and min(found[1].width, found[1].height) >= config.min_side:
             kept.append(one)
-            patches.append(squared(patch))
+            patches.append(squared(found[0]))
         if patches and (len(patches) == BATCH or number == len(objects) - 1):
             features.append(backbone.features(patches))
             patches = []
@@ -225,8 +258,10 @@ def _nearest(
     config: BuildConfig,
 ) -> tuple[_Object, float] | None:
     """The object in another photo whose features have the greatest cosine with the image's, and that cosine."""
-    patch, _ = _patch(chosen.record, chosen.position, config)
-    similarity = features @ F.normalize(backbone.features([squared(patch)])[0], dim=0)
+    own = _patch(chosen.record, chosen.position, config)
+    if own is None:
+        return None
+    similarity = features @ F.normalize(backbone.features([squared(own[0])])[0], dim=0)
     for k in similarity.argsort(descending=True, stable=True).tolist():
         if exemplars[objects[k].record].image.resolve() != chosen.record.image.resolve():
             return objects[k], similarity[k].item()
@@ -237,7 +272,13 @@ def _nearest(
 
 
 def _write(
-    out: Path, chosen: _Chosen, exemplar: Record, exemplar_box: int, similarity: float, config: BuildConfig
+    out: Path,
+    chosen: _Chosen,
+    exemplar: Record,
+    exemplar_box: int,
+    patch: tuple[Image.Image, Box],
+    similarity: float,
+    config: BuildConfig,
 ) -> dict[str, Any]:
     """Writes an item's pictures; returns its entry of the manifest."""
     name, size = f"{chosen.id:012d}", config.size
@@ -249,13 +290,15 @@ def _write(
     )
     mask = Image.new("L", (size, size))
     mask.paste(255, (x0, y0, max(x1, x0 + 2), max(y1, y0 + 2)))
-    patch, box = _patch(exemplar, exemplar_box, config)
+    crop, box = patch
     image.save(out / "GT_3500" / f"{name}_GT.png")
-    patch.save(out / "Ref_3500" / f"{name}_ref.png")
+    crop.save(out / "Ref_3500" / f"{name}_ref.png")
     mask.save(out / "Mask_bbox_3500" / f"{name}_mask.png")
     if exemplar.masks is not None:
-        drawn = exemplar.masks[exemplar_box].draw(upright_size(exemplar.image))
-        shown = drawn[box.grown(config.grow, drawn.shape).slices]
+        shown = np.zeros(0)
+        with _left_out(f"the mask of {exemplar.image}"):
+            drawn = exemplar.masks[exemplar_box].draw(upright_size(exemplar.image))
+            shown = drawn[box.grown(config.grow, drawn.shape).slices]
         if shown.any():  # else the mask is not of this box
             (out / EXEMPLAR_MASKS).mkdir(exist_ok=True)
             Image.fromarray(shown).save(out / EXEMPLAR_MASKS / f"{name}_ref_mask.png")

@@ -10,7 +10,7 @@ from PIL import Image
 from pbe.editing.edit import feather_width
 from pbe.evaluation.test_set import Item
 from pbe.images import windows
-from pbe.images.pillow import UNREADABLE
+from pbe.images.pillow import UNREADABLE, open_image
 from pbe.images.reading import read_picture
 from pbe.images.saving import read_info, save_picture
 from pbe.images.seams import poisson_blend
@@ -34,7 +34,7 @@ def composite_result(item: Item, raw: Path, out: Path) -> None:
 
 def _made_of(path: Path) -> str | None:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return read_info(image).get("raw_crc32")
     except UNREADABLE:
         return None  # cut off, and made again

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from pbe.data.cocoee import CocoEE
 from pbe.data.records import MaskFile
 from pbe.evaluation.cocoee import read_rgb
+from pbe.io.json_text import parse_json
 from pbe.io.rows import read_rows
 
 # What a test set may hold beside COCOEE's own files:
@@ -72,7 +72,7 @@ class TestSet(CocoEE):
 def manifest_labels(path: Path) -> dict[int, str]:
     """The labels by id of a test set's manifest; ValueError for another file."""
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))["items"]
+        items = parse_json(path.read_text(encoding="utf-8"))["items"]
         return {item["id"]: item["label"] for item in items}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not as `build` writes it ({error!r}); with --labels it is not read") from None

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pbe.images.colour import to_srgb
 from pbe.images.pillow import PictureWarning, open_image, upright_image
 from pbe.images.windows import LUMINANCE, Box, mask_bounding_box, white_level
+from pbe.io.json_text import shown
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
 PictureLike: TypeAlias = str | Path | Image.Image | np.ndarray | torch.Tensor
@@ -107,13 +109,8 @@ def _label(source: PictureLike, name: str) -> str:
 
 def _read(source: PictureLike, name: str, ends_at_8_bits: bool = True) -> Picture:
     if isinstance(source, str | Path):
-        path, label = Path(source), _label(source, name)
-        if not path.exists():
-            raise FileNotFoundError(f"{label}: there is no such file")
-        if not path.is_file():
-            raise ValueError(f"{label} is not a file")
-        # Not by its path: Pillow would map uncompressed TIFFs into memory, and garbles those that are turned.
-        with path.open("rb") as file, open_image(file, label) as image:
+        label = _label(source, name)
+        with open_image(Path(source), label) as image:
             return _from_upright(upright_image(image, label, ends_at_8_bits), label)
     if isinstance(source, Image.Image):
         return _from_upright(upright_image(source, name, ends_at_8_bits), name)
@@ -233,7 +230,8 @@ def _draw(source: MaskLike, size: tuple[int, int], name: str) -> np.ndarray:
     is_box = numbers.shape == (4,)
     if not is_box and not (numbers.ndim == 2 and numbers.shape[1] == 2 and len(numbers) >= 3):
         raise ValueError(
-            f"{name} must be a picture, a box (x0, y0, x1, y1) or a polygon of 3 or more (x, y) points, got {source!r}"
+            f"{name} must be a picture, a box (x0, y0, x1, y1) or a polygon of 3 or more (x, y) points, "
+            f"got {shown(source)}"
         )
     if is_box:
         x0, y0, x1, y1 = numbers
@@ -269,10 +267,14 @@ def read_exemplar(source: PictureLike, mask: MaskLike | None = None, name: str =
     """Read an exemplar: an 8-bit RGB image, cropped to its object if a mask or alpha says where that is.
 
     With a `mask` (white = object; anything that read_mask takes) or, without one, with an alpha channel, the rest
-    is filled with white. ValueError if the mask has another size or is empty.
+    is filled with white. Colours of an ICC profile are converted to sRGB. ValueError if the mask has another size or is
+    empty.
     """
     picture = _read(source, name)
     rgb = picture.rgb()[0].permute(1, 2, 0).numpy() / 2 + 0.5  # (H, W, 3) in [0, 1]
+    profile = picture.source.info.get("icc_profile") if isinstance(picture.source, Image.Image) else None
+    if profile and (converted := to_srgb(picture.to_rgb8(), profile, _label(source, name))) is not None:
+        rgb = np.asarray(converted, dtype=np.float32) / 255
     if isinstance(mask, PictureLike):
         shown = _read_mask_values(mask, picture.size, f"{name}'s mask")
     elif mask is not None:

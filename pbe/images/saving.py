@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from pbe.images.pillow import PictureWarning
 from pbe.io.atomic import replacing
+from pbe.io.json_text import parse_json
 
 
 class Format(NamedTuple):
@@ -130,7 +131,7 @@ def _remove_info(exif: Image.Exif, info: dict[str, str]) -> None:
 
 def _parse_info(value: bytes | str) -> dict[str, str]:
     try:
-        info = json.loads(_text_of(value))
+        info = parse_json(_text_of(value))
     except ValueError:
         return {}  # the image's own comment
     return info if isinstance(info, dict) else {}

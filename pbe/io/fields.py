@@ -17,6 +17,8 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pbe.io.json_text import shown
+
 
 @dataclass(frozen=True)
 class Range:
@@ -76,7 +78,7 @@ def check(name: str, value: Any, annotation: Any) -> Any:
     try:
         return _converted(value, annotation)
     except ValueError:
-        raise ValueError(f"{name} must be {describe(annotation)}, got {value!r}") from None
+        raise ValueError(f"{name} must be {describe(annotation)}, got {shown(value)}") from None
 
 
 def read(name: str, value: Any, annotation: Any) -> Any:
@@ -84,8 +86,8 @@ def read(name: str, value: Any, annotation: Any) -> Any:
     try:
         given = _from_text(value.strip(), annotation) if isinstance(value, str) else value
         return _converted(_whole(given), annotation)
-    except ValueError:
-        raise ValueError(f"{name} must be {describe(annotation)}, got {value!r}") from None
+    except (ValueError, RecursionError):  # lists in lists in lists …
+        raise ValueError(f"{name} must be {describe(annotation)}, got {shown(value)}") from None
 
 
 def describe(annotation: Any) -> str:

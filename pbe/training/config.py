@@ -12,10 +12,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pbe.data import recipe_config
 from pbe.data.datamodule import DataConfig
+from pbe.data.recipe_config import override_recipe
 from pbe.models.vae import VAEConfig
 from pbe.training.callbacks.checkpoints import CheckpointConfig
 from pbe.training.callbacks.samples import SamplesConfig
-from pbe.training.initialization import ModelConfig
+from pbe.training.initialization import ModelConfig, known_size
 from pbe.training.module import TrainingConfig
 from pbe.training.optimizer import OptimizerConfig
 from pbe.training.vae import VAETrainingConfig
@@ -92,6 +93,7 @@ def load_config(settings: Sequence[str]) -> Run:
     """The settings of YAML files and overrides such as `data.batch_size=8`; later ones win.
 
     A YAML file may name another in `base`, relative to itself, whose values it changes. `task` chooses the dataclass.
+    The recipe's resolution and exemplar_size, where none is given, are those of the model.
     Raises `FileNotFoundError`, or `ValueError` that names the key which is unknown or has a value of another type.
     """
     merged = OmegaConf.create()
@@ -104,9 +106,26 @@ def load_config(settings: Sequence[str]) -> Run:
         raise ValueError(f"task={task} is not one of {', '.join(TASKS)}")
     origin = " ".join(settings)
     try:
-        return cast(Run, OmegaConf.to_object(merge(OmegaConf.structured(TASKS[task]), merged, origin)))
+        open_sizes = [name for name in ("resolution", "exemplar_size") if not has_value(merged, f"data.recipe.{name}")]
+        config = cast(Run, OmegaConf.to_object(merge(OmegaConf.structured(TASKS[task]), merged, origin)))
     except OmegaConfBaseException as error:  # such as an interpolation that leads nowhere
         raise ValueError(f"{origin}: {explain(error)}") from None
+    size = known_size(config.model) if isinstance(config, PaintByExampleRun) and open_sizes else None
+    if size is not None:
+        sizes = {"resolution": size.resolution, "exemplar_size": size.exemplar.vision.image_size}
+        missing = {name: sizes[name] for name in open_sizes}
+        config.data.recipe = override_recipe(config.data.recipe, missing, "data.recipe")
+    return config
+
+
+def has_value(config: DictConfig, key: str) -> bool:
+    """Whether a setting has a value; null, which stands for none, is taken out."""
+    if OmegaConf.select(config, key) is not None:
+        return True
+    parent, _, name = key.rpartition(".")
+    if isinstance(section := OmegaConf.select(config, parent), DictConfig):
+        section.pop(name, None)
+    return False
 
 
 def check_names(changes: DictConfig, origin: str) -> None:
@@ -142,6 +161,8 @@ def read_override(setting: str) -> DictConfig:
         return OmegaConf.from_dotlist([setting])
     except OmegaConfBaseException as error:
         raise ValueError(f"{setting}: {explain(error)}") from None
+    except Exception as error:  # the YAML reader's own
+        raise ValueError(f"{setting} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def merge(config: DictConfig, changes: DictConfig, origin: str) -> DictConfig:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
 from pbe.checkpoints.infer_config import Shapes, vae_config
-from pbe.checkpoints.loading import hints_of, load_model
+from pbe.checkpoints.loading import hints_of, load_model, open_recognised
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.io.fields import check_fields
 from pbe.models.blocks import ResBlock
@@ -87,6 +87,18 @@ def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
     state |= initial_weights(model, generator, seeded)
     model.load_state_dict(state, assign=True)
     return model.train()
+
+
+def known_size(config: ModelConfig) -> PaintByExampleConfig | None:
+    """The networks' sizes, of a checkpoint by its names and shapes alone; None where they cannot be known yet."""
+    if config.init == "scratch":
+        return config.size
+    try:
+        checkpoint = open_recognised(config.init)
+        size = checkpoint.layout.infer(checkpoint.shapes, checkpoint.hints)
+    except (OSError, ValueError, IndexError, ZeroDivisionError):  # `starting_model` says what is wrong
+        return None
+    return size if isinstance(size, PaintByExampleConfig) else None
 
 
 def starting_vae(size: VAEConfig, seed: int) -> AutoencoderKL:

@@ -201,7 +201,8 @@ def make_module(config: Run) -> TrainingTask:
     about = {"trained_on": f"{config.data.source.kind} {config.data.source.path}", "config": to_dict(config)}
     if isinstance(config, PaintByExampleRun):
         model = starting_model(config.model, config.seed)
-        check_sizes(config.data, model.config.vae.downsampling, model.config.exemplar.vision.image_size)
+        size = model.config
+        check_sizes(config.data, size.vae.downsampling, size.exemplar.vision.image_size, size.resolution)
         return PaintByExampleTraining(model, config.training, config.optimizer, about, config.seed)
     if config.init == "scratch":
         vae = starting_vae(config.size, config.seed)

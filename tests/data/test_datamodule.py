@@ -13,6 +13,7 @@ from PIL import Image
 from pbe.data.datamodule import DataConfig, ExampleDataModule, ExampleSampler, check_sizes
 from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe_config import RecipeConfig
+from pbe.data.records import DataWarning
 from pbe.data.sources import SourceConfig
 from pbe.training.config import load_config
 
@@ -198,6 +199,24 @@ def test_the_benchmark_is_taken_as_it_is_whatever_the_recipe(manifest, tmp_path)
                 pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1
             torch.testing.assert_close(batch.image[k], pixels, rtol=0, atol=1e-6)  # float32
     assert torch.equal(val.exemplar, test.exemplar)
+
+
+def test_val_size_gives_way_to_few_photos(manifest):
+    config = DataConfig(SourceConfig(path=manifest), val_size=64, recipe=RECIPE, workers=0)
+    data = ExampleDataModule(config)
+    with pytest.warns(DataWarning, match=r"has \d+ photos: \d are held out for validation, not data\.val_size=64"):
+        data.setup("fit")
+    assert len(data.val) == max(1, (len(data.val) + len(data.train)) // 10)
+    config.val_size = 2
+    data = ExampleDataModule(config)
+    data.setup("fit")
+    assert len(data.val) == 2
+
+
+def test_another_resolution_than_the_models_is_announced(manifest):
+    config = DataConfig(SourceConfig(path=manifest), recipe=RecipeConfig(resolution=512, exemplar_size=16))
+    with pytest.warns(DataWarning, match=r"resolution is 512, but the model's is 64: .* 64 times the pixels"):
+        check_sizes(config, 8, 16, 64)
 
 
 def test_sizes_that_a_model_does_not_take(manifest):

@@ -189,6 +189,7 @@ def test_wrong_columns(tmp_path):
         (row(box=(10, 20, 50, 60)), "XMin 10, YMin 20, XMax 50, YMax 60: not fractions"),
         (row(label="/m/" + "0" * 40), "LabelName is longer than 32"),
         (row(flags=(0, 0, "x", 0, 0)), "IsGroupOf is 'x', not a number"),
+        (row(flags=(0, 0, 0.5, 0, 0)), "IsGroupOf is 0.5, not a whole number"),
     ],
 )
 def test_bad_rows_are_named_by_their_line(tmp_path, monkeypatch, bad, message):
@@ -222,6 +223,14 @@ def test_pictures_without_a_file_are_left_out(tmp_path):
 
 
 # --- the source -------------------------------------------------------------------------------------------
+
+
+def test_flags_may_have_a_point(tmp_path):
+    path = tmp_path / "boxes.csv"
+    rows = [row(flags=("0.0", "-1.0", "1.0", 0, 1)), row(flags=(0, "1.0", 0, 0, "-1"))]
+    path.write_text("\n".join([HEADER, *rows]) + "\n")
+    index_boxes(path, tmp_path / "index")
+    assert np.fromfile(tmp_path / "index/flags", np.uint8).tolist() == [0b10100, 0b00010]
 
 
 def test_boxes_out_of_area_are_left_out(tmp_path, index):

@@ -9,11 +9,10 @@ from PIL import Image
 
 from benchmarks.data import measure_recipe, plain_example
 from benchmarks.sections import run
-from pbe.data.crop import UnusablePicture
 from pbe.data.example import draw_integers, hash64, make_generator
 from pbe.data.recipe import choose_box, draw_geometry, make_example
 from pbe.data.recipe_config import RecipeConfig, override_recipe
-from pbe.data.records import MaskArray, MaskFile, Record
+from pbe.data.records import MaskArray, MaskFile, Record, UnusablePicture
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
 BOX = np.float32([[0.3, 0.25, 0.6, 0.7]])

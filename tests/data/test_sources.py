@@ -11,6 +11,7 @@ from PIL import Image
 
 from pbe.data.coco import Coco, Polygons, decode_counts, decode_rle
 from pbe.data.cocoee import CocoEE
+from pbe.data.crop import usable
 from pbe.data.manifest import Manifest
 from pbe.data.open_images import OpenImages
 from pbe.data.open_images_index import index_boxes
@@ -19,6 +20,7 @@ from pbe.data.records import (
     MaskArray,
     MaskFile,
     PackedStrings,
+    UnusablePicture,
     box_areas,
     clip_boxes,
     in_area,
@@ -297,6 +299,13 @@ def edited(part, k, field, value=None):
         (edited("annotations", 0, "segmentation", [[1, 2, [3], 4]]), r"annotations\[0\]: a polygon holds \[3\], not a"),
         (edited("annotations", 0, "segmentation", [[1, 2, np.nan, 4]]), r"annotations\[0\]: a polygon holds nan, not"),
         (edited("annotations", 1, "segmentation", {"size": [4, 5], "counts": ["a"]}), r".*RLE hold 'a', not a number"),
+        (edited("images", 0, "id", 0.5), r"images\[0\]: id is 0\.5, not a number or a text"),
+        (edited("images", 1, "width", float("inf")), r"images\[1\]: width is inf, not a number"),
+        (edited("annotations", 2, "bbox", [1, 2, 3, 10**400]), r"annotations\[2\]: bbox is \[1, 2, 3, 10+"),
+        (
+            edited("annotations", 1, "segmentation", {"size": [10**9] * 2, "counts": "1"}),
+            r".*size of an RLE is \[1000000",
+        ),
         (edited("annotations", 1, "segmentation", "x"), r"annotations\[1\]: segmentation is 'x', not a list of poly"),
         (lambda content: content["annotations"].insert(1, [4]), r"annotations\[1\]: it is \[4\], not an object"),
         (lambda content: content.update(images={}), "has no list 'images'"),
@@ -311,7 +320,24 @@ def test_wrong_coco_entries_are_named(coco, edit, message):
         Coco(*coco)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"images": [', b'{"images": "caf\xe9"}'])
+def test_whole_numbers_may_have_a_point_and_masks_may_be_empty(coco):
+    content = json.loads(coco[0].read_text())
+    expected = [(record.image, record.boxes.tolist(), record.labels) for record in Coco(*coco)]
+    for part, fields in (("images", ["id"]), ("categories", ["id"]), ("annotations", ["image_id", "category_id"])):
+        for entry in content[part]:
+            entry.update({name: float(entry[name]) for name in fields if isinstance(entry[name], int)})
+    for annotation, empty in zip(
+        content["annotations"], itertools.cycle([[[]], [[1, 2, 3, 4]], [], None]), strict=False
+    ):
+        if not annotation.get("iscrowd"):
+            annotation["segmentation"] = empty
+    coco[0].write_text(json.dumps(content))
+    records = list(Coco(*coco))
+    assert [(record.image, record.boxes.tolist(), record.labels) for record in records] == expected
+    assert all(record.masks is None for record in records)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"images": [', b'{"images": "caf\xe9"}', b"[" * 100_000])
 def test_broken_coco_json_is_named(coco, content):
     coco[0].write_bytes(content)
     with pytest.raises(ValueError, match=rf"^{coco[0]} is not JSON: "):
@@ -447,7 +473,12 @@ def test_where_pictures_are(folder, tmp_path_factory):
         (("image,x0,y0,x1,y1,width,height", "a.jpg,0,0,90,60,80,60"), r"line 2: box .* is not inside .*pixels"),
         (("image,x0,y0,x1,y1,width", "a.jpg,0,0,80,60,80"), r"line 2: .*both width and height"),
         (("image,x0,y0,x1,y1,width,height", "a.jpg,0,0,80,60,-80,60"), r"line 2: width and height are -80 and 60"),
-        (("image;x0;y0;x1;y1", "a.jpg;0;0;80;60"), r"line 2: it has no image \(or file\); it has: image;x0;y0;x1;y1"),
+        (("image x0 y0 x1 y1", "a.jpg 0 0 80 60"), r"line 2: it has no image \(or file\); it has: image x0 y0 x1 y1"),
+        (("image,x,y,width,height", "a.jpg,0,0,80,60"), r"line 2: it has no x0; .* it has: image, x, y, width, height"),
+        (("image,bbox", "a.jpg,0 0 80 60"), r"line 1: unknown column 'bbox'; did you mean 'box'"),
+        (("image,x0,y0,x1,y1", "a.jpg,9,9,40,30", "a.jpg,40,9,9,30"), r"line 3: box \[40\.0, .* x0 < x1 and y0 < y1"),
+        (("image,x0,y0,x1,y1", "a.jpg,9,9,9,30"), r"line 2: box \[9\.0, 9\.0, 9\.0, 30\.0\] .* x0 < x1"),
+        (("image,x0,y0,x1,y1,width,height", "a.jpg,0,0,90,60,1e30,60"), r"line 2: width and height are 1e\+30 and 60"),
         (("image,x0,y0,x1,y1,x0", "a.jpg,0,0,1,1,0"), "a column twice: image, x0, y0, x1, y1, x0"),
         (("image,x0,y0,x1,y1", 'a.jpg,0,0,1,"1" 1'), "after line 1: ',' expected after"),
         (("image,x0,y0,x1,y1", 'a.jpg,0,0,1,"1'), "after line 1: unexpected end of data"),
@@ -498,6 +529,9 @@ def test_line_ends_and_byte_order_marks(folder, ends):
         ('{"image": "a.jpg", "box": [0, 0, 1]}', r"line 1: box is \[0, 0, 1\], not a list of x0, y0, x1, y1"),
         ('{"image": "a.jpg", "box": [0, 0, 1, true]}', "line 1: y1 must be a number, got True"),
         ('{"image": "a.jpg", "box": [0, 0, 1, 1], "x0": 0}', "line 1: give box or x0, y0, x1, y1, not both"),
+        ("[" * 50_000, "line 1: not JSON: it is nested too deeply"),
+        ('{"image": "a.jpg", "box": ' + "[" * 900 + "]" * 900 + "}", r"line 1: box is \[\[\[.*, not a list of x0"),
+        ('{"image": "a.jpg", "box": [0, 0, 1, ' + "[" * 900 + "]" * 900 + "]}", "line 1: y1 must be a number, got"),
     ],
 )
 def test_wrong_json_rows(folder, line, message):
@@ -511,6 +545,99 @@ def test_box_outside_a_picture_whose_size_only_the_file_tells(folder):
         source[0]
     with pytest.raises(ValueError, match=r"a\.jpg: .* \.csv or \.jsonl"):
         Manifest(folder / "a.jpg")
+
+
+CORNERS_OF = {
+    "image,xmin,ymin,xmax,ymax": ",", "filename;XMin;YMin;XMax;YMax": ";", "path\tleft\ttop\tright\tbottom": "\t",
+    " Image , x1,y1,x2,y2": ",", "file_name,x_min,y_min,x_max,y_max": ",",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("header", CORNERS_OF)
+def test_names_and_separators_of_other_tools(folder, header):
+    (record,) = Manifest(manifest(folder, header, CORNERS_OF[header].join(["a.jpg", "0", "15", "40", "30"])))
+    assert record.image == folder / "a.jpg"
+    assert record.boxes.tolist() == [[0, 0.25, 0.5, 0.5]]
+
+
+def test_known_names_win_over_those_of_other_tools(folder):
+    path = manifest(folder, "path,image,category,label,x0,y0,x1,y1", "x.jpg,a.jpg,clothes,shoe,0,0,40,30")
+    (record,) = Manifest(path)
+    assert (record.image.name, record.labels) == ("a.jpg", ("shoe",))
+
+
+@pytest.mark.parametrize("kind", ["manifest", "coco"])
+def test_a_missing_list_is_named(tmp_path, kind):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl?"):
+        open_source(SourceConfig(kind, str(tmp_path / "gone.jsonl"), str(tmp_path)))
+
+
+def test_boxes_of_unfit_size_are_left_out_at_the_opening(folder):
+    lines = ["a.jpg,0,0,40,30", "b.jpg,0,0,4,3", "worn.jpg,0,0,79,59", "gone.jpg,0,0,40,30", "garment.jpg,9,9,190,20"]
+    (folder / "text.jpg").write_text("no picture")
+    with pytest.warns(DataWarning) as caught:
+        source = Manifest(manifest(folder, "image,x0,y0,x1,y1", *lines, "text.jpg,0,0,40,30"), area=(0.02, 0.8))
+    (message,) = (str(w.message) for w in caught)
+    assert "5 of 6 pictures cannot be used: 2 have no box of 2 to 80 % of their area, such as b.jpg; " in message
+    assert "1 have a box that is not inside of them, such as garment.jpg; " in message
+    assert "1 are missing, such as gone.jpg; 1 cannot be read, such as text.jpg" in message
+    assert len(source) == 4
+    assert source[0].image == folder / "a.jpg"
+    reasons = []
+    for i in (1, 2, 3):
+        with pytest.raises(UnusablePicture) as error, usable("list"):
+            source[i]
+        reasons.append(error.value.reason)
+    assert reasons == ["missing", "no box", "unreadable"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_skipped_pictures_need_no_warning(folder):
+    for i in range(9):
+        picture(folder / f"{i}.jpg")
+    lines = [f"{i}.jpg,0,0,40,30" for i in range(9)]
+    path = manifest(folder, "image,x0,y0,x1,y1", *lines, "a.jpg,0,0,2,2")
+    assert len(Manifest(path, area=(0.02, 0.8))) == 9
+
+
+def test_sizes_are_kept_beside_the_manifest(folder, monkeypatch):
+    path = manifest(folder, "image,x0,y0,x1,y1", "a.jpg,0,0,60,30", "b.jpg,0,0,40,30")
+    first = [record.boxes.tolist() for record in Manifest(path)]
+    kept = folder / ".list.csv.sizes.json"
+    content = kept.read_bytes()
+    read = []
+    monkeypatch.setattr(
+        "pbe.data.picture_sizes.upright_size", lambda path: read.append(path.name) or upright_size(path)
+    )
+    assert [record.boxes.tolist() for record in Manifest(path)] == first
+    assert read == []
+    picture(folder / "b.jpg", 160, 120)
+    Manifest(path)
+    assert read == ["b.jpg"]
+    for broken in (b"", b"[1]", b"[" * 50_000, b'{"version": 1}', b'{"version": 1, "sizes": {"a": [1, 2, "3", 4]}}'):
+        kept.write_bytes(broken)
+        assert len(Manifest(path)) == 2
+        assert kept.read_bytes() != broken
+    picture(folder / "b.jpg")
+    monkeypatch.setattr("pbe.data.picture_sizes.replacing", raise_oserror)
+    assert [record.boxes.tolist() for record in Manifest(path)] == first
+    assert json.loads(content)["version"] == 1
+
+
+def raise_oserror(*_, **__):
+    raise OSError("a folder that may only be read")
+
+
+@pytest.mark.parametrize("unit, name", [(100, "percent"), (1000, "thousandths")])
+@pytest.mark.parametrize("sized", [False, True])
+def test_other_units_than_pixels_are_named(folder, unit, name, sized):
+    lines = []
+    for i in range(6):
+        picture(folder / f"{i}.jpg", 2000, 1500)
+        lines.append(f"{i}.jpg,{unit // 10},{unit // 5},{unit * (4 + i) // 10},{unit * 9 // 10}" + ",2000,1500" * sized)
+    header = "image,x0,y0,x1,y1" + ",width,height" * sized
+    with pytest.warns(DataWarning, match=rf"probably not in pixels but in {name}: .* up to 2000x1500"):
+        Manifest(manifest(folder, header, *lines))
 
 
 @pytest.mark.parametrize("name, count", [("clothing", 4643), ("caltech", 1501), ("pets", 599), ("hires", 17)])

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from pbe.cli import show_data
-from pbe.data.crop import UnusablePicture, in_window
+from pbe.data.crop import in_window
 from pbe.data.dataset import ExampleDataset, UnusablePictureWarning
 from pbe.data.example import make_generator
 from pbe.data.recipe import draw_geometry, make_example
 from pbe.data.recipe_config import RecipeConfig
-from pbe.data.records import MaskArray, MaskFile, Record, number_photos
+from pbe.data.records import MaskArray, MaskFile, Record, UnusablePicture, number_photos
 from pbe.data.transplant import CutOut, Donor, donor_box, draw_donor, paste
 from pbe.images.windows import Box
 from pbe.models.clip import CLIP_MEAN, CLIP_STD

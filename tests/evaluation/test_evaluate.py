@@ -1,8 +1,10 @@
 """`tools/evaluate.py` from COCO-format data to the report: build, run, score, and what they say of wrong input."""
 
+import dataclasses
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +22,7 @@ from pbe.checkpoints.meta_device import build_on_meta
 from pbe.checkpoints.writing import save_checkpoint
 from pbe.cli.evaluate import main
 from pbe.data.coco import Coco
+from pbe.data.records import DataWarning
 from pbe.evaluation.backbones import load_backbone, sha256_of
 from pbe.evaluation.bootstrap import Bootstrap, Moments
 from pbe.evaluation.build import BuildConfig, build_test_set
@@ -196,6 +199,24 @@ def test_references_are_the_nearest_of_their_category_in_other_photos(coco, judg
         )
         assert listed["exemplar"] == best[1]
         assert listed["similarity"] == pytest.approx(best[0], abs=2e-6)  # rounded to 6 digits, float32
+
+
+def test_cut_and_missing_photos_do_not_end_the_building(coco, judge, tmp_path):
+    folder = Path(shutil.copytree(coco[1], tmp_path / "photos"))
+    cut = folder / f"{103:012d}.png"
+    cut.write_bytes(cut.read_bytes()[:3000])
+    (folder / f"{105:012d}.png").unlink()
+    (folder / f"{107:012d}.png").write_text("no picture")
+    source = Coco(folder / "instances.json", folder)
+    config = dataclasses.replace(CONFIG, num_items=None)
+    with pytest.warns(DataWarning) as caught:
+        count = build_test_set(source, source, tmp_path / "bench", load_backbone(judge), config)
+    messages = {str(w.message) for w in caught}
+    for number in (103, 105, 107):
+        assert sum(f"{number:012d}.png" in message for message in messages) == 1
+    items = json.loads((tmp_path / "bench/test_set.json").read_text())["items"]
+    assert count == len(items) >= 10
+    assert not {103, 105, 107} & {item["id"] for item in items}
 
 
 def test_build_refuses(coco, judge, test_set, tmp_path, capsys):

@@ -233,6 +233,14 @@ def test_wrong_answers_are_refused(made, tmp_path):
     ])  # fmt: skip
     refused("shown.json", f"'shown' of item {first['item']} must be", answers=[{**first, "shown": None}])
     refused("foreign.json", "'likeness' of item", answers=[{**first, "likeness": others[0]["quality"]}])
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    refused("deep.json", f"'shown' of item {first['item']} must be", answers=[{**first, "shown": deep}])
+    refused("deeper.json", r"the item \[\[", answers=[{"item": deep}])
+    (tmp_path / "deepest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deepest\.json does not hold answers to a study.*nested too deeply"):
+        read_answers(tmp_path / "deepest.json", key)
     (tmp_path / "text.json").write_text("no JSON")
     with pytest.raises(ValueError, match=r"text\.json does not hold answers to a study.*Expecting value"):
         read_answers(tmp_path / "text.json", key)

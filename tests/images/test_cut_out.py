@@ -114,7 +114,7 @@ def test_a_photo_that_is_gone_keeps_no_other_back(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 of 2 objects" in out
     assert "2 photos left out; the first: " in out
-    assert f"there is no file {tmp_path / 'gone.png'}" in out
+    assert f"{tmp_path / 'gone.png'}: there is no such file" in out
 
 
 def test_without_opencv_the_extra_is_named(tmp_path):

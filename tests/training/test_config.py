@@ -173,3 +173,19 @@ def test_command_line_says_it_in_one_line(tmp_path, capsys):
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     assert main([str(tmp_path / "broken.yaml")]) == 2
     assert "broken.yaml" in capsys.readouterr().err
+
+
+def test_the_recipes_sizes_are_the_models(tmp_path):
+    finetune = ["configs/finetune.yaml", "model.init=demo"]
+    recipe = load_config(finetune).data.recipe
+    assert (recipe.resolution, recipe.exemplar_size, recipe.fit) == (64, 64, "letterbox")
+    recipe = load_config([*finetune, "data.recipe.resolution=128", "data.recipe.exemplar_size=null"]).data.recipe
+    assert (recipe.resolution, recipe.exemplar_size) == (128, 64)
+    unknown = load_config(["configs/finetune.yaml", f"model.init={tmp_path}/gone.ckpt"]).data.recipe
+    assert (unknown.resolution, unknown.exemplar_size) == (512, 224)
+
+
+@pytest.mark.parametrize("setting", ["data.source={kind: coco", "data=" + "[" * 2000, "data.source={path: a b: c}"])
+def test_settings_that_are_not_yaml_are_named(setting):
+    with pytest.raises(ValueError, match=r"^data\S*=.* cannot be read: "):
+        load_config([setting])

@@ -18,6 +18,7 @@ from torch import Tensor
 from pbe import __version__
 from pbe.evaluation.bootstrap import Bootstrap
 from pbe.io.atomic import write_text
+from pbe.io.json_text import parse_json, shown
 
 QUESTIONS = ("quality", "likeness")
 REPORT = "study-report"
@@ -60,7 +61,7 @@ def read_key(path: str | Path) -> Key:
 
 def _shows(pictures: Any, systems: list[str]) -> bool:
     """Whether a key's item has one picture of each system."""
-    return isinstance(pictures, dict) and sorted(map(str, pictures.values())) == sorted(systems)
+    return isinstance(pictures, dict) and sorted(map(shown, pictures.values())) == sorted(map(shown, systems))
 
 
 def read_answers(path: str | Path, key: Key) -> Answers:
@@ -68,7 +69,7 @@ def read_answers(path: str | Path, key: Key) -> Answers:
     path = Path(path)
     content = _read_json(path, "pbe study answers", "does not hold answers to a study; the page saves them")
     if content.get("study") != key.study:
-        raise ValueError(f"{path} answers the study {content.get('study')!r}, the key is of {key.study!r}")
+        raise ValueError(f"{path} answers the study {shown(content.get('study'))}, the key is of {key.study!r}")
     participant, answers = content.get("participant"), content.get("answers")
     if not (isinstance(participant, str) and participant and isinstance(answers, list)):
         raise ValueError(f"{path} must name its participant and list answers")
@@ -81,16 +82,18 @@ def read_answers(path: str | Path, key: Key) -> Answers:
         item = answer.get("item") if isinstance(answer, dict) else None
         if not isinstance(item, str) or item not in rows or item in seen:
             problem = "there twice" if isinstance(item, str) and item in rows else "not in the study"
-            raise ValueError(f"{path}: the item {item!r} is {problem}")
+            raise ValueError(f"{path}: the item {shown(item)} is {problem}")
         seen.add(item)
         pictures = key.items[item]
         for name in ("shown", *QUESTIONS):
             order = answer.get(name)
             if order is None and name != "shown":
                 continue  # the question was left open
-            if not (isinstance(order, list) and sorted(map(str, order)) == sorted(pictures)):
+            texts = [picture for picture in order if isinstance(picture, str)] if isinstance(order, list) else []
+            if texts != order or sorted(texts) != sorted(pictures):
                 raise ValueError(
-                    f"{path}: {name!r} of item {item} must be an order of {', '.join(sorted(pictures))}, got {order!r}"
+                    f"{path}: {name!r} of item {item} must be an order of {', '.join(sorted(pictures))}, got "
+                    f"{shown(order)}"
                 )
             columns = [key.systems.index(pictures[picture]) for picture in order]
             if name == "shown":
@@ -102,7 +105,7 @@ def read_answers(path: str | Path, key: Key) -> Answers:
 
 def _read_json(path: Path, kind: str, otherwise: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also for what is not UTF-8
         raise ValueError(f"{path} {otherwise}: {error}") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
