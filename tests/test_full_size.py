@@ -60,7 +60,7 @@ def test_edits_a_large_photo(full_checkpoint, tmp_path):
         "--ckpt": full_checkpoint,
         "--image": tmp_path / "photo.png",
         "--box": "900,600,1200,900",
-        "--reference": tmp_path / "exemplar.png",
+        "--exemplar": tmp_path / "exemplar.png",
         "--out": tmp_path / "edited.png",
         "--steps": 2,
         "--dtype": "bfloat16",

@@ -153,15 +153,15 @@ def test_the_flag(tiny_checkpoint, tmp_path, monkeypatch, capsys):
         seen.append(low_memory)
         raise OSError("far enough")
 
-    monkeypatch.setattr(inference, "load_editor", load)
+    monkeypatch.setattr("pbe.editing.loading.load_editor", load)
     monkeypatch.chdir(tmp_path)
     Image.fromarray(PHOTO).save("photo.png")
-    one = ["--image", "photo.png", "--box", "20,20,50,50", "--reference", "photo.png", "--out", "out.png"]
+    one = ["--image", "photo.png", "--box", "20,20,50,50", "--exemplar", "photo.png", "--out", "out.png"]
     model = ["--ckpt", str(tiny_checkpoint), "--device", "cpu"]
     assert inference.main([*one, *model, "--low-memory"]) == 2
     assert inference.main([*one, *model]) == 2
     assert seen == [True, False]
-    (tmp_path / "rows.csv").write_text("image,box,reference,out\nphoto.png,20 20 50 50,photo.png,out.png\n")
+    (tmp_path / "rows.csv").write_text("image,box,exemplar,out\nphoto.png,20 20 50 50,photo.png,out.png\n")
     both = ["--low-memory", "--compile", "whole", "--devices", "2"]
     assert inference.main(["--batch", "rows.csv", *model, *both]) == 2
     assert "compile='whole' keeps the memory that low_memory gives back" in capsys.readouterr().err.splitlines()[-1]

@@ -119,9 +119,9 @@ def test_converts_to_the_asked_precision(tmp_path, dtype):
     model = pbe.load_model(tmp_path / "model.ckpt", device="cpu", dtype=dtype)
     expected = DTYPES.get(dtype, dtype)
     assert {p.dtype for p in model.parameters()} == {expected}
-    full = pbe.load_model(tmp_path / "model.ckpt", device="cpu")
+    full = pbe.load_model(tmp_path / "model.ckpt", device="cpu").state_dict()
     for name, p in model.state_dict().items():
-        assert torch.equal(p, full.state_dict()[name].to(expected)), name
+        assert torch.equal(p, full[name].to(expected)), name
 
 
 def test_training_a_mapped_model_leaves_the_file_alone(tmp_path):
@@ -222,15 +222,17 @@ def test_openai_clip_and_our_clip_agree(tmp_path):
     layers = [f"visual.transformer.resblocks.{i}.ln_1" for i in range(2)]
     layers += [f"transformer.resblocks.{i}.ln_1" for i in range(3)]
     mappings = openai_clip(layers).to_theirs(ours.state_dict())
-    theirs = {name: m.build(*(ours.state_dict()[s] for s in m.sources)) for name, m in mappings.items()}
+    state = ours.state_dict()
+    theirs = {name: m.build(*(state[s] for s in m.sources)) for name, m in mappings.items()}
     assert theirs["visual.transformer.resblocks.0.attn.in_proj_weight"].shape == (3 * 64, 64)
     assert theirs["visual.proj"].shape == (64, 40)
     torch.save(theirs | {"input_resolution": torch.tensor(224)}, tmp_path / "clip.pt")
     loaded = pbe.load_model(tmp_path / "clip.pt", device="cpu")
     assert loaded.config == config
-    assert loaded.state_dict().keys() == ours.state_dict().keys()
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+    found = loaded.state_dict()
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_strictness_lists_every_fault(tmp_path):

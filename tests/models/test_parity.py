@@ -231,6 +231,7 @@ def test_round_trip_through_diffusers_is_bit_exact(model, pipeline, folder, tmp_
             pipeline.save_pretrained(path)
         loaded = load_model(path, device="cpu", dtype="float32")
         assert loaded.config == CONFIG
-        assert loaded.state_dict().keys() == model.state_dict().keys()
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(loaded.state_dict()[name], tensor), name
+        ours, theirs = model.state_dict(), loaded.state_dict()
+        assert theirs.keys() == ours.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(theirs[name], tensor), name

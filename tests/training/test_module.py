@@ -981,7 +981,8 @@ def test_autoencoder_s_run(toy):
     config, state = read_vae(path)
     module = make_module(load_config([str(toy), f"model.vae={path}"]))
     assert module.model.config.vae == config
-    assert all(torch.equal(module.model.state_dict()[name], x) for name, x in state.items())
+    built = module.model.state_dict()
+    assert all(torch.equal(built[name], x) for name, x in state.items())
     data = ExampleDataModule(load_config([str(toy), "data.val_size=4"]).data)
     data.setup("fit")
     examples = next(iter(data.train_dataloader()))
