@@ -295,6 +295,7 @@ def test_gradient_checkpointing_and_memory_format_change_nothing():
     assert (plain - channels_last).norm() < 1e-4 * plain.norm()
 
 
+@pytest.mark.slow
 def test_compiled_network_has_the_same_gradients(monkeypatch):
     # traced as ever, but run by torch's own kernels: generating code takes minutes and needs a compiler
     monkeypatch.setattr(UNet, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
