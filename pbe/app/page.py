@@ -7,11 +7,15 @@ and only the masks drawn come back from there.
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
+from os.path import isdir
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -19,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, drawn_mask, to_value
+from pbe.app.serving import waiting_client
 from pbe.app.uploads import MAX_RESULTS, EditFiles, save_edits, take
 from pbe.batch.provenance import Weights
 from pbe.editing.settings import QUICK, SETTINGS, EditSettings
@@ -106,6 +111,7 @@ class Editor:
     model: PaintByExample
     weights: Weights
     settings: EditSettings  # where no control says otherwise
+    lock: threading.Lock = field(default_factory=threading.Lock)  # Gradio goes on while a cancelled edit's step lasts
 
     def paint(
         self,
@@ -129,7 +135,7 @@ class Editor:
             shown = drawn_mask(crop, exemplar.size)
             box = None if shown is None else mask_bounding_box(shown)
             files, settings = EditFiles(Path(image.path), mask, Path(exemplar.path), box), self.changed(controls)
-            paths = save_edits(self.model, self.weights, files, settings, num_images, folder, progress)
+            paths = self.save(files, settings, num_images, folder, progress)
             results = [(path, f"seed {settings.seed + i}") for i, path in enumerate(paths)]
             # Gradio has copied the files when this function goes on, and the folder can go.
             yield gr.Gallery(results, selected_index=0), 0, gr.DownloadButton(value=paths[0]), gr.Row(visible=True)
@@ -149,8 +155,21 @@ class Editor:
             missing = [name for name, file in given.items() if file is None]
             if missing:
                 raise ValueError(f"{' and '.join(missing)} missing: give files, with gradio_client.handle_file")
-            files, settings = EditFiles(Path(image), Path(mask), Path(exemplar)), self.changed(controls)
-            yield save_edits(self.model, self.weights, files, settings, num_images, folder, progress)
+            files = EditFiles(Path(image), Path(mask), Path(exemplar))
+            yield self.save(files, self.changed(controls), num_images, folder, progress)
+
+    def save(
+        self, files: EditFiles, settings: EditSettings, num_images: object, folder: Path, progress: gr.Progress
+    ) -> list[str]:
+        """`save_edits`, as long as somebody waits for it."""
+        check = waiting_client()
+
+        def tell(step: tuple[int, int], desc: str) -> None:
+            check()
+            progress(step, desc=desc)
+
+        with self.lock:
+            return save_edits(self.model, self.weights, files, settings, num_images, folder, tell)
 
     def changed(self, controls: dict[str, object]) -> EditSettings:
         """The settings with the controls' values: 20.0 from a program is 20, None from an emptied field is an error."""
@@ -229,22 +248,54 @@ def example_row(samples: list[list[str]]) -> gr.Dataset:
     )
 
 
+# What the components of an event take from a program, beside nothing at all where that is a type too.
+VALUES: dict[type[gr.blocks.Block], tuple[tuple[type, ...], str]] = {
+    gr.Slider: ((int, float), "a number"),
+    gr.Number: ((int, float), "a number"),
+    gr.Dropdown: ((str,), "a text"),
+    gr.Dataset: ((int,), "an example's number"),
+    gr.File: ((dict, NoneType), "a file, as gradio_client.handle_file gives it"),
+    gr.HTML: ((dict, NoneType), "a canvas's value"),
+    gr.Gallery: ((list, NoneType), "results"),
+}
+
+
+class Page(gr.Blocks):
+    """Gradio's page, whose inputs are checked: what a program sends may be anything."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *others: Any, **named: Any) -> list[Any]:
+        """What the handler gets; `gr.Error`, without a traceback in the log, for what it cannot get."""
+        try:
+            for name, block, value in zip(block_fn.input_parameter_names, block_fn.inputs, inputs, strict=False):
+                types, words = VALUES.get(type(block), ((object,), ""))
+                is_right = isinstance(value, types) and not isinstance(value, bool) and value not in (inf, -inf)
+                if isinstance(block, gr.File) and isinstance(value, dict):
+                    path = value.get("path")  # Gradio would fetch an address
+                    is_right = isinstance(path, str) and "://" not in path and "meta" in value and not isdir(path)
+                if words and not (is_right and value == value):  # NaN does not equal itself
+                    raise ValueError(f"{name} must be {words}, got {value!r:.100}")
+            return await super().preprocess_data(block_fn, inputs, *others, **named)
+        except Exception as error:
+            words = error.message if isinstance(error, gr.Error) else " ".join(str(error).split())
+            raise gr.Error(words[:300], print_exception=False) from error
+
+
 def build_page(model: PaintByExample, weights: Weights, settings: EditSettings = QUICK) -> gr.Blocks:
     """The page for one model; `weights` says in the results which it was, the controls begin with `settings`.
 
     `serve` shows it.
     """
     editor = Editor(model, weights, settings)
-    with gr.Blocks(
-        title="Paint by Example", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True
-    ) as page:
+    with Page(title="Paint by Example", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=5, min_width=400):
                 image = picture_input("image", "Image", DRAWING, "Image · draw the mask", HEIGHT)
             with gr.Column(scale=3, min_width=280):
                 exemplar = picture_input("exemplar", "Exemplar", CROPPING, "Exemplar · drag to crop", 300)
-                start = gr.Button("Paint", variant="primary", size="lg", elem_id="paint")
+                with gr.Row():
+                    start = gr.Button("Paint", variant="primary", size="lg", scale=3, elem_id="paint")
+                    cancel = gr.Button("Cancel", size="lg", scale=1, min_width=80, elem_id="cancel")
                 controls = edit_controls(settings)
             with gr.Column(scale=5, min_width=400):
                 results = result_view()
@@ -254,7 +305,7 @@ def build_page(model: PaintByExample, weights: Weights, settings: EditSettings =
 
         connect_picture(image, "image")
         connect_picture(exemplar, "exemplar")
-        start.click(
+        painting = start.click(
             editor.paint,
             [image.upload, image.canvas, exemplar.upload, exemplar.canvas],
             results[:4],
@@ -264,6 +315,7 @@ def build_page(model: PaintByExample, weights: Weights, settings: EditSettings =
             concurrency_id="model",
             concurrency_limit=1,
         )
+        cancel.click(None, cancels=[painting])
         listen(results.gallery.select, choose_result, results.gallery, [results.chosen, results.download])
         listen(results.reuse.click, reuse_result, [results.gallery, results.chosen], [*image])
         # The same for programs: the endpoint's arguments are components too, which nobody sees.
@@ -292,4 +344,4 @@ def connect_picture(picture: PictureInput, name: str) -> None:
 
 def listen(event: Callable[..., Any], handler: Callable[..., object], inputs: Any, outputs: Any) -> Any:
     """Has an event of the page handled at once: without a progress bar, and not over the API."""
-    return event(handler, inputs, outputs, api_visibility="private", show_progress="hidden")
+    return event(handler, inputs, outputs, api_visibility="private", show_progress="hidden", concurrency_id="pictures")

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
+import shutil
+import socket
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.context import LocalContext
+from starlette.middleware import Middleware
 
+from pbe.app.guard import Guard
 from pbe.images.pillow import PictureWarning
+from pbe.io.atomic import is_running
 
 MAX_UPLOAD = "64mb"
 MAX_WAITING = 16  # edits in the queue; one runs at a time
+UNREAD = 30  # seconds after which a client that has not read its messages has left
 # The fonts come with Gradio: none is fetched from elsewhere. Its semi-bold files lack letters.
 THEME = gr.themes.Base(
     primary_hue="indigo",
@@ -25,8 +35,18 @@ THEME = gr.themes.Base(
 )
 
 
-def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> str:
+def serve(
+    page: gr.Blocks,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    auth: tuple[str, str] | None = None,
+    allow_hosts: tuple[str, ...] = (),
+    files: Path | None = None,
+) -> str:
     """Serves a page of `build_page` in threads of its own; returns its address.
+
+    auth: the user and password that a visitor must give.
+    allow_hosts, files: see `pbe.app.guard`; the latter is that of `files_of_page`.
 
     ValueError for an impossible port number; OSError if the port is taken, or `host` is not this machine's.
 
@@ -45,6 +65,10 @@ def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> str:
             run_history=False,
             footer_links=["api"],
             max_file_size=MAX_UPLOAD,
+            auth=auth,
+            show_error=True,
+            enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(Guard, page, host, allow_hosts, files)]},
             theme=THEME,
             css_paths=Path(__file__).with_name("page.css"),
         )
@@ -72,13 +96,47 @@ def warnings_on_page() -> Iterator[None]:
 
 
 @contextmanager
-def files_of_page() -> Iterator[None]:
-    """Keeps uploads and results of the pages built within in a folder of their own, which is deleted at the end."""
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="pbe-page-", dir=before) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio has no other way to say it
-        try:
-            yield
-        finally:
-            del os.environ["GRADIO_TEMP_DIR"]
-            os.environ.update({} if before is None else {"GRADIO_TEMP_DIR": before})
+def files_of_page() -> Iterator[Path]:
+    """Keeps all temporary files in a folder of their own; yields that in it of the pages built within.
+
+    It is deleted at the end, and with it those of pages whose processes were killed.
+    """
+    before, base = os.environ.get("GRADIO_TEMP_DIR"), tempfile.gettempdir()
+    prefix = f"pbe-page-{socket.gethostname()}-"
+    for name in os.listdir(base):
+        process = re.fullmatch(re.escape(prefix) + r"(\d{1,9})-\w+", name)
+        if process and not is_running(int(process[1])):
+            shutil.rmtree(Path(base, name), ignore_errors=True)
+    tempfile.tempdir = tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)  # for an edit that ends after the page
+    os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.tempdir, "files"))  # Gradio has no other way to say it
+    try:
+        yield Path(tempfile.tempdir, "files")
+    finally:
+        shutil.rmtree(tempfile.tempdir, ignore_errors=True)
+        tempfile.tempdir = base
+        del os.environ["GRADIO_TEMP_DIR"]
+        os.environ.update({} if before is None else {"GRADIO_TEMP_DIR": before})
+
+
+def waiting_client() -> Callable[[], None]:
+    """A function that raises `gr.Error` once nobody waits any longer for the edit that this thread makes: it was
+    cancelled, its client has left or the page has ended. Gradio itself lets the edit run on."""
+    page, edit = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
+    oldest, since = None, time.monotonic()
+
+    def check() -> None:
+        nonlocal oldest, since
+        if page is None or edit is None:
+            return  # an edit without a page
+        queue = page._queue  # the only place that knows
+        event = queue.event_ids_to_events.get(edit)
+        messages = queue.pending_messages_per_session.get(event.session_hash) if event else None
+        unread = [] if messages is None else list(messages._queue)
+        if not unread or unread[0] is not oldest:
+            oldest, since = next(iter(unread), None), time.monotonic()
+        is_wanted = event is not None and event.alive and messages is not None and time.monotonic() - since < UNREAD
+        if queue.stopped or not is_wanted:
+            raise gr.Error("The edit was cancelled: nobody waits for it.", print_exception=False)
+
+    return check

@@ -24,7 +24,9 @@ from pbe.images.windows import Box
 from pbe.io.fields import Range, read
 from pbe.models.paint_by_example import PaintByExample
 
-MAX_PIXELS = 64_000_000  # of an uploaded picture
+MAX_MEMORY = 1_024_000_000  # bytes that reading an uploaded picture may take
+# What it takes at the most, with the copies of Pillow and numpy, whether as image, mask or exemplar. Measured.
+BYTES_PER_PIXEL = dict.fromkeys(("PNG", "JPEG", "MPO", "TIFF", "GIF", "BMP"), 16) | {"JPEG2000": 20, "WEBP": 22}
 MAX_RESULTS = 8
 BATCH_SIZE = 4
 
@@ -86,7 +88,7 @@ def take(source: Path | np.ndarray, folder: Path, name: str, crop: Box | None = 
         return f"{name}.png"
     if not source.exists():
         raise ValueError(f"the {name} was deleted, since files are kept for a day: load it again")
-    check_pixels(source, name)
+    check_memory(source, name)
     taken = shutil.copyfile(source, folder / f"{name}{source.suffix.lower()}")
     if crop is None:
         return taken.name
@@ -97,14 +99,15 @@ def take(source: Path | np.ndarray, folder: Path, name: str, crop: Box | None = 
     return f"{name}-crop.tif"
 
 
-def check_pixels(path: Path, name: str) -> None:
-    """ValueError for a picture of more than MAX_PIXELS, before they are read."""
+def check_memory(path: Path, name: str) -> None:
+    """ValueError for a picture that takes more than MAX_MEMORY to read, before that is done."""
     try:
         with open_image(path) as image:
-            width, height = image.size
+            (width, height), file_format = image.size, image.format or ""
     except UNREADABLE:
         return  # the library, which reads it next, says what is wrong
-    if width * height > MAX_PIXELS:
+    pixels = MAX_MEMORY // BYTES_PER_PIXEL.get(file_format, 24)
+    if width * height > pixels:
         raise ValueError(
-            f"{name} is {width}x{height}: this page takes up to {MAX_PIXELS // 10**6} megapixels, `pbe edit` takes more"
+            f"{name} is {width}x{height}: this page takes up to {pixels // 10**6} megapixels, `pbe edit` takes more"
         )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -208,16 +208,30 @@ def _read_mask_values(source: PictureLike, size: tuple[int, int], name: str) -> 
             f"{_label(source, name)} is {mask_width}x{mask_height}, but the picture it belongs to is {width}x{height} "
             f"(width x height){turned}"
         )
-    values = picture.pixels.astype(np.float32) / white_level(picture.pixels.dtype)
-    channels = values.shape[2]
-    colour = values[..., : 3 if channels >= 3 else 1]
-    luminance = colour @ np.array(LUMINANCE, np.float32) if channels >= 3 else colour[..., 0]
-    if channels not in (2, 4):
-        return luminance
-    alpha = values[..., -1]
-    if (colour == colour[0, 0]).all() and alpha.min() < alpha.max():
+    height, _, channels = picture.pixels.shape
+    first = _floats(picture.pixels[:1, :1])[..., : channels - 1]
+    values, alpha = np.empty(picture.size, np.float32), np.ones(picture.size if channels in (2, 4) else (), np.float32)
+    is_flat = True
+    for rows in _strips(height):
+        strip = _floats(picture.pixels[rows])
+        colour = strip[..., : 3 if channels >= 3 else 1]
+        values[rows] = colour @ np.array(LUMINANCE, np.float32) if channels >= 3 else colour[..., 0]
+        if channels in (2, 4):
+            alpha[rows] = strip[..., -1]
+            is_flat = is_flat and bool((colour == first).all())
+    if channels in (2, 4) and is_flat and alpha.min() < alpha.max():
         return alpha
-    return luminance * alpha
+    values *= alpha
+    return values
+
+
+def _floats(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32) / white_level(pixels.dtype)
+
+
+def _strips(height: int) -> Iterator[slice]:
+    """The rows of a picture in strips: the floats of all its pixels would take gigabytes."""
+    return (slice(top, min(top + 64, height)) for top in range(0, height, 64))
 
 
 def _draw(source: MaskLike, size: tuple[int, int], name: str) -> np.ndarray:
@@ -271,23 +285,30 @@ def read_exemplar(source: PictureLike, mask: MaskLike | None = None, name: str =
     empty.
     """
     picture = _read(source, name)
-    rgb = picture.rgb()[0].permute(1, 2, 0).numpy() / 2 + 0.5  # (H, W, 3) in [0, 1]
+    colours = picture
     profile = picture.source.info.get("icc_profile") if isinstance(picture.source, Image.Image) else None
     if profile and (converted := to_srgb(picture.to_rgb8(), profile, _label(source, name))) is not None:
-        rgb = np.asarray(converted, dtype=np.float32) / 255
+        colours = replace(picture, pixels=np.asarray(converted))
     if isinstance(mask, PictureLike):
         shown = _read_mask_values(mask, picture.size, f"{name}'s mask")
     elif mask is not None:
         shown = _draw(mask, picture.size, f"{name}'s mask").astype(np.float32)
     elif picture.pixels.shape[2] in (2, 4):
-        shown = picture.pixels[..., -1].astype(np.float32) / white_level(picture.pixels.dtype)
+        shown = picture.pixels[..., -1].astype(np.float32)
+        shown /= white_level(picture.pixels.dtype)
     else:
-        shown = np.ones(picture.size, dtype=np.float32)
+        shown = np.broadcast_to(np.float32(1), picture.size)
     if shown.max() < 0.5:
         raise ValueError(f"{name} is empty: its {'alpha' if mask is None else 'mask'} shows no object")
-    rgb = 1 + (rgb - 1) * shown[..., None]  # over white
-    rgb = rgb[mask_bounding_box(shown >= 0.5).slices]
-    return Image.fromarray(np.rint(rgb * 255).astype(np.uint8))
+    box = mask_bounding_box(shown >= 0.5)
+    cut = np.empty((box.height, box.width, 3), np.uint8)
+    for rows in _strips(box.height):
+        strip = Box(box.x0, box.y0 + rows.start, box.x1, box.y0 + rows.stop)
+        rgb = colours.rgb(strip)[0].permute(1, 2, 0).numpy() / 2 + 0.5  # in [0, 1]
+        rgb = 1 + (rgb - 1) * shown[strip.slices][..., None]  # over white
+        cut[rows] = np.rint(rgb * 255)
+    del picture, colours, shown
+    return Image.fromarray(cut)
 
 
 def exemplar_tensor(image: Image.Image, size: int = 224) -> torch.Tensor:
