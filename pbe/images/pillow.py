@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import struct
@@ -84,7 +85,7 @@ def orientation(image: Image.Image) -> int:
     file = getattr(image, "fp", None)
     if image.format == "PNG" and file is not None and _has_late_texts(file):
         image.load()  # Pillow reads what is behind the pixels only then
-    value: Any = 1
+    value: Any = None
     with suppress(*UNREADABLE):
         value = _exif_of(image).get(ExifTags.Base.Orientation)
     if image.format != "TIFF":  # which Pillow itself turns, by its own understanding
@@ -92,10 +93,10 @@ def orientation(image: Image.Image) -> int:
             value = next(iter(value), None)
         with suppress(*UNREADABLE):
             value = int(value)
-        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
-        found = _XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
-        if value is None and found:
-            value = int(found[1])
+        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp")
+        if value is None and isinstance(xmp, str | bytes):
+            found = _XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
+            value = int(found[1]) if found else None
     return value if value in TURNS else 1
 
 
@@ -113,8 +114,10 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def turn_upright(image: Image.Image) -> Image.Image:
     """The image itself, loaded, or a copy of it with its orientation applied to the pixels."""
     turn = orientation(image)
-    image.load()
-    if turn == 1 or image.format == "TIFF":
+    load(image)
+    if image.format == "TIFF":  # then Pillow has turned it, and taken the orientation out
+        turn = orientation(image)
+    if turn == 1:
         return image
     upright = image.transpose(TURNS[turn])
     for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1"):
@@ -122,11 +125,25 @@ def turn_upright(image: Image.Image) -> Image.Image:
     return upright
 
 
+def load(image: Image.Image) -> None:
+    """Reads the pixels."""
+    try:
+        image.load()
+    except UNREADABLE as error:
+        # Of a TIFF, Pillow then reads the tags too. Where those alone fail, which no decoder's error looks like, the
+        # pixels are there.
+        if image.format != "TIFF" or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise
+        image.load()
+
+
 def _exif_of(image: Image.Image) -> Image.Exif:
     """The EXIF block of an image, also where ImageMagick has put it: a text of hexadecimal digits."""
     texts = (image.info.get(f"Raw profile type {name}") for name in ("exif", "APP1"))
     text = next((text for text in texts if isinstance(text, str)), None)
     if text is None or "exif" in image.info:
+        with suppress(*UNREADABLE):  # of XMP, once the tags are there
+            image.getexif()
         return image.getexif()
     exif = Image.Exif()
     data = bytes.fromhex("".join(text.split("\n")[3:]))
@@ -208,7 +225,7 @@ def upright_image(image: Image.Image, label: str, ends_at_8_bits: bool) -> Image
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         if frames > 1:
             _warn(f"{label} has {frames} frames; only number {image.tell() + 1} is used")
-        image.load()
+        load(image)
     except UNREADABLE as error:
         raise ValueError(f"{label} is damaged: {error}") from error
     if image.mode not in _PIL_MODES:
@@ -217,6 +234,8 @@ def upright_image(image: Image.Image, label: str, ends_at_8_bits: bool) -> Image
     info: dict[Any, Any] = {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
     if "dpi" in info and not _is_resolution(info["dpi"]):
         del info["dpi"]
+    if not isinstance(info.get("icc_profile", b""), bytes):
+        del info["icc_profile"]
     if image.mode == "CMYK":
         info.pop("icc_profile", None)
         _warn(f"{label} is CMYK: read as RGB without its profile, which describes inks")

@@ -100,3 +100,13 @@ def png_of(block):
 def profile_text(block):
     """ImageMagick's text with a block in hexadecimal digits."""
     return b"\nexif\n%8d\n" % (len(block) + 6) + (b"Exif\0\0" + block).hex().encode() + b"\n"
+
+
+def tiff(*entries):
+    """A TIFF, to be turned, with tags of its own."""
+    pixels = picture().tobytes()
+    storage = {256: 24, 257: 16, 259: 1, 262: 2, 274: TURNED, 277: 3, 278: 16}
+    tags = [(tag, 3, 1, struct.pack("<H", value)) for tag, value in storage.items()]
+    tags += [(258, 3, 3, struct.pack("<3H", 8, 8, 8)), (279, 4, 1, struct.pack("<I", len(pixels)))]
+    tags += [(273, 4, 1, struct.pack("<I", 8)), *entries]
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory(tags, 8 + len(pixels))

@@ -65,7 +65,7 @@ def exif(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    kind = draw(st.integers(0, 6))
+    kind = draw(st.integers(0, 7))
     if kind < 3:
         return changed(draw, draw(st.sampled_from(seeds())), PIECES)
     block = draw(exif())
@@ -73,6 +73,9 @@ def files(draw: st.DrawFn) -> bytes:
         return blocks.jpeg(block)
     if kind == 4:
         return blocks.webp(block)
+    if kind == 5:
+        entry = (draw(st.sampled_from(blocks.TAGS)), draw(st.sampled_from(list(blocks.SIZES))), draw(st.integers(0, 9)))
+        return blocks.tiff((*entry, draw(st.binary(max_size=30))))
     text = draw(st.sampled_from([b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adobe.xmp", b"pbe"]))
     content = draw(st.sampled_from([blocks.profile_text(block), b"[" * 5000, b'{"a":' * 999, draw(st.binary())]))
     chunk = draw(

@@ -102,6 +102,23 @@ def test_every_tag_with_every_type(tmp_path):
     assert wrong == []
 
 
+def test_odd_tags_of_a_tiff(tmp_path):
+    path, wrong = tmp_path / "a.tif", []
+    for tag in (*blocks.TAGS[1:], *blocks.SUB_TAGS[:4]):
+        for kind in blocks.SIZES:
+            for count, value in list(blocks.values(kind))[::2]:
+                path.write_bytes(blocks.tiff((tag, kind, count, value)))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    picture, size = read_picture(path), upright_size(path)
+                if not picture.size == size == (24, 16) or not (picture.pixels == UPRIGHT).all():
+                    wrong.append((hex(tag), kind, count))
+                if tag in (0x8773, 0xA005, 0x02BC):
+                    for suffix in ("png", "jpg", "tif", "webp"):
+                        save_picture(picture.with_pixels(picture.pixels), tmp_path / f"b.{suffix}")
+    assert wrong == []
+
+
 def test_a_block_that_is_dropped_is_announced(tmp_path):
     (tmp_path / "a.jpg").write_bytes(blocks.jpeg(blocks.exif_block([(0x013B, 5, 1, struct.pack("<II", 1, 2))])))
     with pytest.warns(PictureWarning, match=r"a\.jpg has a damaged EXIF block"):
