@@ -15,6 +15,7 @@ from PIL import Image
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.cli.train import main
 from pbe.models.vae import VAEConfig
+from pbe.training.callbacks.checkpoints import list_checkpoints, step_of
 from pbe.training.config import load_config
 from pbe.training.initialization import VAE_PREFIX, starting_model, starting_vae
 
@@ -108,11 +109,12 @@ def run(*arguments: object) -> None:
         torch.set_num_threads(threads)
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def start(*arguments: object, start_new_session: bool = False) -> subprocess.Popen:
     """`tools/train.py` in a process of its own, on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools" / "train.py"), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=start_new_session, **pipes)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -130,3 +132,26 @@ def metrics(run: Path, name: str) -> dict[int, float]:
 
 def checkpoint(run: Path, step: int) -> dict:
     return torch.load(run / "checkpoints" / f"step-{step:08}.ckpt", weights_only=True)
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    return [step_of(path) for path in list_checkpoints(run / "checkpoints")]
+
+
+def same(a, b):
+    """Whether nested containers hold equal values, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(run: Path, whole: Path, end: int = 24) -> None:
+    for name in ("train/loss", "train/loss_t500-749", "val/loss", "val/exemplar_gain", "lr"):
+        assert metrics(run, name) == metrics(whole, name), name
+    last, expected = checkpoint(run, end), checkpoint(whole, end)
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "data_position"):
+        assert same(last[name], expected[name]), name

@@ -6,6 +6,7 @@ import argparse
 import re
 import signal
 import sys
+from pathlib import Path
 
 from pbe.cli.flags import Parser
 
@@ -22,28 +23,48 @@ A run's folder gets config.yaml, metrics.jsonl, samples/ and checkpoints/step-â€
 def parser(prog: str | None = None) -> Parser:
     p = Parser(prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("settings", nargs="+", metavar="SETTING", help="YAML files and overrides key=value; later ones win")
-    p.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="PATH",
+        help="continue from the run's newest checkpoint, if it has one, or from this one",
+    )
     return p
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Trains; returns the exit code."""
-    args = parser(prog).parse_intermixed_args(argv)  # settings may follow --resume
+    args = parser(prog).parse_intermixed_args(separate(sys.argv[1:] if argv is None else argv))
+    from pbe.training.callbacks.stopping import Terminated
     from pbe.training.config import load_config
-    from pbe.training.run import Terminated, train
+    from pbe.training.run import train
 
     try:
-        skipped = train(load_config(args.settings), args.resume)
+        skipped = train(load_config(args.settings), args.resume if isinstance(args.resume, bool) else Path(args.resume))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     except Terminated as stop:
-        print(f"{stop}; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     if skipped:
         counts = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in skipped.items())
         print(f"pictures that could not be used and were replaced by others: {counts}")
     return 0
+
+
+def separate(argv: list[str]) -> list[str]:
+    """The arguments with `--resume` moved to the end where a setting, not a checkpoint, follows it."""
+    at = argv.index("--resume") if "--resume" in argv else len(argv)
+    follows = argv[at + 1 : at + 2]
+    if follows and re.search(r"^[\w.]+=|\.ya?ml$", follows[0]):
+        return [*argv[:at], *argv[at + 1 :], "--resume"]
+    return argv
 
 
 def message_of(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -137,6 +138,12 @@ class ExampleSampler(DistributedSampler):
         return len(self.dataset) // self.global_batch * self.batch_size
 
 
+def ignore_signals(worker: int) -> None:
+    """A data worker outlives a signal to the whole process group: it is for the process that trains to stop."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class ExampleDataModule(lightning.LightningDataModule):
     """Train, validation and test loaders of `Example` batches.
 
@@ -231,6 +238,7 @@ class ExampleDataModule(lightning.LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
         )

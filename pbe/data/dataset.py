@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from pbe.data.crop import usable
 from pbe.data.example import Example, hash64, make_generator
 from pbe.data.recipe import Stages, make_example
 from pbe.data.recipe_config import RecipeConfig
-from pbe.data.records import Record, Source, UnusablePicture
+from pbe.data.records import PackedStrings, Record, Source, UnusablePicture
 
 REASONS = ("missing", "unreadable", "no box")
 MAX_ATTEMPTS = 100  # this many unusable pictures in a row are an error
@@ -60,6 +63,20 @@ class ExampleDataset(Dataset[Example]):
     def set_epoch(self, epoch: int) -> None:
         """Examples are drawn for this epoch from now on, in all workers."""
         self._epoch.fill_(epoch)
+
+    @cached_property
+    def records_digest(self) -> str:
+        """Of the source's arrays, and so of its records and their order, wherever their files are."""
+        digest, parts = hashlib.sha256(), [self.source]
+        while parts:
+            value: Any = parts.pop()
+            if isinstance(value, np.ndarray):
+                digest.update(np.ascontiguousarray(value).data)
+            elif isinstance(value, dict):
+                parts += value.values()
+            elif isinstance(value, PackedStrings) or hasattr(value, "photos"):  # or a source within this one
+                parts += vars(value).values()
+        return digest.hexdigest()
 
     @property
     def skipped(self) -> dict[str, int]:

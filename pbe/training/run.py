@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pbe.checkpoints.formats.opening import open_checkpoint
 from pbe.data.datamodule import ExampleDataModule, check_sizes
 from pbe.io.atomic import locked
 from pbe.io.suggest import did_you_mean
@@ -27,13 +26,15 @@ from pbe.training.callbacks.checkpoints import (
     clear_parts,
     list_checkpoints,
     prepare_folder,
-    step_of,
 )
-from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics, skipped_pictures
+from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics
+from pbe.training.callbacks.progress import StepsBar
 from pbe.training.callbacks.samples import SampleGrids
+from pbe.training.callbacks.stopping import StopSignals
 from pbe.training.config import PaintByExampleRun, Run, save_config, to_dict
 from pbe.training.initialization import loaded_vae, starting_model, starting_vae
 from pbe.training.module import PaintByExampleTraining
+from pbe.training.resuming import newest_checkpoint, read_entries, restoring
 from pbe.training.task import TrainingTask
 from pbe.training.vae import VAETraining
 
@@ -51,50 +52,62 @@ UNTRUE_HERE = (
 )
 
 
-class Terminated(Exception):
-    """Training was stopped by SIGTERM; a run that is resumed goes on from its last checkpoint."""
-
-
-def train(config: Run, resume: bool = False) -> dict[str, int]:
+def train(config: Run, resume: bool | Path = False) -> dict[str, int]:
     """Runs the training that `config` describes, in its folder, to its end.
+
+    resume: whether it goes on from the folder's newest checkpoint, if there is one; or the checkpoint from which.
 
     Returns how many pictures could not be used, over all processes, by split and reason; in the first process alone.
 
-    Raises before training: `ValueError` for settings that do not fit, `FileExistsError` for a folder with checkpoints
-    and without `resume`, `OSError` where the folder cannot hold the run. `FloatingPointError` where training diverges,
-    `Terminated` where it is stopped.
+    Raises before training: `ValueError` for settings that do not fit or a checkpoint that is damaged or another run's,
+    `FileExistsError` for a folder with checkpoints and without `resume`, `OSError` where the folder cannot hold the
+    run. `FloatingPointError` where training diverges, `Terminated` where it is stopped by a signal.
     """
     check_trainer(config.trainer)
-    folder = Path(config.run)
-    with lightning_errors(), claimed(folder):
-        checkpoints = list_checkpoints(folder / "checkpoints")
-        last = checkpoints[-1] if checkpoints else None
+    folder, stop = Path(config.run), StopSignals()
+    with stop.handled(), lightning_errors(), quiet(), claimed(folder):
+        last = resume if isinstance(resume, Path) else newest_checkpoint(folder)
         if last:
-            check_resume(config, last, resume)
+            check_resume(config, last, bool(resume))
         data = open_data(config)  # before the networks, which take longer, and before anything is written
-        trainer = make_trainer(config, folder, step_of(last) if last else 0)
+        metrics = TrainingMetrics()
+        trainer = make_trainer(config, folder, metrics, stop)
         module = make_module(config)
         if is_first_process():  # the other processes find the folder as it is now
             clear_parts(folder)
-            check_room(folder, checkpoint_bytes(module) * (config.checkpoint.keep + 1 - len(checkpoints)))
+            kept = config.checkpoint.keep + 1 + config.checkpoint.best - len(list_checkpoints(folder / "checkpoints"))
+            check_room(folder, checkpoint_bytes(module) * kept)
             save_config(config, folder / "config.yaml")
-        with warnings.catch_warnings():
-            for message in UNTRUE_HERE:
-                warnings.filterwarnings("ignore", message=message)
+        with restoring(last, stop) if last else nullcontext():
             trainer.fit(module, data, ckpt_path=last)
-        skipped = skipped_pictures(trainer)
+        skipped = metrics.skipped_pictures(trainer, data.skipped)
         return {name.removeprefix("data/skipped_"): int(n) for name, n in skipped.items()} if is_first_process() else {}
 
 
 @contextmanager
 def lightning_errors() -> Iterator[None]:
-    """Turns Lightning's exceptions into `ValueError` and `Terminated`."""
+    """Turns Lightning's exception for settings into `ValueError`."""
     try:
         yield
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
-    except SIGTERMException as error:
-        raise Terminated("stopped by SIGTERM") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning says that does not help: each checkpoint's options, advertisements, untrue warnings."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in UNTRUE_HERE:
+                warnings.filterwarnings("ignore", message=message)
+            for category in (DeprecationWarning, FutureWarning):  # other packages' between each other
+                warnings.filterwarnings("ignore", category=category, module="lightning|torch")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def is_first_process() -> bool:
@@ -136,16 +149,16 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
 
 
 def check_resume(config: Run, last: Path, resume: bool) -> None:
-    """Raises `FileExistsError` without `resume` in a folder that has the checkpoint `last`, and `ValueError` where
+    """Raises `FileExistsError` without `resume`, and `ValueError` where `last` is not a training run's checkpoint or
     `config` changes what the run began with.
 
     The optimiser's state would go on as it was, and the records would tell of settings that were not used.
     """
     if not resume:
         raise FileExistsError(
-            f"{config.run} has a run that came to step {step_of(last)}: --resume continues it, run= begins another"
+            f"{config.run} has a run with the checkpoint {last.name}: --resume continues it, run= begins another"
         )
-    before, now = open_checkpoint(last).extras["pbe"]["config"], to_dict(config)
+    before, now = read_entries(last)["pbe"]["config"], to_dict(config)
     changed = []
     for section in ("task", "seed", "model", "size", "training", "optimizer", "data", "trainer"):
         old, new = flatten(before.get(section), section), flatten(now.get(section), section)
@@ -211,12 +224,14 @@ def make_module(config: Run) -> TrainingTask:
     return VAETraining(vae, config.training, config.optimizer, about)
 
 
-def make_trainer(config: Run, folder: Path, step: int) -> Trainer:
-    """The trainer of a run that begins after `step` optimiser steps."""
-    callbacks: list[Callback] = [TrainingMetrics(), Checkpoints(folder / "checkpoints", config.checkpoint)]
+def make_trainer(config: Run, folder: Path, metrics: TrainingMetrics, stop: StopSignals) -> Trainer:
+    """The run's trainer, with what happens beside the steps."""
+    callbacks: list[Callback] = [metrics, Checkpoints(folder / "checkpoints", config.checkpoint, stop)]
+    if config.trainer.get("enable_progress_bar", True):
+        callbacks.append(StepsBar())
     if isinstance(config, PaintByExampleRun) and config.samples.every_n_steps:
         callbacks.append(SampleGrids(folder / "samples", config.samples))
-    loggers: list[Logger] = [JSONLinesLogger(folder / "metrics.jsonl", step)]
+    loggers: list[Logger] = [JSONLinesLogger(folder / "metrics.jsonl")]
     if find_spec("tensorboard"):  # the extra `log`
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     shards = str(config.trainer.get("strategy", "")).startswith(("fsdp", "deepspeed"))  # which write files of their own

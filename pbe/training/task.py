@@ -21,6 +21,9 @@ class TrainingTask(lightning.LightningModule):
     Raises `FloatingPointError` in the step whose loss is not finite, naming the batch's files.
     """
 
+    val_loss = "val/loss"
+    """The validation metric that is lowest for the best checkpoint."""
+
     def __init__(self, optimizer: OptimizerConfig, about: Mapping[str, Any] | None):
         super().__init__()
         self.optimizer_config, self.about = optimizer, dict(about or {})

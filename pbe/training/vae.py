@@ -42,6 +42,8 @@ class VAETraining(TrainingTask):
     encoder trains.
     """
 
+    val_loss = "val/l1"
+
     def __init__(
         self,
         vae: AutoencoderKL,

@@ -42,6 +42,7 @@ from pbe.training.callbacks.checkpoints import (
 )
 from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics
 from pbe.training.callbacks.samples import SamplesConfig, sample_grid
+from pbe.training.callbacks.stopping import StopSignals
 from pbe.training.config import load_config
 from pbe.training.draws import make_noise_draws
 from pbe.training.ema import ParameterAverage
@@ -744,7 +745,9 @@ def test_a_test_is_a_validation_of_other_pictures(finished, toy):
 
 def test_a_run_is_not_overwritten(finished, toy, capsys):
     assert main([str(toy), f"run={finished}"]) == 2
-    assert f"{finished} has a run that came to step 10: --resume continues it" in capsys.readouterr().err
+    assert (
+        f"{finished} has a run with the checkpoint step-00000010.ckpt: --resume continues it" in capsys.readouterr().err
+    )
 
 
 def test_a_resumed_run_keeps_its_settings(finished, toy, capsys):
@@ -806,7 +809,7 @@ def test_divergence_stops_the_run(toy, capsys):
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     module = training()
     module.model.proj_out.bias.data[3] = float("nan")
-    writer = Checkpoints(tmp_path, CheckpointConfig())
+    writer = Checkpoints(tmp_path, CheckpointConfig(), StopSignals())
     with pytest.raises(FloatingPointError, match=r"after step 3 1 parameters are not finite, as model\.proj_out\.bias"):
         writer.save(SimpleNamespace(global_step=3), module)
 
@@ -870,7 +873,9 @@ def test_sigterm_is_no_success(toy):
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; --resume goes on from the last checkpoint" in output
+    (line,) = [line for line in output.splitlines() if "SIGTERM" in line]
+    step = int(line.split("after step ")[1].split(",")[0])
+    assert (run / "checkpoints" / f"step-{step:08}.ckpt").exists()
 
 
 def test_a_trial_run_leaves_no_checkpoint(toy):
@@ -921,7 +926,8 @@ def test_averages_cannot_begin_in_the_middle(finished, toy, capsys, tmp_path):
 def test_log_is_cut_where_the_run_continues(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
-    logger = JSONLinesLogger(path, step=2)
+    logger = JSONLinesLogger(path)
+    logger.trim(2)
     logger.log_metrics({"a": 9.0}, step=3)
     assert path.read_text() == '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 9.0}\n'
 

@@ -1,5 +1,6 @@
 """A run that was killed and resumed is, bit for bit, the run that was not."""
 
+import json
 import os
 import signal
 import time
@@ -7,6 +8,9 @@ import time
 import pytest
 import torch
 import toy_run
+from toy_run import assert_same_run, same
+
+from pbe.training.callbacks.checkpoints import list_checkpoints, step_of
 
 # 10 pictures in batches of 2: epochs of 5 steps. Checkpoints at every third step come both within epochs and, at the
 # 15th, at the end of one; the kill may come at any step between.
@@ -24,25 +28,6 @@ def whole(toy):
     run = toy.parent / "whole"
     toy_run.run(toy, f"run={run}", *SETTINGS)
     return run
-
-
-def same(a, b):
-    """Whether nested containers hold equal values, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def assert_same_run(run, whole):
-    for name in ("train/loss", "train/loss_t500-749", "val/loss", "val/exemplar_gain", "lr"):
-        assert toy_run.metrics(run, name) == toy_run.metrics(whole, name), name
-    last, expected = toy_run.checkpoint(run, 24), toy_run.checkpoint(whole, 24)
-    for name in ("state_dict", "optimizer_states", "lr_schedulers", "data_position"):
-        assert same(last[name], expected[name]), name
 
 
 def test_uninterrupted(whole):
@@ -146,3 +131,68 @@ def test_resumed_autoencoder(toy):
         assert same(toy_run.checkpoint(parts, 6)[name], toy_run.checkpoint(whole, 6)[name]), name
     scale = toy_run.checkpoint(whole, 6)["pbe"]["latent_scale"]
     assert toy_run.checkpoint(parts, 6)["pbe"]["latent_scale"] == scale
+
+
+BY_EPOCHS = ("trainer.max_steps=-1", "trainer.max_epochs=2")
+VALIDATED_EACH_EPOCH = ("trainer.val_check_interval=1.0", "trainer.check_val_every_n_epoch=1")
+# Runs of two epochs of 5 batches, and the steps to resume from that were wrong once, or are next to an epoch's end.
+KINDS = {
+    "steps": (("trainer.max_steps=10",), ()),
+    "steps with workers": (("trainer.max_steps=10", "data.workers=2"), (5,)),
+    "epochs": ((*BY_EPOCHS, *VALIDATED_EACH_EPOCH), ()),
+    "epochs with workers": ((*BY_EPOCHS, *VALIDATED_EACH_EPOCH, "data.workers=2"), (5,)),
+    "accumulation": (
+        ("trainer.max_steps=6", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3"),
+        (1,),
+    ),
+    "accumulation with workers": ((*BY_EPOCHS, "trainer.accumulate_grad_batches=2", "data.workers=2"), (3,)),
+    "limited": (("trainer.max_steps=6", "trainer.limit_train_batches=3"), ()),
+    "limited with workers": ((*BY_EPOCHS, "trainer.limit_train_batches=3", "data.workers=2"), (3,)),
+}
+
+
+def log_of(run):
+    """All that is logged, but for what the machine decides."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: x for k, x in line.items() if k not in ("pictures_per_second", "peak_memory_gib")} for line in lines]
+
+
+def resume_from(toy, whole, step, settings):
+    """Resumes from one checkpoint of a whole run in another folder: the same end and the same lines, none twice."""
+    run = whole.with_name(f"{whole.name}_from_{step}")
+    (run / "checkpoints").mkdir(parents=True)
+    name = f"step-{step:08}.ckpt"
+    (run / "checkpoints" / name).write_bytes((whole / "checkpoints" / name).read_bytes())
+    # killed before a validation after this step, or long after it
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] < step or '"lr"' in line]
+    (run / "metrics.jsonl").write_text("".join(kept if step % 2 else lines))
+    toy_run.run(toy, f"run={run}", *settings, "--resume")
+    last = list_checkpoints(whole / "checkpoints")[-1].name
+    one, other = (torch.load(folder / "checkpoints" / last, weights_only=True) for folder in (run, whole))
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "data_position"):
+        assert same(one[name], other[name]), name
+    assert log_of(run) == log_of(whole)
+
+
+def whole_run(toy, kind, settings):
+    whole = toy.parent / kind.replace(" ", "_")
+    settings = (*settings, "checkpoint.every_n_steps=1", "checkpoint.keep=99")
+    toy_run.run(toy, f"run={whole}", *settings)
+    return whole, settings
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, steps) in KINDS.items() if steps])
+def test_resumed_at_an_epoch_s_end(toy, kind):
+    settings, steps = KINDS[kind]
+    whole, settings = whole_run(toy, kind, settings)
+    for step in steps:
+        resume_from(toy, whole, step, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_from_every_step_of_two_epochs(toy, kind):
+    whole, settings = whole_run(toy, f"all {kind}", KINDS[kind][0])
+    for path in list_checkpoints(whole / "checkpoints")[:-1]:
+        resume_from(toy, whole, step_of(path), settings)

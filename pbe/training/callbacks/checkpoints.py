@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +20,11 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from pbe.io.atomic import replacing
 from pbe.io.fields import Range, check_fields
-from pbe.training.task import data_of
+from pbe.training.callbacks.metrics import JSONLinesLogger
+from pbe.training.callbacks.stopping import StopSignals, Terminated, requeue
+from pbe.training.task import TrainingTask, data_of
 
+AT_STEP = ("data_position", "best_loss", "validation_due")  # entries beside "loops" that tell of a step's end
 CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
@@ -28,8 +34,12 @@ class CheckpointConfig:
 
     every_n_steps: Annotated[int, Range(1)] = 1000
     """Optimiser steps between two checkpoints; the end of a run has one too."""
+    every_n_minutes: Annotated[float, Range(0, above=True)] | None = None
+    """Minutes after which there is one more, at the next step's end; None: by steps alone."""
     keep: Annotated[int, Range(1)] = 3
     """How many of the last are kept."""
+    best: bool = True
+    """Also keep `best.ckpt`, the one with the lowest validation loss."""
 
     def __post_init__(self) -> None:
         check_fields(self, "checkpoint")
@@ -38,37 +48,87 @@ class CheckpointConfig:
 class Checkpoints(Checkpoint):
     """Writes `step-00001000.ckpt` into `folder`, one more at the end, and removes those before the last `keep`.
 
-    They also hold how much of the epoch's data was consumed, from where the data module continues.
+    All describe the run at the end of an optimiser step, whenever they are written: where a validation follows, before
+    it, so that a resumed run makes it (again). They also hold how much of the epoch's data was consumed, from where the
+    data module continues.
 
-    Raises `FloatingPointError` in place of writing parameters that are not finite.
+    Raises `FloatingPointError` in place of writing parameters that are not finite, and `Terminated` between two batches
+    once `stop` has received a signal.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
-        self.folder, self.config = folder, config
-        self.position = (0, 0)
+    def __init__(self, folder: Path, config: CheckpointConfig, stop: StopSignals):
+        self.folder, self.config, self.stop = folder, config, stop
+        self.best_loss = math.inf
+        self.at_step: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.last_step = trainer.global_step
+        self.last_step = self.last_saved = trainer.global_step
+        self.last_time = time.monotonic()
+        self.stop.begin()
+        for logger in trainer.loggers:
+            if isinstance(logger, JSONLinesLogger):
+                logger.trim(self.last_step)
+        if trainer.is_global_zero:  # where an older one was chosen
+            for later in (path for path in list_checkpoints(self.folder) if step_of(path) > self.last_step):
+                later.replace(later.with_suffix(".ckpt.old"))
+        if self.at_step.get("validation_due"):
+            validate(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # which leaves nothing behind
             return
-        self.position = (trainer.current_epoch, (batch_idx + 1) * global_batch(trainer))
-        step = trainer.global_step
+        step, loop = trainer.global_step, trainer.fit_loop
+        assert loop._data_fetcher is not None
+        if step != self.last_step:
+            self.last_step = step
+            self.at_step = {
+                "loops": loop.state_dict(),
+                "data_position": (trainer.current_epoch, (batch_idx + 1) * global_batch(trainer)),
+                "best_loss": self.best_loss,
+                "validation_due": loop.epoch_loop._should_check_val_fx(loop._data_fetcher),
+            }
         # The end is saved here too: later, Lightning counts an epoch that max_steps cut short as a whole one, from
         # where a longer run could not continue.
-        ends = step == trainer.max_steps or trainer.should_stop
-        ends |= trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-        if step != self.last_step and (ends or step % self.config.every_n_steps == 0):
+        due = step == trainer.max_steps or trainer.should_stop or step % self.config.every_n_steps == 0
+        due |= trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        if self.config.every_n_minutes is not None:
+            late = time.monotonic() - self.last_time >= 60 * self.config.every_n_minutes
+            due |= trainer.strategy.reduce_boolean_decision(late, all=False)
+        if due and step != self.last_saved:
             self.save(trainer, pl_module)
+        self.stop_if_asked(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self.stop_if_asked(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TrainingTask)
+        loss = float(trainer.callback_metrics.get(pl_module.val_loss, math.nan))
+        if self.config.best and self.at_step and not trainer.sanity_checking and loss < self.best_loss:
+            self.best_loss = loss
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
+
+    def stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last step and raises `Terminated` where a signal asked for the end."""
+        signum = self.stop.asked(trainer)
+        if signum is None or not (self.at_step or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            return
+        if self.last_step != self.last_saved and self.at_step:
+            self.save(trainer, pl_module)
+        if signum == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue()
+        raise Terminated(signum, f"after step {self.last_step}, which is saved; --resume goes on from there")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["data_position"] = self.position
+        checkpoint |= {**self.at_step, "loops": {**checkpoint["loops"], "fit_loop": self.at_step["loops"]}}
         checkpoint["global_batch"], checkpoint["num_records"] = global_batch(trainer), num_records(trainer)
+        checkpoint["records_digest"] = records_digest(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        check_state(checkpoint, trainer, pl_module)
         # Lightning counts batches, and the position counts pictures: both go on only with batches of the same size.
         if checkpoint["global_batch"] != global_batch(trainer):
             raise ValueError(
@@ -80,20 +140,64 @@ class Checkpoints(Checkpoint):
                 f"the run's data had {checkpoint['num_records']} records and now has {num_records(trainer)}: "
                 "restore the data, or begin another run with run="
             )
-        self.position = checkpoint["data_position"]
-        data_of(trainer).set_position(*self.position)
+        if checkpoint.get("records_digest", "") not in ("", records_digest(trainer)):
+            raise ValueError(
+                "the run's data had other records, or the same in another order: restore the data, or begin another "
+                "run with run="
+            )
+        loops = checkpoint["loops"]["fit_loop"]
+        epoch, consumed = checkpoint["data_position"]
+        self.best_loss = float(checkpoint.get("best_loss", math.inf))
+        self.at_step = {name: checkpoint[name] for name in AT_STEP if name in checkpoint} | {"loops": loops}
+        # Data workers make the next batches before Lightning tells of the next epoch.
+        ended = loops["epoch_loop.batch_progress"]["is_last_batch"]
+        data_of(trainer).set_position(*((epoch + 1, 0) if ended else (epoch, consumed)))
 
     def save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = self.last_step = trainer.global_step
+        step = trainer.global_step
         bad = [name for name, p in pl_module.named_parameters() if p.requires_grad and not p.isfinite().all()]
         if bad:
             raise FloatingPointError(
                 f"after step {step} {len(bad)} parameters are not finite, as {bad[0]}; the checkpoints are older"
             )
-        trainer.save_checkpoint(self.folder / f"step-{step:08}.ckpt")
+        # weights_only: Lightning would write to the log that it is not set
+        trainer.save_checkpoint(self.folder / f"step-{step:08}.ckpt", weights_only=False)
+        self.last_saved, self.last_time = step, time.monotonic()
         if trainer.is_global_zero:
             for path in list_checkpoints(self.folder)[: -self.config.keep]:
                 trainer.strategy.remove_checkpoint(path)
+
+
+def validate(trainer: Trainer) -> None:
+    """The validation that follows the step from which a run is resumed."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.restarting = False
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
+def check_state(checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
+    """ValueError for a state of the loops or of AdamW that is not this run's: Lightning would notice later, or never.
+
+    The parameters were compared when they were loaded.
+    """
+    if not same_form(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict()):
+        raise ValueError("its loops are not those of a training run")
+    (optimizer,), (schedule,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+    trained = [p for p in pl_module.parameters() if p.requires_grad]
+    moments = optimizer["state"]
+    shapes = [moments[i][name].shape for i in moments for name in ("exp_avg", "exp_avg_sq")]
+    if not moments or shapes != [trained[i].shape for i in moments for _ in range(2)]:
+        raise ValueError("its optimizer's state does not fit the parameters that train")
+    if not isinstance(schedule["last_epoch"], int):
+        raise ValueError("its learning rate's schedule has no last_epoch")
+
+
+def same_form(value: Any, like: Any) -> bool:
+    """Whether nested dictionaries hold what `like` has, of the same types."""
+    if isinstance(like, dict):
+        return isinstance(value, dict) and all(key in value and same_form(value[key], like[key]) for key in like)
+    return type(value) is type(like)
 
 
 def global_batch(trainer: Trainer) -> int:
@@ -106,6 +210,13 @@ def num_records(trainer: Trainer) -> int:
     train = data_of(trainer).train
     assert train is not None
     return len(train)
+
+
+def records_digest(trainer: Trainer) -> str:
+    """A digest of the objects that training draws from, in their order."""
+    train = data_of(trainer).train
+    assert train is not None
+    return train.records_digest
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -158,7 +269,7 @@ def prepare_folder(folder: Path) -> None:
 
 def clear_parts(folder: Path) -> None:
     """Removes the checkpoints of a run whose writing was interrupted."""
-    for part in (folder / "checkpoints").glob(".step-*.part"):
+    for part in (folder / "checkpoints").glob(".*.part"):
         part.unlink()
 
 

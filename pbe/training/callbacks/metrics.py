@@ -34,6 +34,9 @@ class TrainingMetrics(Callback):
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}  # (2,) each: sum and count, on the device until they are logged
+        self.at_step: dict[str, Tensor] = {}  # `totals` at the last optimiser step's end, of which checkpoints tell
+        self.skipped: dict[str, dict[str, int]] = {}  # pictures that could not be used in this process until then
+        self.skipped_before: dict[str, float] = {}  # and over all processes, before this one began
         self.seconds = 0.0  # before this process began
         self.since = time.monotonic()
 
@@ -49,35 +52,53 @@ class TrainingMetrics(Callback):
             total = torch.stack([values.nansum(), counted.sum()]).float()
             self.totals[name] = self.totals[name].to(total.device) + total if name in self.totals else total
         step = trainer.global_step
-        if step == self.last_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if step == self.last_step:
             return
         self.last_step = step
-        totals = self.reduced(trainer)
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.write(trainer, pl_module)
+        self.at_step, self.skipped = dict(self.totals), data_of(trainer).skipped
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what was summed since last time, and begins again."""
+        totals = self.reduced(trainer, self.totals)
         metrics = {f"train/{name}": total / count for name, (total, count) in totals.items() if count}
         metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["pictures_per_second"] = totals["loss"][1] / (time.monotonic() - self.since)
         metrics["peak_memory_gib"] = peak_memory(pl_module.device)
-        metrics |= skipped_pictures(trainer)
+        metrics |= self.skipped_pictures(trainer, data_of(trainer).skipped)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            logger.log_metrics(metrics, step=trainer.global_step)
         self.totals, self.since = {}, time.monotonic()
 
-    def reduced(self, trainer: Trainer) -> dict[str, list[float]]:
+    def reduced(self, trainer: Trainer, totals: dict[str, Tensor]) -> dict[str, list[float]]:
         """[sum, count] of each metric over all processes; the one place where the device is waited for."""
-        if not self.totals:
+        if not totals:
             return {}
-        totals = sum_over_processes(trainer, torch.stack(list(self.totals.values())))
-        return dict(zip(self.totals, totals.tolist(), strict=True))
+        return dict(zip(totals, sum_over_processes(trainer, torch.stack(list(totals.values()))).tolist(), strict=True))
+
+    def skipped_pictures(self, trainer: Trainer, skipped: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+        """How many pictures could not be used since the run began, over all processes, by split and reason; none:
+        nothing. `skipped` are those of this process, since it began."""
+        counts = torch.tensor([n for reasons in skipped.values() for n in reasons.values()], dtype=torch.float64)
+        names = [f"data/skipped_{split}_{reason.replace(' ', '_')}" for split, of in skipped.items() for reason in of]
+        now = dict(zip(names, sum_over_processes(trainer, counts).tolist(), strict=True)) if names else {}
+        before = self.skipped_before
+        return {name: n for name in {**before, **now} if (n := before.get(name, 0) + now.get(name, 0))}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["metrics"] = {"totals": self.reduced(trainer), "seconds": time.monotonic() - self.since}
+        totals, seconds = self.reduced(trainer, self.at_step), time.monotonic() - self.since
+        skipped = self.skipped_pictures(trainer, self.skipped)
+        checkpoint["metrics"] = {"totals": totals, "seconds": seconds, "skipped": skipped}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.seconds = checkpoint["metrics"]["seconds"]
+        self.skipped_before = checkpoint["metrics"].get("skipped", {})
         # Sums over all processes go on in the first one alone.
         own = 1.0 if trainer.is_global_zero else 0.0
         totals = checkpoint["metrics"]["totals"].items()
         self.totals = {name: torch.tensor(total) * own for name, total in totals}
+        self.at_step = dict(self.totals)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.paused = time.monotonic()
@@ -85,15 +106,6 @@ class TrainingMetrics(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self.since += time.monotonic() - self.paused
-
-
-def skipped_pictures(trainer: Trainer) -> dict[str, float]:
-    """How many pictures could not be used so far, over all processes, by split and reason; none: nothing."""
-    skipped = data_of(trainer).skipped
-    counts = torch.tensor([n for reasons in skipped.values() for n in reasons.values()], dtype=torch.float64)
-    counts = sum_over_processes(trainer, counts)
-    names = [f"data/skipped_{split}_{reason.replace(' ', '_')}" for split, of in skipped.items() for reason in of]
-    return {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}
 
 
 def peak_memory(device: torch.device) -> float:
@@ -107,22 +119,26 @@ def peak_memory(device: torch.device) -> float:
 class JSONLinesLogger(Logger):
     """Appends metrics to a file, one JSON object per line, with `step`.
 
-    Lines of steps after `step` are removed first: a run that continues from a checkpoint takes those steps again.
+    A run that continues from a checkpoint makes some lines again: `trim` removes them first.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path):
         super().__init__()
         self.path = path
-        self._trim(step)
 
     @rank_zero_only
-    def _trim(self, step: int) -> None:
+    def trim(self, step: int) -> None:
+        """Removes the lines of steps after `step`, and those of the validations that follow it."""
         if not self.path.exists():
             return
+
+        def keep(line: dict[str, Any]) -> bool:
+            return line["step"] < step or (line["step"] == step and not any(name.startswith("val/") for name in line))
+
         # The last line may be cut where a process was killed.
         lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         with replacing(self.path, overwrite=True) as part:
-            part.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            part.write_text("".join(line for line in lines if keep(json.loads(line))))
 
     @property
     def name(self) -> None:

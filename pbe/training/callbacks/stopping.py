@@ -1,0 +1,73 @@
+"""Signals that ask a training run to stop: it does so between two batches, once its last step is saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Trainer
+
+
+class Terminated(Exception):
+    """Training was stopped by the signal `signum`; the message says where a resumed run goes on."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(f"stopped by {signal.Signals(signum).name} {message}")
+        self.signum = signum
+
+
+class StopSignals:
+    """Keeps SIGTERM, Ctrl+C and SLURM's signal before a requeue until `asked`; a second Ctrl+C raises at once.
+
+    While nothing trains, the first raises at once, as there is nothing to save.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.training = False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Takes the signals for as long as the block lasts; in the main thread alone, where Python allows it."""
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            signals = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if SLURMEnvironment.detect() else [])]
+            before = {signum: signal.signal(signum, self.receive) for signum in signals}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def receive(self, signum: int, frame: FrameType | None) -> None:
+        if not self.training:
+            raise Terminated(signum, "before the first step")
+        if self.received == signum == signal.SIGINT:
+            raise Terminated(signum, "twice, without a checkpoint of the last step")
+        self.received = self.received or signum
+
+    def begin(self) -> None:
+        """From now on a signal waits for the end of a batch. Lightning's handler of SIGTERM gives way to this one."""
+        self.training = True
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.receive)
+
+    def asked(self, trainer: Trainer) -> int | None:
+        """The signal that some process received, if one did."""
+        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+            return self.received or signal.SIGTERM
+        return None
+
+
+def requeue() -> None:
+    """Asks SLURM to start this job again."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    subprocess.run(["scontrol", "requeue", job], check=False)
