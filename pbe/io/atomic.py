@@ -120,15 +120,6 @@ def write_error(error: BaseException | None) -> int | None:
     return None
 
 
-def is_running(process: int) -> bool:
-    """Whether this host has a process of this number."""
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH  # another user's process cannot be sent a signal
-    return True
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, in place of one that is there."""
     with replacing(path, overwrite=True) as part:
