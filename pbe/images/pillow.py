@@ -282,6 +282,7 @@ def _clean_exif(image: Image.Image, label: str) -> bytes:
     is none, or one that Pillow cannot write again."""
     exif = Image.Exif()
     try:
+        Image.Exif().load(image.info.get("exif", b""))  # fails where Pillow has given up before
         exif.load(_exif_of(image).tobytes())
         for tag in _TIFF_STORAGE_TAGS & set(exif):
             del exif[tag]
