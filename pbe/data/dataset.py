@@ -65,7 +65,7 @@ class ExampleDataset(Dataset[Example]):
         self._epoch.fill_(epoch)
 
     @cached_property
-    def records_digest(self) -> str:
+    def digest(self) -> str:
         """Of the source's arrays, and so of its records and their order, wherever their files are."""
         digest, parts = hashlib.sha256(), [self.source]
         while parts:

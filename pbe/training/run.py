@@ -95,19 +95,20 @@ def lightning_errors() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Lightning says that does not help: each checkpoint's options, advertisements, untrue warnings."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for message in UNTRUE_HERE:
-                warnings.filterwarnings("ignore", message=message)
-            for category in (DeprecationWarning, FutureWarning):  # other packages' between each other
-                warnings.filterwarnings("ignore", category=category, module="lightning|torch")
-            yield
-    finally:
-        logger.setLevel(level)
+    """Without Lightning's advertisements, untrue warnings, and what other packages deprecate among themselves."""
+    handlers = [handler for name in ("lightning", "lightning.pytorch") for handler in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(is_not_advertisement)
+    with warnings.catch_warnings():
+        for message in UNTRUE_HERE:
+            warnings.filterwarnings("ignore", message=message)
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module="lightning|torch")
+        yield
+
+
+def is_not_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def is_first_process() -> bool:

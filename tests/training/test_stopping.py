@@ -12,6 +12,7 @@ import toy_run
 from toy_run import assert_same_run, same
 
 from pbe.cli.train import main
+from pbe.training.module import PaintByExampleTraining
 
 LONG = ("trainer.max_steps=100000", "checkpoint.every_n_steps=100000", "data.workers=2")
 
@@ -60,16 +61,16 @@ def test_ten_kills_at_random_moments(toy):
     reached = []
     for _ in range(10):
         process = toy_run.start(toy, f"run={run}", *settings, "--resume")
-        before = log.stat().st_mtime_ns if log.exists() else 0
-        while not log.exists() or log.stat().st_mtime_ns == before:  # until training begins
+        # the log may still have lines of steps that are taken again: then the kill comes early
+        further = (reached or [0])[-1] + rng.randint(1, 5)
+        while not log.exists() or log.read_bytes().count(b'"lr"') < further:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait()
         process.stdout.close()
-        steps = toy_run.checkpoint_steps(run)
-        reached.append(steps[-1] if steps else 0)
+        reached.append((toy_run.checkpoint_steps(run) or [0])[-1])
         assert reached[-1] < 60, "it came to its end before ten kills"
     print("steps reached:", reached)
     assert len(set(reached)) > 3
@@ -179,3 +180,23 @@ def test_counts_of_skipped_pictures_go_on(toy, tmp_path):
     toy_run.run(*settings, f"run={tmp_path / 'parts'}", "trainer.max_steps=10", "--resume")
     name = "data/skipped_train_unreadable"
     assert toy_run.metrics(tmp_path / "parts", name) == toy_run.metrics(tmp_path / "whole", name) != {}
+
+
+def test_a_signal_within_a_validation(toy, monkeypatch):
+    """Here in the middle of an accumulation: the last step is saved, and the validation is made again."""
+    settings = ("trainer.max_steps=5", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3")
+    whole, run = toy.parent / "validated", toy.parent / "stopped_within"
+    toy_run.run(toy, f"run={whole}", *settings)
+    step = PaintByExampleTraining.validation_step
+
+    def stopped(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGTERM)
+        step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PaintByExampleTraining, "validation_step", stopped)
+        assert main([str(toy), f"run={run}", *settings]) == 128 + signal.SIGTERM
+    assert toy_run.checkpoint_steps(run) == [1]
+    assert toy_run.metrics(run, "val/loss") == {}
+    toy_run.run(toy, f"run={run}", *settings, "--resume")
+    assert_same_run(run, whole, 5)

@@ -17,7 +17,9 @@ from lightning import LightningModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from pbe.data.dataset import ExampleDataset
 from pbe.io.atomic import replacing
 from pbe.io.fields import Range, check_fields
 from pbe.training.callbacks.metrics import JSONLinesLogger
@@ -114,9 +116,9 @@ class Checkpoints(Checkpoint):
     def stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step and raises `Terminated` where a signal asked for the end."""
         signum = self.stop.asked(trainer)
-        if signum is None or not (self.at_step or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        if signum is None or not self.at_step:  # before the first step's end there is nothing to save
             return
-        if self.last_step != self.last_saved and self.at_step:
+        if self.last_step != self.last_saved:
             self.save(trainer, pl_module)
         if signum == signal.SIGUSR1 and trainer.is_global_zero:
             requeue()
@@ -124,8 +126,9 @@ class Checkpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {**self.at_step, "loops": {**checkpoint["loops"], "fit_loop": self.at_step["loops"]}}
-        checkpoint["global_batch"], checkpoint["num_records"] = global_batch(trainer), num_records(trainer)
-        checkpoint["records_digest"] = records_digest(trainer)
+        records = train_records(trainer)
+        checkpoint["global_batch"], checkpoint["num_records"] = global_batch(trainer), len(records)
+        checkpoint["records_digest"] = records.digest
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         check_state(checkpoint, trainer, pl_module)
@@ -135,16 +138,13 @@ class Checkpoints(Checkpoint):
                 f"the run had {checkpoint['global_batch']} pictures in a batch over all processes and cannot go on "
                 f"with {global_batch(trainer)}: change data.batch_size with the number of devices"
             )
-        if checkpoint["num_records"] != num_records(trainer):
-            raise ValueError(
-                f"the run's data had {checkpoint['num_records']} records and now has {num_records(trainer)}: "
-                "restore the data, or begin another run with run="
-            )
-        if checkpoint.get("records_digest", "") not in ("", records_digest(trainer)):
-            raise ValueError(
-                "the run's data had other records, or the same in another order: restore the data, or begin another "
-                "run with run="
-            )
+        records, change = train_records(trainer), ""
+        if checkpoint["num_records"] != len(records):
+            change = f"had {checkpoint['num_records']} records and now has {len(records)}"
+        elif checkpoint.get("records_digest", records.digest) != records.digest:
+            change = "had other records, or the same in another order"
+        if change:
+            raise ValueError(f"the run's data {change}: restore the data, or begin another run with run=")
         loops = checkpoint["loops"]["fit_loop"]
         epoch, consumed = checkpoint["data_position"]
         self.best_loss = float(checkpoint.get("best_loss", math.inf))
@@ -184,13 +184,15 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer, pl_module: Lightni
     if not same_form(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict()):
         raise ValueError("its loops are not those of a training run")
     (optimizer,), (schedule,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+    if not isinstance(schedule["last_epoch"], int):
+        raise ValueError("its learning rate's schedule has no last_epoch")
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        return  # which divide the parameters
     trained = [p for p in pl_module.parameters() if p.requires_grad]
     moments = optimizer["state"]
     shapes = [moments[i][name].shape for i in moments for name in ("exp_avg", "exp_avg_sq")]
     if not moments or shapes != [trained[i].shape for i in moments for _ in range(2)]:
         raise ValueError("its optimizer's state does not fit the parameters that train")
-    if not isinstance(schedule["last_epoch"], int):
-        raise ValueError("its learning rate's schedule has no last_epoch")
 
 
 def same_form(value: Any, like: Any) -> bool:
@@ -205,18 +207,11 @@ def global_batch(trainer: Trainer) -> int:
     return data_of(trainer).config.batch_size * trainer.world_size
 
 
-def num_records(trainer: Trainer) -> int:
-    """Objects that training draws from."""
+def train_records(trainer: Trainer) -> ExampleDataset:
+    """What training draws from."""
     train = data_of(trainer).train
     assert train is not None
-    return len(train)
-
-
-def records_digest(trainer: Trainer) -> str:
-    """A digest of the objects that training draws from, in their order."""
-    train = data_of(trainer).train
-    assert train is not None
-    return train.records_digest
+    return train
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -49,7 +49,7 @@ class StopSignals:
         if not self.training:
             raise Terminated(signum, "before the first step")
         if self.received == signum == signal.SIGINT:
-            raise Terminated(signum, "twice, without a checkpoint of the last step")
+            raise Terminated(signum, "at once, perhaps before its last step was saved")
         self.received = self.received or signum
 
     def begin(self) -> None:
