@@ -192,6 +192,23 @@ def test_the_exemplar_is_cropped(tab, tmp_path):
     assert "There is no exemplar yet" in message(tab)
 
 
+def test_cancel_stops_an_edit(tab, tmp_path):
+    load(tab, "image", EXAMPLES / "coffee.png")
+    load(tab, "exemplar", EXAMPLES / "china.jpg")
+    drag(tab, "image", (0.4, 0.4), (0.6, 0.6))
+    tab.get_by_role("button", name="Steps, seed, sampler").click()
+    tab.get_by_label("number input for Steps").fill("200")
+    tab.get_by_label("number input for Results").fill("8")
+    tab.get_by_label("number input for Results").press("Tab")
+    tab.locator("#paint").click()
+    tab.locator("#results .progress-text").wait_for()
+    tab.locator("#cancel").click()
+    tab.locator("#results .progress-text").wait_for(state="hidden", timeout=5 * SECONDS)
+    assert not tab.locator("#results img").count()
+    tab.get_by_label("number input for Results").fill("1")
+    paint(tab, tmp_path / "next.png")
+
+
 def test_a_result_becomes_the_image(tab, tmp_path):
     load(tab, "image", EXAMPLES / "coffee.png")
     load(tab, "exemplar", EXAMPLES / "china.jpg")
