@@ -20,7 +20,7 @@ def version() -> str:
 SAFETENSORS = ["safetensors>=0.4"]
 LOG = ["tensorboard>=2.14"]
 PLOT = ["matplotlib>=3.7"]
-APP = ["gradio>=6.29"]
+APP = ["gradio>=6.29", "starlette>=0.40"]  # starlette is what gradio serves with
 MASKS = ["opencv-python-headless>=4.8"]
 EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
 # diffusers loads weights tensor by tensor, and moves networks off a small card, only with accelerate.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import gradio as gr
-from anyio.to_thread import run_sync
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,7 +42,7 @@ class Guard:
             refusal = self.refusal(scope) if scope["type"] == "http" else None
             if refusal is None:
                 if self.files is not None and scope.get("method") == "POST":
-                    await run_sync(make_room, self.files)
+                    await asyncio.to_thread(make_room, self.files)
                 await self.app(scope, receive, answer)
                 return
             status, message = refusal

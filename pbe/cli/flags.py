@@ -26,10 +26,13 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         args = sys.argv[1:] if args is None else list(args)
-        for before, argument in zip(["", *args], args, strict=False):
-            if not argument.strip() or (argument.startswith("--") and argument.endswith("=")):
-                name = argument.strip() or before or "an argument"
-                self.error(f"{name.rstrip('=')} is empty; expected a value (is a shell variable unset?)")
+        name = "an argument"
+        for argument in args:
+            if argument.startswith("--"):
+                name, is_given, argument = argument.partition("=")
+                argument = argument if is_given else name
+            if not argument.strip():
+                self.error(f"{name} is empty; expected a value (is a shell variable unset?)")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -467,7 +467,6 @@ def test_the_figure_shows_each_text_s_result_beside_the_exemplar_s(figure_argume
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--texts", "a cat", " "], "texts that say something"),
         (["--texts", "a cat", "--seeds", "3", "3"], "seeds, each once"),
         (["--texts", "a cat", "--ckpt", "none.ckpt"], "none.ckpt: there is no such checkpoint"),
         (["--texts", "a cat", "--exemplar", "none.png"], "none.png"),
@@ -477,6 +476,14 @@ def test_the_figure_shows_each_text_s_result_beside_the_exemplar_s(figure_argume
 def test_the_figure_refuses(options, message, figure_arguments, tmp_path, capsys):
     assert main([*figure_arguments, *options]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_the_figure_needs_texts_that_say_something(figure_arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*figure_arguments, "--texts", "a cat", " "])
+    assert end.value.code == 2
+    assert "--texts is empty" in capsys.readouterr().err
     assert not (tmp_path / "figure.png").exists()
 
 
