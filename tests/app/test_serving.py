@@ -251,6 +251,7 @@ def test_every_picture_has_the_same_bound_before_it_is_decoded(tmp_path, suffix,
             uploads.take(path, tmp_path, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 @pytest.mark.parametrize("name", ["image", "mask", "exemplar"])
 def test_reading_a_picture_takes_no_more_than_that(tmp_path, mode, name):
@@ -417,7 +418,7 @@ def start(checkpoint: Path, temporary: Path, *flags: str, program: str = "") -> 
     return process, line.split()[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_page_and_its_edits_and_deletes_their_files(tiny_checkpoint, files, tmp_path, number):
     server, address = start(tiny_checkpoint, tmp_path / "temporary")
     try:

@@ -14,5 +14,6 @@ def test_the_seeds_are_sound_files(tmp_path):
         assert isinstance(check(tmp_path / "x.ckpt"), Checkpoint)
 
 
+@pytest.mark.slow
 def test_five_seconds_of_fuzzing(tmp_path):
     assert fuzz(5, tmp_path) > 0

@@ -13,6 +13,7 @@ def test_the_seeds_are_sound_pictures(tmp_path):
         pictures.check(data, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [pictures, rows])
 def test_five_seconds_of_fuzzing(tmp_path, module):
     assert fuzz(module.files(), module.check, 5, tmp_path) > 0
