@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -57,7 +58,7 @@ def field_docs(owner: type) -> dict[str, str]:
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
     assert isinstance(body, ast.ClassDef)
     docs = {}
-    for field, below in zip(body.body, body.body[1:], strict=False):
+    for field, below in pairwise(body.body):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
             docs[field.target.id] = " ".join(str(below.value.value).split())
