@@ -17,8 +17,8 @@ from pbe.io.fields import Range, check, describe, field_docs, field_types, read
 MAX_SEED = 2**64 - 1  # torch's generators take 64 bits
 COUNT = Annotated[int, Range(1, 10_000)]  # of the results of one call, and of those sampled at once
 
-SamplerName = Literal["ddim", "plms", "ddpm", "dpm_solver"]
-SpacingName = Literal["leading", "trailing"]
+SamplerName = Literal["ddim", "plms", "ddpm", "dpm_solver", "unipc", "euler", "euler_ancestral", "lcm", "tcd"]
+SpacingName = Literal["leading", "trailing", "karras", "lcm"]
 Interval = Annotated[
     tuple[Annotated[int, Range(-1, 1000)], Annotated[int, Range(-1, 1000)]],
     "two whole timesteps LOW,HIGH with -1 <= LOW <= HIGH <= 1000",

@@ -1,14 +1,15 @@
 """Samplers: from noise to a sample, by a network's prediction eps(x_t, t) along a grid of steps.
 
-An algorithm is a generator that takes the steps; `sampler` gives it the contract that all share, `Sampler`. Symbols are
-DDIM's (arXiv 2010.02502) with DDPM's bar: x_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps.
+An algorithm is a generator that takes the steps; `sampler` gives it the contract that all share, `Sampler`. Those here
+know the last state alone; `multistep` and `consistency` have others, `registry` the names of all. Symbols are DDIM's
+(arXiv 2010.02502) with DDPM's bar: x_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import expm1, log, sqrt
+from math import sqrt
 from typing import Literal
 
 import torch
@@ -98,8 +99,9 @@ class Sampler:
         if self.noise == "eta" and not 0 <= eta <= 1:
             raise ValueError(f"eta must be from 0 (deterministic) to 1 (as noisy as DDPM), got {eta}")
         if self.noise != "eta" and eta != 0:
-            with_eta = " or ".join(repr(name) for name, other in SAMPLERS.items() if other.noise == "eta")
-            raise ValueError(f"eta={eta} is for the sampler {with_eta}, not {self.__name__!r}")
+            raise ValueError(
+                f"eta={eta} says how much noise a sampler such as 'ddim' draws; {self.__name__!r} draws it {self.noise}"
+            )
 
 
 def sampler(noise: Noise) -> Callable[[Algorithm], Sampler]:
@@ -170,36 +172,6 @@ def ddim(eps: Eps, x_t: Tensor, grid: Grid, draw: Draw, eta: float) -> States:
         yield x_t, z_0
 
 
-# Adams-Bashforth weights by the number of predictions at hand, newest first
-ADAMS_BASHFORTH = {
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
-
-
-@sampler(noise="never")
-def plms(eps: Eps, x_t: Tensor, grid: Grid, draw: Draw, eta: float) -> States:
-    """PLMS, equation 12 (Liu et al., arXiv 2202.09778): DDIM steps along a mean of the last four predictions.
-
-    The first step, without a past, is a pseudo improved Euler step, as in latent diffusion: one evaluation more than
-    there are steps. A single step has no second timestep to look ahead to: it is DDIM's.
-    """
-    history: list[Tensor] = []  # newest first
-    for index, (t, alpha_bar_t, alpha_bar_prev) in enumerate(grid):
-        eps_t = evaluate(eps, x_t, t)
-        history = [eps_t, *history[:3]]
-        if index == 0 and len(grid) > 1:
-            # eps' = (eps(x_t, t) + eps(x_prev, t_prev)) / 2
-            x_prev, _ = ddim_step(x_t, eps_t, alpha_bar_t, alpha_bar_prev)
-            eps_t = (eps_t + evaluate(eps, x_prev, grid[1].t)) / 2
-        elif index > 0:
-            weights = ADAMS_BASHFORTH[len(history)]
-            eps_t = sum((w * e for w, e in zip(weights, history, strict=True)), torch.zeros_like(x_t))
-        x_t, z_0 = ddim_step(x_t, eps_t, alpha_bar_t, alpha_bar_prev)
-        yield x_t, z_0
-
-
 @sampler(noise="always")
 def ddpm(eps: Eps, x_t: Tensor, grid: Grid, draw: Draw, eta: float) -> States:
     """DDPM, equations 6 and 7 (Ho et al., arXiv 2006.11239): draws from q(x_prev | x_t, z_0), its betas respaced.
@@ -214,40 +186,19 @@ def ddpm(eps: Eps, x_t: Tensor, grid: Grid, draw: Draw, eta: float) -> States:
 
 
 @sampler(noise="never")
-def dpm_solver(eps: Eps, x_t: Tensor, grid: Grid, draw: Draw, eta: float) -> States:
-    """DPM-Solver++(2M), algorithm 2 (Lu et al., arXiv 2211.01095): a second-order multistep method on z_0.
+def euler(eps: Eps, x_t: Tensor, grid: Grid, draw: Draw, eta: float) -> States:
+    """Euler's method in sigma = sqrt((1 - alpha_bar) / alpha_bar), algorithm 1 without churn (Karras et al.,
+    arXiv 2206.00364): the steps of DDIM at eta = 0, under the name that other tools have for them.
 
-    The first step is of first order, and below 15 steps the last one too, where extrapolating over the long last
-    step is unstable.
+    (x / sqrt(alpha_bar))_prev = (x / sqrt(alpha_bar))_t + (sigma_prev - sigma_t) eps_t
     """
-    last: tuple[Tensor, float] | None = None  # z_0 and lambda of the step before
-    for index, (t, alpha_bar_t, alpha_bar_prev) in enumerate(grid):
-        z_0 = predict_z_0(x_t, evaluate(eps, x_t, t), alpha_bar_t)
-        lambda_t = half_log_snr(alpha_bar_t)
-        h = half_log_snr(alpha_bar_prev) - lambda_t
-        # D = (1 + 1 / 2r) z_0 - 1 / 2r z_0_last, with r = h_last / h
-        D = z_0
-        if last is not None and not (index == len(grid) - 1 and len(grid) < 15):
-            z_0_last, lambda_last = last
-            h_last = lambda_t - lambda_last
-            D = z_0 + h / (2 * h_last) * (z_0 - z_0_last)
-        # x_prev = sigma_prev / sigma_t x_t - alpha_prev (exp(-h) - 1) D
-        to_x_t = sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
-        x_t = to_x_t * x_t - sqrt(alpha_bar_prev) * expm1(-h) * D
-        last = z_0, lambda_t
-        yield x_t, z_0
+    return ddim.algorithm(eps, x_t, grid, draw, 0.0)
 
 
-def half_log_snr(alpha_bar: float) -> float:
-    """lambda = log(alpha / sigma), the time in which the solver steps."""
-    return 0.5 * log(alpha_bar / (1 - alpha_bar))
+@sampler(noise="always")
+def euler_ancestral(eps: Eps, x_t: Tensor, grid: Grid, draw: Draw, eta: float) -> States:
+    """Euler's step to sigma_down, then noise of sigma_up, as k-diffusion's: the steps of DDIM at eta = 1 to the end.
 
-
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "plms": plms, "ddpm": ddpm, "dpm_solver": dpm_solver}
-
-
-def get_sampler(name: str) -> Sampler:
-    """The sampler called `name`; a ValueError that lists the choices if there is none."""
-    if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}, choose one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
+    sigma_up^2 = sigma_prev^2 (sigma_t^2 - sigma_prev^2) / sigma_t^2, sigma_down^2 = sigma_prev^2 - sigma_up^2
+    """
+    return ddim.algorithm(eps, x_t, clean_end(grid), draw, 1.0)

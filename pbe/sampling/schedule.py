@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
@@ -21,6 +21,14 @@ class Step(NamedTuple):
 
 
 Grid = Sequence[Step]  # noisiest first; made by a spacing function, see `pbe.sampling.spacing`
+
+
+class ScheduleGrid(list[Step]):
+    """A grid with the schedule that it goes through, for samplers that need levels between the steps."""
+
+    def __init__(self, steps: Iterable[Step], schedule: NoiseSchedule):
+        super().__init__(steps)
+        self.schedule = schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +80,7 @@ class NoiseSchedule:
         """T."""
         return self.alpha_bar.numel()
 
-    def grid(self, timesteps: Sequence[int]) -> list[Step]:
+    def grid(self, timesteps: Sequence[int]) -> ScheduleGrid:
         """The steps from each of `timesteps` to the next; the last one arrives at alpha_bar[0], as in the original.
 
         Raises:
@@ -84,7 +92,8 @@ class NoiseSchedule:
             raise ValueError(f"timesteps must fall strictly, each from {last} to 0, got {list(timesteps)}")
         alpha_bar = self.alpha_bar[list(timesteps)].tolist()
         ends = [*alpha_bar[1:], self.alpha_bar[0].item()]
-        return [Step(int(t), *levels) for t, *levels in zip(timesteps, alpha_bar, ends, strict=True)]
+        steps = (Step(int(t), *levels) for t, *levels in zip(timesteps, alpha_bar, ends, strict=True))
+        return ScheduleGrid(steps, self)
 
     def add_noise(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t ~ q(z_t | z_0), the forward process: sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) noise.

@@ -5,16 +5,20 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Protocol
 
-from pbe.sampling.schedule import NoiseSchedule, Step
+import numpy as np
+
+from pbe.sampling.schedule import NoiseSchedule, ScheduleGrid, Step
+
+DISTILLED_TIMESTEPS = 50  # of the spacing lcm: consistency models are trained at so many
 
 
 class Spacing(Protocol):
     """Makes the grid of `steps` steps, from 1 to the schedule's T; a ValueError for another number."""
 
-    def __call__(self, schedule: NoiseSchedule, steps: int) -> list[Step]: ...
+    def __call__(self, schedule: NoiseSchedule, steps: int) -> ScheduleGrid: ...
 
 
-def leading(schedule: NoiseSchedule, steps: int) -> list[Step]:
+def leading(schedule: NoiseSchedule, steps: int) -> ScheduleGrid:
     """arange(S) * (T // S) + 1, reversed: the original's timesteps wherever S divides T.
 
     For S = T, where the offset would leave the table, arange(T) reversed. With few steps the first timestep lies well
@@ -25,13 +29,38 @@ def leading(schedule: NoiseSchedule, steps: int) -> list[Step]:
     return schedule.grid([i * (T // steps) + offset for i in reversed(range(steps))])
 
 
-def trailing(schedule: NoiseSchedule, steps: int) -> list[Step]:
+def trailing(schedule: NoiseSchedule, steps: int) -> ScheduleGrid:
     """round(T - i T / S) - 1 for i = 0, ..., S - 1: always from T - 1 (Lin et al. 2023, arXiv 2305.08891, table 2)."""
     T = check_steps(schedule, steps)
     return schedule.grid([(2 * T * (steps - i) + steps) // (2 * steps) - 1 for i in range(steps)])
 
 
-SPACINGS: dict[str, Spacing] = {"leading": leading, "trailing": trailing}
+def karras(schedule: NoiseSchedule, steps: int) -> ScheduleGrid:
+    """sigma evenly spaced in its seventh root over all of the schedule, then 0 (Karras et al., arXiv 2206.00364,
+    equation 5, rho = 7): most steps at little noise.
+
+    These levels lie between those of the timesteps; the network, trained at whole ones, is asked at the nearest by
+    log sigma, more than once where many steps fall on one.
+    """
+    T = check_steps(schedule, steps)
+    sigmas = ((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt().numpy()
+    levels = np.linspace(sigmas[-1] ** (1 / 7), sigmas[0] ** (1 / 7), steps) ** 7
+    timesteps = np.interp(np.log(levels), np.log(sigmas), np.arange(T)).round().astype(int).tolist()
+    alpha_bar = (1 / (1 + levels**2)).tolist()
+    return ScheduleGrid(map(Step, timesteps, alpha_bar, [*alpha_bar[1:], 1.0]), schedule)
+
+
+def lcm(schedule: NoiseSchedule, steps: int) -> ScheduleGrid:
+    """`steps` of the 50 timesteps k - 1, 2k - 1, …, T - 1 of consistency distillation, k = T // 50, from the noisiest
+    (Luo et al., arXiv 2310.04378, section 4.3)."""
+    T = check_steps(schedule, steps)
+    if steps > DISTILLED_TIMESTEPS:
+        raise ValueError(f"the spacing 'lcm' has {DISTILLED_TIMESTEPS} timesteps, got steps={steps}")
+    k, skip = T // DISTILLED_TIMESTEPS, DISTILLED_TIMESTEPS
+    return schedule.grid([k * (skip - i * skip // steps) - 1 for i in range(steps)])
+
+
+SPACINGS: dict[str, Spacing] = {"leading": leading, "trailing": trailing, "karras": karras, "lcm": lcm}
 
 
 def get_spacing(name: str) -> Spacing:

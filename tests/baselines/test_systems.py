@@ -325,7 +325,7 @@ REFUSED = [
     (
         "paint-by-example",
         ["paint_by_example", "--spacing", "even"],
-        "spacing must be 'leading' or 'trailing', got 'even'",
+        "spacing must be 'leading', 'trailing', 'karras' or 'lcm', got 'even'",
     ),
     (
         "paint-by-example",

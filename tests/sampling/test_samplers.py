@@ -1,5 +1,6 @@
 """Samplers against closed forms, against diffusers, and against their contract."""
 
+from itertools import product
 from math import log, sqrt
 
 import numpy as np
@@ -8,19 +9,27 @@ import torch
 
 from pbe.sampling import (
     SAMPLERS,
+    SPACINGS,
     NoiseSchedule,
     ddim,
     ddpm,
     dpm_solver,
+    euler,
+    euler_ancestral,
     get_sampler,
+    karras,
+    lcm,
     leading,
     make_generators,
     plms,
     randn,
     sampler,
+    tcd,
     trailing,
+    unipc,
 )
-from pbe.sampling.samplers import ADAMS_BASHFORTH
+from pbe.sampling.consistency import boundary_scalings
+from pbe.sampling.multistep import ADAMS_BASHFORTH
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 
@@ -68,26 +77,37 @@ class Gaussian:
 # --- closed forms -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("plms", 2), ("dpm_solver", 2)])
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("plms", 2), ("dpm_solver", 2)])
 def test_deterministic_samplers_converge_with_their_order(name, order):
     # Stable Diffusion's betas made 1000 times finer. The first beta jumps to where the first 50 or so of the 1000
     # coarse ones lead: sigma grows as sqrt(t) from t = 0, over which no method with even steps in t keeps its order.
+    step_counts, errors = errors_on_gaussian_data(name)
+    slope = -np.polyfit(np.log(step_counts), np.log(errors), 1)[0]
+    # over the first doubling PLMS is still a sixth short of its order
+    assert slope == pytest.approx(order, abs=0.15), errors
+    assert errors[-1] < 0.02 / step_counts[-1] ** (order - 1)
+
+
+def test_unipc_converges_at_least_as_its_order_and_corrects_dpm_solver():
+    step_counts, errors = errors_on_gaussian_data("unipc")
+    slope = -np.polyfit(np.log(step_counts), np.log(errors), 1)[0]
+    assert slope > 1.85, errors
+    _, uncorrected = errors_on_gaussian_data("dpm_solver")
+    assert all(a < b / 2 for a, b in zip(errors, uncorrected, strict=True))
+
+
+def errors_on_gaussian_data(name, step_counts=(80, 160, 320, 640, 1280)):
     T = 1_000_000
     betas = torch.linspace(sqrt(0.00085), sqrt(0.012), T, dtype=torch.float64) ** 2 * 1000 / T
     betas[0] = 0.05
     data = Gaussian(NoiseSchedule.from_betas(betas))
     c = torch.tensor([[-1.5], [0.3], [2.0]], dtype=torch.float64)
-
-    step_counts = [80, 160, 320, 640, 1280]
     errors = []
     for steps in step_counts:
         x_T = data.trajectory(grid(steps, data.schedule)[0].t, c)
         x_0 = SAMPLERS[name](data.eps, x_T, grid(steps, data.schedule))
         errors.append((x_0 - data.trajectory(0, c)).abs().max().item())
-    slope = -np.polyfit(np.log(step_counts), np.log(errors), 1)[0]
-    # over the first doubling PLMS is still a sixth short of its order
-    assert slope == pytest.approx(order, abs=0.15), errors
-    assert errors[-1] < 0.02 / step_counts[-1] ** (order - 1)
+    return step_counts, errors
 
 
 def test_plms_s_higher_weights_integrate_polynomials():
@@ -240,6 +260,141 @@ def test_plms_is_diffusers_step_by_step(steps):
     assert_steps_equal(infos, states[1:])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 14, 15, 50])
+def test_dpm_solver_with_karras_sigmas_is_diffusers_step_by_step(steps):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SD_BETAS, algorithm_type="dpmsolver++", use_karras_sigmas=True)
+    scheduler.set_timesteps(steps)
+    assert_karras_steps_equal(dpm_solver, scheduler, steps)
+
+
+def assert_karras_steps_equal(ours, scheduler, steps):
+    """diffusers, too, asks the network at whole timesteps, and steps between the levels as they are."""
+    assert scheduler.timesteps.tolist() == [step.t for step in karras(SCHEDULE, steps)]
+    infos, states, x_t = [], [], start(steps)
+    ours(nonlinear_eps, x_t, karras(SCHEDULE, steps), callback=infos.append)
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(nonlinear_eps(x_t, t.expand(2)), t, x_t).prev_sample
+        states.append(x_t)
+    assert_steps_equal(infos, states)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 14, 15, 50])
+def test_unipc_is_diffusers_step_by_step(steps):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.UniPCMultistepScheduler(
+        **SD_BETAS, solver_order=2, solver_type="bh2", timestep_spacing="trailing", final_sigmas_type="sigma_min"
+    )
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == [step.t for step in trailing(SCHEDULE, steps)]
+    infos, states, x_t = [], [], start(steps)
+    unipc(nonlinear_eps, x_t, trailing(SCHEDULE, steps), callback=infos.append)
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(nonlinear_eps(x_t, t.expand(2)), t, x_t).prev_sample
+        states.append(x_t)
+    assert_steps_equal(infos, states)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
+def test_unipc_with_karras_sigmas_is_diffusers_step_by_step(steps):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.UniPCMultistepScheduler(**SD_BETAS, use_karras_sigmas=True)
+    scheduler.set_timesteps(steps)
+    assert_karras_steps_equal(unipc, scheduler, steps)
+
+
+def seeded_noise(monkeypatch, module):
+    """Has a scheduler of diffusers draw what our samplers draw from the seeds 1 and 2."""
+    generators = make_generators(1, 2)
+    draw = lambda shape, **_: randn(shape[1:], generators, dtype=torch.float64)  # noqa: E731
+    monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", draw)
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "steps"),
+    [
+        *product(("euler", "euler_ancestral"), ("leading", "trailing"), (1, 2, 50)),
+        *product(("euler",), ("karras",), (2, 10, 50)),  # diffusers makes another single step, and no ancestral one
+    ],
+)
+def test_euler_is_diffusers_step_by_step(name, spacing, steps, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    if name == "euler_ancestral":
+        scheduler = diffusers.EulerAncestralDiscreteScheduler(**SD_BETAS, timestep_spacing=spacing, steps_offset=1)
+        seeded_noise(monkeypatch, "scheduling_euler_ancestral_discrete")
+    elif spacing == "karras":
+        scheduler = diffusers.EulerDiscreteScheduler(**SD_BETAS, use_karras_sigmas=True)
+    else:
+        scheduler = diffusers.EulerDiscreteScheduler(
+            **SD_BETAS, timestep_spacing=spacing, steps_offset=1, final_sigmas_type="sigma_min"
+        )
+    ours = SPACINGS[spacing](SCHEDULE, steps)
+    scheduler.set_timesteps(steps)
+    # of Karras's levels diffusers asks this scheduler's network at fractions of timesteps
+    assert scheduler.timesteps.round().tolist() == [step.t for step in ours]
+    infos, states, x_T = [], [], start(steps)
+    SAMPLERS[name](nonlinear_eps, x_T, ours, generators=make_generators(1, 2), callback=infos.append)
+    scale = (scheduler.sigmas.double() ** 2 + 1).sqrt()  # diffusers' states are x_t / sqrt(alpha_bar_t)
+    state = x_T * scale[0]
+    for i, t in enumerate(scheduler.timesteps):
+        eps_t = nonlinear_eps(scheduler.scale_model_input(state, t).double(), t.round().expand(2))
+        state = scheduler.step(eps_t, t, state).prev_sample
+        states.append(state.double() / scale[i + 1])
+    assert_steps_equal(infos, states)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 50])
+def test_lcm_is_diffusers_step_by_step(steps, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.LCMScheduler(**SD_BETAS)
+    scheduler.set_timesteps(steps)
+    seeded_noise(monkeypatch, "scheduling_lcm")
+    assert_distilled_steps_equal(lcm, scheduler, steps)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 50])
+def test_tcd_is_diffusers_step_by_step(steps, eta, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.TCDScheduler(**SD_BETAS)
+    scheduler.set_timesteps(steps)
+    seeded_noise(monkeypatch, "scheduling_tcd")
+    assert_distilled_steps_equal(tcd, scheduler, steps, eta=eta)
+
+
+def assert_distilled_steps_equal(ours, scheduler, steps, **options):
+    scheduler.alphas_cumprod = SCHEDULE.alpha_bar  # in float32 its rounding grows over 50 such long steps
+    grid = SPACINGS["lcm"](SCHEDULE, steps)
+    assert scheduler.timesteps.tolist() == [step.t for step in grid]
+    infos, states, x_t = [], [], start(steps)
+    ours(nonlinear_eps, x_t, grid, generators=make_generators(1, 2), callback=infos.append, **options)
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(nonlinear_eps(x_t, t.expand(2)), t, x_t, **options).prev_sample
+        states.append(x_t)
+    assert_steps_equal(infos, states)
+
+
+def test_the_consistency_function_is_the_identity_at_0():
+    assert boundary_scalings(0) == (1, 0)
+    x_0 = torch.full((1, 3), 0.7)
+    assert torch.equal(lcm(nonlinear_eps, x_0, SCHEDULE.grid([0]), generators=make_generators(0, 1)), x_0)
+
+
+def test_euler_is_ddim_and_euler_ancestral_is_ddpm():
+    """Two names for one method: Euler's steps in sigma, and its noise, are DDIM's at eta 0 and DDPM's."""
+    x_T = start(20)
+    assert torch.equal(euler(nonlinear_eps, x_T, grid(20)), ddim(nonlinear_eps, x_T, grid(20)))
+    a, b = (f(nonlinear_eps, x_T, grid(20), generators=make_generators(1, 2)) for f in (euler_ancestral, ddpm))
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_tcd_at_eta_0_is_ddim_and_needs_the_schedule_for_more():
+    lcm_grid = SPACINGS["lcm"](SCHEDULE, 4)
+    assert torch.equal(tcd(nonlinear_eps, start(4), lcm_grid), ddim(nonlinear_eps, start(4), lcm_grid))
+    with pytest.raises(ValueError, match=r"a spacing made, with its schedule, got a list"):
+        tcd(nonlinear_eps, start(4), lcm_grid[1:], eta=0.3, generators=make_generators(0, 2))
+
+
 @pytest.mark.parametrize("spacing", [leading, trailing])
 def test_plms_with_one_step_is_ddim(spacing):
     """On a Gaussian of deviation 0.1, whose eps is known; a second evaluation at the same timestep led far astray."""
@@ -260,10 +415,11 @@ def test_plms_with_one_step_is_ddim(spacing):
 
 
 def test_get_sampler_lists_the_choices():
-    assert set(SAMPLERS) == {"ddim", "plms", "ddpm", "dpm_solver"}
+    names = ["ddim", "plms", "ddpm", "dpm_solver", "unipc", "euler", "euler_ancestral", "lcm", "tcd"]
+    assert list(SAMPLERS) == names
     assert all(get_sampler(name) is sampler for name, sampler in SAMPLERS.items())
-    with pytest.raises(ValueError, match="unknown sampler 'euler', choose one of ddim, plms, ddpm, dpm_solver"):
-        get_sampler("euler")
+    with pytest.raises(ValueError, match=f"unknown sampler 'heun', choose one of {', '.join(names)}"):
+        get_sampler("heun")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 9, 14, 15, 27, 30, 50, 333, 500, 501, 999, 1000])
@@ -301,7 +457,7 @@ def test_a_bad_number_of_steps_is_refused_before_any_evaluation(name, steps):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("ddim", {}), ("ddim", {"eta": 0.5}), ("plms", {}), ("ddpm", {}), ("dpm_solver", {})]
+    ("name", "options"), [*((name, {}) for name in SAMPLERS), ("ddim", {"eta": 0.5}), ("tcd", {"eta": 0.3})]
 )
 def test_a_sample_is_the_same_alone_and_in_a_batch(name, options):
     def sample(seed, n):
@@ -316,14 +472,16 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(name, options):
 
 
 def test_the_deterministic_samplers_draw_nothing():
-    for name in ("ddim", "plms", "dpm_solver"):
+    for name in ("ddim", "plms", "dpm_solver", "unipc", "euler", "tcd"):
         (generator,) = make_generators(0, 1)
         before = generator.get_state()
         SAMPLERS[name](nonlinear_eps, torch.ones(1, 4, 8, 8), grid(5), generators=[generator])
         assert torch.equal(generator.get_state(), before)
 
 
-@pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("ddim", {"eta": 0.5})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("ddpm", {}), ("euler_ancestral", {}), ("lcm", {}), ("ddim", {"eta": 0.5})]
+)
 @pytest.mark.parametrize("generators", [None, make_generators(0, 1)])
 def test_a_stochastic_sampler_asks_for_one_generator_a_sample(name, options, generators):
     given = "none" if generators is None else 1
@@ -337,9 +495,9 @@ def test_eta_outside_0_to_1_is_refused(eta):
         ddim(nonlinear_eps, torch.zeros(1, 4), grid(5), eta=eta, generators=make_generators(0, 1))
 
 
-@pytest.mark.parametrize("name", ["plms", "ddpm", "dpm_solver"])
-def test_eta_is_for_the_samplers_whose_noise_it_sets(name):
-    with pytest.raises(ValueError, match=f"eta=0.5 is for the sampler 'ddim', not '{name}'"):
+@pytest.mark.parametrize(("name", "noise"), [("plms", "never"), ("ddpm", "always"), ("lcm", "always")])
+def test_eta_is_for_the_samplers_whose_noise_it_sets(name, noise):
+    with pytest.raises(ValueError, match=f"eta=0.5 .* such as 'ddim' draws; '{name}' draws it {noise}"):
         SAMPLERS[name](nonlinear_eps, torch.zeros(1, 4), grid(5), eta=0.5, generators=make_generators(0, 1))
 
 

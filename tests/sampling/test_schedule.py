@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.sampling import NoiseSchedule, get_spacing, guided_eps, leading, make_generators, randn, trailing
+from pbe.sampling import NoiseSchedule, get_spacing, guided_eps, karras, leading, make_generators, randn, trailing
 from pbe.sampling.samplers import clean_end
 
 GOLDEN = Path(__file__).parents[3] / "shared/reference/golden/small.npz"
@@ -301,8 +301,38 @@ def test_trailing_timesteps_are_diffusers(steps):
     assert ours == other.timesteps.tolist()
 
 
+@pytest.mark.parametrize("steps", range(1, 51))
+def test_lcm_timesteps_are_diffusers(steps):
+    diffusers = pytest.importorskip("diffusers")
+    other = diffusers.LCMScheduler()
+    other.set_timesteps(steps)
+    assert timesteps_of(get_spacing("lcm")(NoiseSchedule.scaled_linear(), steps)) == other.timesteps.tolist()
+
+
+def test_lcm_timesteps_are_fifty():
+    schedule = NoiseSchedule.scaled_linear()
+    assert timesteps_of(get_spacing("lcm")(schedule, 4)) == [999, 759, 499, 259]
+    with pytest.raises(ValueError, match="'lcm' has 50 timesteps, got steps=51"):
+        get_spacing("lcm")(schedule, 51)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 1000])
+def test_karras_levels_are_even_in_their_seventh_root_and_end_clean(steps):
+    schedule = NoiseSchedule.scaled_linear()
+    grid = karras(schedule, steps)
+    sigma = np.array([(1 / alpha_bar_t - 1) ** 0.5 for _, alpha_bar_t, _ in grid])
+    table = ((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt().numpy()
+    np.testing.assert_allclose(sigma ** (1 / 7), np.linspace(table[-1] ** (1 / 7), table[0] ** (1 / 7), steps))
+    # rounding 1 / alpha_bar - 1 near alpha_bar = 1 leaves 12 digits of sigma
+    assert [prev for _, _, prev in grid] == [*(a for _, a, _ in grid[1:]), 1.0]
+    assert grid[0].t == 999
+    for t, alpha_bar_t, _ in grid:  # the network is asked at the nearest of its timesteps
+        distance = np.abs(np.log(table) - np.log((1 / alpha_bar_t - 1) ** 0.5))
+        assert distance[t] == pytest.approx(distance.min(), rel=0.05)
+
+
 def test_unknown_spacing():
-    with pytest.raises(ValueError, match=r"'middle'.*leading, trailing"):
+    with pytest.raises(ValueError, match=r"'middle'.*leading, trailing, karras, lcm"):
         get_spacing("middle")
 
 
