@@ -11,14 +11,16 @@ import numpy as np
 from PIL import Image
 
 import pbe
+from pbe.editing.settings import settings_for
 
 
 class Editor:
     """Repaints photos as exemplars; may be called from several threads, which take turns."""
 
     def __init__(self, checkpoint: str = "demo", **settings):
-        self.settings = pbe.EditSettings(**settings)  # a wrong one is an error now, not at the first request
         model = pbe.load_model(checkpoint, device="auto", dtype="auto")
+        # a wrong one is an error now, not at the first request
+        self.settings = settings_for(settings, model.config.distilled)
         self.model = pbe.prepare_for_inference(model, consume=True)
         self.lock = Lock()
 

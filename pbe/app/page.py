@@ -26,7 +26,7 @@ from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, drawn_mask, to_v
 from pbe.app.serving import waiting_client
 from pbe.app.uploads import MAX_RESULTS, EditFiles, save_edits, take
 from pbe.batch.provenance import Weights
-from pbe.editing.settings import QUICK, SETTINGS, EditSettings
+from pbe.editing.settings import QUICK, SETTINGS, EditSettings, settings_for
 from pbe.images.pillow import open_image
 from pbe.images.reading import read_mask, read_picture
 from pbe.images.windows import mask_bounding_box
@@ -173,7 +173,8 @@ class Editor:
 
     def changed(self, controls: dict[str, object]) -> EditSettings:
         """The settings with the controls' values: 20.0 from a program is 20, None from an emptied field is an error."""
-        return replace(self.settings, **{name: read(name, value, SETTINGS[name]) for name, value in controls.items()})
+        given = {name: read(name, value, SETTINGS[name]) for name, value in controls.items()}
+        return settings_for(given, self.model.config.distilled, self.settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def edit_controls(settings: EditSettings) -> dict[str, gr.blocks.Block]:
     guidance = gr.Slider(0, 15, settings.guidance, step=0.5, label="Guidance", info=about_guidance)
     num_images = gr.Slider(1, MAX_RESULTS, 2, step=1, label="Results")
     with gr.Accordion("Steps, seed, sampler", open=False):
-        steps = gr.Slider(4, 200, settings.steps, step=1, label="Steps")
+        steps = gr.Slider(min(4, settings.steps), 200, settings.steps, step=1, label="Steps")
         with gr.Row():
             seed = gr.Number(settings.seed, precision=0, minimum=0, label="Seed", min_width=80)
             sampler = gr.Dropdown(list(SAMPLERS), value=settings.sampler, label="Sampler", min_width=80)
@@ -296,7 +297,7 @@ def build_page(model: PaintByExample, weights: Weights, settings: EditSettings =
                 with gr.Row():
                     start = gr.Button("Paint", variant="primary", size="lg", scale=3, elem_id="paint")
                     cancel = gr.Button("Cancel", size="lg", scale=1, min_width=80, elem_id="cancel")
-                controls = edit_controls(settings)
+                controls = edit_controls(editor.changed({}))
             with gr.Column(scale=5, min_width=400):
                 results = result_view()
         if samples := example_files():

@@ -42,7 +42,7 @@ def save_guidance_figure(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"the figure needs seeds, each once, got {list(seeds)}")
     task = Task.read(image, mask, exemplar)
-    settings = {name: get_baseline(name).choose_settings({"steps": steps}) for name in (TEXT, EXEMPLAR)}
+    settings = {name: get_baseline(name).choose_settings({"steps": steps}, weights) for name in (TEXT, EXEMPLAR)}
     about = {
         "texts": list(texts),
         "seeds": list(seeds),

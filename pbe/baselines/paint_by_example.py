@@ -10,7 +10,7 @@ from PIL import Image
 from pbe.acceleration import prepare_for_inference
 from pbe.baselines.systems import System, Task, WeightFiles
 from pbe.editing.edit import edit
-from pbe.editing.settings import EditSettings
+from pbe.editing.settings import EditSettings, settings_for
 from pbe.models.paint_by_example import PaintByExample
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class PaintByExampleSystem(System):
     def load(cls, weights: WeightFiles) -> PaintByExampleSystem:
         """Raises as `WeightFiles.load` does."""
         model = weights.load("paint_by_example", PaintByExample)
-        return cls(prepare_for_inference(model, consume=True))  # once, and not for each task
+        settings = settings_for({}, model.config.distilled, cls.settings)
+        return cls(prepare_for_inference(model, consume=True), settings)  # once, and not for each task
 
     def with_settings(self, **settings: Any) -> Self:
         return replace(self, settings=replace(self.settings, **settings))

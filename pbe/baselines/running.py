@@ -71,7 +71,7 @@ def prepare_run(
     FileNotFoundError for a file that is not there.
     """
     baseline = get_baseline(name)
-    settings = baseline.choose_settings(given)
+    settings = baseline.choose_settings(given, weights)
     largest = MAX_SEED - len(test_set.items) + 1
     if not 0 <= seed <= largest:
         raise ValueError(f"seed must be between 0 and {largest}, got {seed}")

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pbe.checkpoints.loading import load_model
+from pbe.editing.loading import distilled_for
 from pbe.editing.settings import SETTINGS, EditSettings
 from pbe.images import windows
 from pbe.images.reading import MaskLike, PictureLike, read_exemplar, read_mask, read_picture
@@ -187,17 +188,20 @@ class Baseline:
     files: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def choose_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The published values of the settings, but for those among them that are given and not None, as JSON values.
+    def choose_settings(self, given: Mapping[str, Any], weights: WeightFiles) -> dict[str, Any]:
+        """The published values of the settings, or those that the model in `weights` was distilled for, but for those
+        among them that are given and not None, as JSON values.
 
         Blended Diffusion's skipped steps stay the same share of all. Settings that `EditSettings` has too may be texts
         and raise its ValueErrors.
         """
         published = dict(self.settings)
         chosen = published | {name: given[name] for name in published if given.get(name) is not None}
-        shared = {name: value for name, value in chosen.items() if name in SETTINGS}
-        checked = EditSettings.from_texts(shared).to_json()
-        chosen |= {name: checked.get(name) for name in shared}
+        shared = {name: value for name, value in published.items() if name in SETTINGS}
+        ours = "paint_by_example" in self.files
+        distilled = distilled_for(weights.path("paint_by_example")) if ours else None
+        checked = EditSettings.from_texts({name: given.get(name) for name in shared}, distilled, EditSettings(**shared))
+        chosen |= {name: checked.to_json().get(name) for name in shared}
         if "skipped" in chosen:
             chosen["skipped"] = published["skipped"] * chosen["steps"] // published["steps"]
         return chosen

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pbe.images.reading import Picture
-    from pbe.models.paint_by_example import PaintByExample
+    from pbe.models.paint_by_example import Distilled, PaintByExample
     from pbe.sampling import Callback
 
 Box = Annotated[tuple[float, float, float, float], "a box x0,y0,x1,y1"]
@@ -63,8 +63,10 @@ class Job:
                 raise ValueError(f"out {self.out} is also an input: it would be overwritten")
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], folder: Path = Path(), line: int = 0) -> Job:
-        """A job from texts or JSON values by column; None and blank texts are not given.
+    def from_row(
+        cls, row: Mapping[str, Any], folder: Path = Path(), line: int = 0, distilled: Distilled | None = None
+    ) -> Job:
+        """A job from texts or JSON values by column, for a model; None and blank texts are not given.
 
         ValueError for a value that cannot be read, for a required one that is missing, and as `Job`.
         """
@@ -72,7 +74,7 @@ class Job:
         missing = [name for name in ("image", "exemplar", "out") if name not in fields]
         if missing:
             raise ValueError(f"{' and '.join(missing)} missing")
-        settings = EditSettings.from_texts({name: row[name] for name in SETTINGS if name in row})
+        settings = EditSettings.from_texts({name: row[name] for name in SETTINGS if name in row}, distilled)
         return cls(**fields, settings=settings, folder=folder, line=line)
 
     def to_row(self) -> dict[str, Any]:

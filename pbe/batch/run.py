@@ -14,7 +14,7 @@ from pbe.editing.settings import is_given
 from pbe.io.rows import read_rows
 
 if TYPE_CHECKING:
-    from pbe.models.paint_by_example import PaintByExample
+    from pbe.models.paint_by_example import Distilled, PaintByExample
     from pbe.sampling import Callback
 
 
@@ -26,10 +26,13 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[Outcome]]:
+def read_jobs(
+    path: Path, defaults: Mapping[str, Any], distilled: Distilled | None = None
+) -> tuple[list[Job], list[Outcome]]:
     """The jobs of a `.csv` file (with a header) or a `.jsonl` file (an object per line), and the rows that are refused.
 
-    Paths in the file are relative to its folder; where a row is silent, `defaults` holds. ValueError for another kind
+    Paths in the file are relative to its folder; where a row is silent, `defaults` holds, then what the model was
+    distilled for. ValueError for another kind
     of file or text, an unknown column of a header, two rows with one `out`, and an `out` that is another row's input.
     """
     jobs, failed = [], []
@@ -38,7 +41,7 @@ def read_jobs(path: Path, defaults: Mapping[str, Any]) -> tuple[list[Job], list[
             if isinstance(row, ValueError):
                 raise row
             given = {name: value for name, value in row.items() if is_given(value)}
-            jobs.append(Job.from_row({**defaults, **given}, path.parent, line))
+            jobs.append(Job.from_row({**defaults, **given}, path.parent, line, distilled))
         except ValueError as error:
             failed.append(Outcome(line, "failed", str(error)))
     if not jobs and not failed:

@@ -6,15 +6,16 @@ or stands in an entry `pbe` that files written by this library carry, or in the 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeGuard
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.key_map import count
+from pbe.io.fields import Range, check, describe
 from pbe.models.adm import ADMConfig
 from pbe.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
-from pbe.models.paint_by_example import PaintByExampleConfig
+from pbe.models.paint_by_example import Distilled, PaintByExampleConfig
 from pbe.models.stable_diffusion import StableDiffusionConfig
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
@@ -23,6 +24,11 @@ ModelSizes = PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConf
 
 MAX_HINT = 1 << 16  # of heads, or of pixels along a side
 CLIP_HEAD_WIDTH = 64  # in every CLIP that OpenAI released
+DISTILLED = {
+    "sampler": Literal["lcm", "tcd"],
+    "steps": Annotated[int, Range(1, 50)],
+    "guidance": Annotated[float, Range(0, MAX_HINT)],
+}
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,12 @@ class Hints:
     exemplar_tokens: Literal["class", "all"] | None = None
     latent_scale: float | None = None
     resolution: int | None = None
+    distilled: Distilled | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if name == "distilled":
+                continue  # checked by `read_distilled`
             if name == "exemplar_tokens":
                 fits, expected = value in ("class", "all"), "'class' or 'all'"
             elif name == "latent_scale":
@@ -53,7 +62,9 @@ class Hints:
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "Hints":
         """The hints in a file's `pbe` entry, whose other fields are ignored."""
-        return cls(**{field.name: entry.get(field.name) for field in fields(cls)})
+        values = {field.name: entry.get(field.name) for field in fields(cls)}
+        values["distilled"] = read_distilled(entry.get("distilled"))
+        return cls(**values)
 
     @classmethod
     def from_configs(cls, configs: Mapping[str, Mapping[str, Any]]) -> "Hints":
@@ -81,6 +92,20 @@ class Hints:
             latent_scale=vae.get("scaling_factor"),
             resolution=sample_size * 2 ** (levels - 1) if isinstance(sample_size, int) and levels else None,
         )
+
+
+def read_distilled(value: object) -> Distilled | None:
+    """What a file's entry says of distillation; `CheckpointError` for anything but its three settings."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or value.keys() != DISTILLED.keys():
+        raise CheckpointError(f"distilled={shown(value)} is not a mapping of {', '.join(DISTILLED)}")
+    for name, kind in DISTILLED.items():
+        try:
+            value = {**value, name: check(name, value[name], kind)}
+        except ValueError:
+            raise CheckpointError(f"distilled.{name}={shown(value[name])} is not {describe(kind)}") from None
+    return Distilled(**value)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -188,6 +213,7 @@ def paint_by_example_config(shapes: Shapes, hints: Hints) -> PaintByExampleConfi
             tokens=hints.exemplar_tokens or ExemplarConfig.tokens,
         ),
         resolution=hints.resolution or PaintByExampleConfig.resolution,
+        distilled=hints.distilled,
     )
 
 
@@ -233,7 +259,7 @@ def adm_config(shapes: Shapes, hints: Hints) -> ADMConfig:
     )
 
 
-def pbe_entry(config: ModelSizes) -> dict[str, int | float | str]:
+def pbe_entry(config: ModelSizes) -> dict[str, Any]:
     """The entry that files written by this library carry, from which `Hints.from_entry` reads the sizes back."""
     if isinstance(config, ADMConfig):
         return {"adm_head_channels": config.head_channels, "resolution": config.resolution}
@@ -252,4 +278,5 @@ def pbe_entry(config: ModelSizes) -> dict[str, int | float | str]:
         "vision_heads": exemplar.vision.num_heads,
         "mapper_heads": exemplar.mapper_heads,
         "exemplar_tokens": exemplar.tokens,
+        **({"distilled": asdict(config.distilled)} if config.distilled else {}),
     }

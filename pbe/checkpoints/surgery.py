@@ -200,7 +200,7 @@ def merge(checkpoints: Sequence[RecognisedCheckpoint], weights: Sequence[float])
     first = checkpoints[0]
     for other in checkpoints[1:]:
         if other.mappings.keys() != first.mappings.keys() or config_of(other) != config_of(first):
-            raise CheckpointError(f"{other.path} has other sizes than {first.path}")
+            raise CheckpointError(f"{other.path} has other sizes than {first.path}, or was distilled otherwise")
         if f"{FIRST_CONVOLUTION}.weight" in first.shapes and input_order(other) != input_order(first):
             raise CheckpointError(
                 f"{other.path} has the inputs {input_order(other)}, {first.path} has "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.key_map import KeyMap
 from pbe.checkpoints.layouts import diffusers_image_encoder, diffusers_unet, diffusers_vae
 from pbe.io.atomic import replacing
@@ -89,6 +90,7 @@ def save_diffusers(
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise FileExistsError(f"{folder} exists and is not a diffusers folder; it is not replaced")
     configs = diffusers_configs(config)
+    about = {"pbe": json.dumps(pbe_entry(config))} if config.distilled else {}  # what the JSON files have no place for
     unet, vae = config.unet, config.vae
     rules = [
         *diffusers_unet(len(unet.channel_mult), unet.num_res_blocks, unet.attention_levels),
@@ -106,7 +108,7 @@ def save_diffusers(
                 for name, mapping in mappings.items()
                 if name.startswith(f"{component}.")
             }
-            save_safetensors(weights, part / component / file, {})
+            save_safetensors(weights, part / component / file, about if component == "unet" else {})
 
 
 COMPONENT_FILES = {
@@ -125,6 +127,7 @@ def diffusers_configs(config: PaintByExampleConfig) -> dict[str, dict[str, Any]]
             f"{exemplar.mapper_heads} heads and {exemplar.mapper_layers} blocks for {exemplar.vision.num_layers} layers"
         )
     latent_size = config.resolution // config.vae.downsampling
+    scheduler = f"{config.distilled.sampler.upper()}Scheduler" if config.distilled else "PNDMScheduler"
     return {
         "model_index.json": {
             "_class_name": "PaintByExamplePipeline",
@@ -133,7 +136,7 @@ def diffusers_configs(config: PaintByExampleConfig) -> dict[str, dict[str, Any]]
             "image_encoder": ["paint_by_example", "PaintByExampleImageEncoder"],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
-            "scheduler": ["diffusers", "PNDMScheduler"],
+            "scheduler": ["diffusers", scheduler],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         },
@@ -141,13 +144,13 @@ def diffusers_configs(config: PaintByExampleConfig) -> dict[str, dict[str, Any]]
         "vae/config.json": vae_json(config.vae, config.resolution),
         "image_encoder/config.json": image_encoder_json(exemplar.vision, config.unet.context_dim),
         "scheduler/scheduler_config.json": {
-            "_class_name": "PNDMScheduler",
+            "_class_name": scheduler,
             "beta_start": BETA_START,
             "beta_end": BETA_END,
             "beta_schedule": "scaled_linear",
             "num_train_timesteps": NUM_TIMESTEPS,
             "set_alpha_to_one": False,
-            "skip_prk_steps": True,
+            **({} if config.distilled else {"skip_prk_steps": True}),
             "steps_offset": 1,
         },
         # the whole exemplar squeezed into a square, as the model was trained; CLIP's own recipe would crop it

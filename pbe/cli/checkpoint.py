@@ -202,7 +202,8 @@ def merge(args: argparse.Namespace) -> Contents:
 
 def merge_adapters(args: argparse.Namespace) -> Contents:
     from pbe.checkpoints.adapters import load_lora
-    from pbe.checkpoints.loading import load_model, open_recognised
+    from pbe.checkpoints.formats.opening import open_checkpoint
+    from pbe.checkpoints.loading import hints_of, load_model, open_recognised
     from pbe.checkpoints.surgery import entry_of
     from pbe.models.lora import merge_lora
 
@@ -212,7 +213,8 @@ def merge_adapters(args: argparse.Namespace) -> Contents:
     model = load_model(args.checkpoint, device="cpu", dtype="float32")
     load_lora(model, args.adapter, args.weight)
     merge_lora(model)
-    return model.state_dict(), entry
+    distilled = hints_of(open_checkpoint(args.adapter)).distilled  # by the adapters, of whatever they were trained on
+    return model.state_dict(), entry | ({"distilled": dataclasses.asdict(distilled)} if distilled else {})
 
 
 def set_vae(args: argparse.Namespace) -> Contents:

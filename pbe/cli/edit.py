@@ -26,7 +26,7 @@ from pbe.batch.run import Outcome, is_done, read_jobs, run_row
 from pbe.cli.comparison import comparison, runs, variants
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import Parser, add_model, add_renamed, add_settings, flag, load_for
-from pbe.editing.loading import check_memory
+from pbe.editing.loading import check_memory, distilled_for
 from pbe.editing.settings import COUNT, SETTINGS, EditSettings
 from pbe.io.fields import check
 
@@ -79,7 +79,8 @@ def parser(prog: str | None = None) -> Parser:
     g.add_argument("--batch-size", type=int, metavar="N", help="results sampled at a time (default 4)")
 
     add_model(p.add_argument_group("model"))
-    add_settings(p.add_argument_group("settings"))
+    about = "A distilled model begins with the sampler, steps and guidance that it was distilled for."
+    add_settings(p.add_argument_group("settings", about))
 
     g = p.add_argument_group("comparisons, which make --out one picture; the results are saved beside it")
     g.add_argument("--grid", action="store_true", default=None, help="image | masked | exemplar | results")
@@ -146,7 +147,7 @@ def edit_one(args: argparse.Namespace) -> int:
     batch_size = 4 if args.batch_size is None else args.batch_size
     for name, count in (("num_images", num_images), ("batch_size", batch_size)):
         check(flag(name), count, COUNT)
-    job = Job.from_row({name: getattr(args, name) for name in COLUMNS})
+    job = Job.from_row({name: getattr(args, name) for name in COLUMNS}, distilled=distilled_for(args.ckpt))
     jobs, grid_path = variants(args, job, num_images)
     inputs = read_inputs(job)
     weights, crc32 = weights_of(args), checksums(job)
@@ -184,8 +185,9 @@ def edit_batch(args: argparse.Namespace) -> int:
     if args.devices < 1 or args.num_nodes < 1:
         raise ValueError(f"--devices and --num-nodes must be at least 1, got {args.devices} and {args.num_nodes}")
     defaults = {name: getattr(args, name) for name in SETTINGS}
-    EditSettings.from_texts(defaults)  # a wrong flag is not the rows' fault
-    jobs, outcomes = read_jobs(args.batch, defaults)
+    distilled = distilled_for(args.ckpt)
+    EditSettings.from_texts(defaults, distilled)  # a wrong flag is not the rows' fault
+    jobs, outcomes = read_jobs(args.batch, defaults, distilled)
     weights = weights_of(args)
     if args.devices * args.num_nodes > 1 and (args.redo or not all(is_done(job, weights) for job in jobs)):
         shared = run_distributed(args, jobs)

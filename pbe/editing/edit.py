@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
-from pbe.editing.settings import COUNT, SETTINGS, EditKeywords, EditSettings
+from pbe.editing.settings import BY_SAMPLER, COUNT, SETTINGS, EditKeywords, EditSettings, settings_for
 from pbe.images import windows
 from pbe.images.pillow import PictureWarning
 from pbe.images.reading import (
@@ -29,7 +29,7 @@ from pbe.images.reading import (
 from pbe.images.seams import poisson_blend
 from pbe.images.windows import Box
 from pbe.io.fields import Range, check
-from pbe.models.paint_by_example import Condition, PaintByExample
+from pbe.models.paint_by_example import Condition, Distilled, PaintByExample
 from pbe.sampling import SPACINGS, Callback, NoiseSchedule, get_sampler, guided_eps, make_generators, randn
 
 if TYPE_CHECKING:
@@ -67,19 +67,21 @@ def edit(
         num_images: how many results: the first has the seed `seed`, the others `seed + 1`, …
         batch_size: how many results are sampled at once.
         callback: called with a `StepInfo` after each step, for each batch and region again.
-        keywords: the fields of `EditSettings`: steps, guidance, seed, …
+        keywords: the fields of `EditSettings`: steps, guidance, seed, … Where sampler, steps or guidance are not given,
+            they are what the model was distilled for, and with the sampler comes its spacing; other values warn.
 
     Raises:
         FileNotFoundError: for a picture that is not there.
         ValueError: for any other input that cannot be edited, naming it and what would be right.
     """
-    settings = EditSettings(**keywords)
+    if not isinstance(model, PaintByExample):
+        raise ValueError(f"editing needs a Paint by Example model, not a {type(model).__name__}")
+    settings = settings_for(keywords, model.config.distilled)
     for name, count in (("num_images", num_images), ("batch_size", batch_size)):
         check(name, count, COUNT)
     check("the last result's seed", settings.seed + num_images - 1, SETTINGS["seed"])
-    if not isinstance(model, PaintByExample):
-        raise ValueError(f"editing needs a Paint by Example model, not a {type(model).__name__}")
     warn_of_low_start(settings)
+    warn_of_distillation(settings, model.config.distilled)
     picture = read_picture(image)
     repaint = read_mask(mask, picture.size)
     if not isinstance(model, PreparedModel) and not is_compiled(model):  # what a user compiled is used as it is
@@ -170,6 +172,18 @@ def warn_of_low_start(settings: EditSettings) -> None:
             PictureWarning,
             stacklevel=3,
         )
+
+
+def warn_of_distillation(settings: EditSettings, distilled: Distilled | None) -> None:
+    """Warns where a distilled model is used otherwise than it was distilled for, or an ordinary one as if it were."""
+    used = {name: getattr(settings, name) for name in ("sampler", "steps", "guidance")}
+    if distilled is None and settings.sampler in BY_SAMPLER:
+        problem = f"sampler={settings.sampler!r} is for distilled models, which this one is not, and the result will"
+        warnings.warn(f"{problem} be poor: dpm_solver needs few steps of any model", PictureWarning, stacklevel=3)
+    elif distilled is not None and used != vars(distilled):
+        asked, right = (", ".join(f"{k}={v!r}" for k, v in values.items()) for values in (used, vars(distilled)))
+        message = f"the model was distilled for {right}; with {asked} the result may be poor"
+        warnings.warn(message, PictureWarning, stacklevel=3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from pbe.acceleration import Compile
-    from pbe.models.paint_by_example import PaintByExample
+    from pbe.models.paint_by_example import Distilled, PaintByExample
 
 SMALL_RESOLUTION = 128
 
@@ -44,6 +44,17 @@ def load_editor(
     if low_memory:
         model = offload(model, chosen)
     return prepare_for_inference(model, consume=True, dtype=precision, compile=compile)
+
+
+def distilled_for(checkpoint: str | Path) -> Distilled | None:
+    """What the model in a checkpoint was distilled for, which an edit's settings follow from before it is loaded.
+
+    Raises as `pbe.load_model` for a file that cannot be opened.
+    """
+    from pbe.checkpoints.formats.opening import open_checkpoint
+    from pbe.checkpoints.loading import hints_of
+
+    return hints_of(open_checkpoint(checkpoint)).distilled
 
 
 def check_memory(low_memory: bool, compile: Compile | None) -> None:

@@ -10,15 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from pbe.io.fields import Range, check, describe, field_docs, field_types, read
+
+if TYPE_CHECKING:
+    from pbe.models.paint_by_example import Distilled
 
 MAX_SEED = 2**64 - 1  # torch's generators take 64 bits
 COUNT = Annotated[int, Range(1, 10_000)]  # of the results of one call, and of those sampled at once
 
 SamplerName = Literal["ddim", "plms", "ddpm", "dpm_solver", "unipc", "euler", "euler_ancestral", "lcm", "tcd"]
 SpacingName = Literal["leading", "trailing", "karras", "lcm"]
+# What the samplers of distilled models begin with: the timesteps that those were trained at, their only spacing, and
+# the noise that tcd's authors take.
+BY_SAMPLER: dict[str, dict[str, Any]] = {"lcm": {"spacing": "lcm"}, "tcd": {"spacing": "lcm", "eta": 0.3}}
+ETA_SAMPLERS = ("ddim", "tcd")
+MAX_LCM_STEPS = 50
 Interval = Annotated[
     tuple[Annotated[int, Range(-1, 1000)], Annotated[int, Range(-1, 1000)]],
     "two whole timesteps LOW,HIGH with -1 <= LOW <= HIGH <= 1000",
@@ -43,11 +51,13 @@ class EditSettings:
     """Guidance only at timesteps above LOW and up to HIGH, of 0 to 999, the noisiest; elsewhere λ is 1, at half the
     work (default: at all)."""
     sampler: SamplerName = "plms"
-    """The sampling method."""
+    """The sampling method, see docs/editing.md; lcm and tcd are for distilled models."""
     eta: Annotated[float, Range(0, 1)] = 0.0
-    """Noise of the sampler ddim, which alone has it: 0 is none, 1 as much as ddpm's."""
+    """Noise of the samplers ddim and tcd, which alone have it: 0 is none, 1 as much as ddpm's and lcm's; tcd begins
+    with 0.3."""
     spacing: SpacingName = "leading"
-    """Of the timesteps: leading is the original's; trailing starts from the noisiest, which is better for few steps."""
+    """Of the timesteps: leading is the original's; trailing starts from the noisiest, which is better for few steps;
+    karras takes most steps at little noise; lcm is that of the samplers lcm and tcd, which have no other."""
     seed: Annotated[int, Range(0, MAX_SEED)] = 321
     """Of the first result; the next have the next seeds. A result depends on its own seed alone."""
     window: Window = "auto"
@@ -73,17 +83,26 @@ class EditSettings:
         if self.guidance_interval and self.guidance_interval[0] > self.guidance_interval[1]:
             kind = describe(SETTINGS["guidance_interval"])
             raise ValueError(f"guidance_interval must be {kind}, got {self.guidance_interval}")
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta={self.eta} is for the sampler 'ddim' alone, not for {self.sampler!r}")
+        if self.eta and self.sampler not in ETA_SAMPLERS:
+            raise ValueError(f"eta={self.eta} is for the samplers 'ddim' and 'tcd' alone, not for {self.sampler!r}")
+        spacing = BY_SAMPLER.get(self.sampler, {}).get("spacing", self.spacing)
+        if self.spacing != spacing:
+            raise ValueError(f"the sampler {self.sampler!r} needs spacing={spacing!r}, got {self.spacing!r}")
+        if self.spacing == "lcm" and self.steps > MAX_LCM_STEPS:
+            raise ValueError(f"spacing='lcm' has {MAX_LCM_STEPS} timesteps, got steps={self.steps}")
+        if self.spacing == "karras" and self.sampler == "plms":
+            raise ValueError("the sampler 'plms' needs even steps, as spacing='trailing' has, got 'karras'")
 
     @classmethod
-    def from_texts(cls, values: Mapping[str, Any]) -> EditSettings:
-        """The settings that texts or JSON values by name say; None and blank texts leave a setting as it is by default.
+    def from_texts(
+        cls, values: Mapping[str, Any], distilled: Distilled | None = None, defaults: EditSettings | None = None
+    ) -> EditSettings:
+        """The settings that texts or JSON values by name say; None and blank texts leave a setting to `settings_for`.
 
         ValueError for a value that cannot be read, and as the class.
         """
-        given = {name: value for name, value in values.items() if is_given(value)}
-        return cls(**{name: read(name, value, SETTINGS[name]) for name, value in given.items()})
+        given = {name: read(name, value, SETTINGS[name]) for name, value in values.items() if is_given(value)}
+        return settings_for(given, distilled, defaults)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values, without those that are None; `from_texts` reads them back."""
@@ -113,6 +132,15 @@ class EditKeywords(TypedDict, total=False):
     feather: int | None
     margin: float
     resolution: int | None
+
+
+def settings_for(
+    given: Mapping[str, Any], distilled: Distilled | None = None, defaults: EditSettings | None = None
+) -> EditSettings:
+    """The settings of an edit by a model (`model.config.distilled`): those given; of the others those that it was
+    distilled for; then what the sampler begins with; then `defaults`. ValueError as `EditSettings`."""
+    values = {**vars(defaults or EditSettings()), **(vars(distilled) if distilled else {}), **given}
+    return EditSettings(**{**values, **BY_SAMPLER.get(str(values["sampler"]), {}), **given})
 
 
 def setting_docs() -> dict[str, str]:

@@ -13,16 +13,27 @@ from pbe.models.vae import AutoencoderKL, VAEConfig, pad_to_multiple
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """What a model was distilled for, the settings of an edit that it needs: `lcm` or `tcd` in few steps, with the
+    teacher's guidance inside the network."""
+
+    sampler: str
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
 class PaintByExampleConfig:
     """Sizes of `PaintByExample`; the defaults are those of the released model.
 
-    `resolution` is the side in pixels of the pictures it was trained on.
+    `resolution` is the side in pixels of the pictures it was trained on, `distilled` is None for an ordinary model.
     """
 
     unet: UNetConfig = UNetConfig()
     vae: VAEConfig = VAEConfig()
     exemplar: ExemplarConfig = ExemplarConfig()
     resolution: int = 512
+    distilled: Distilled | None = None
 
 
 class Condition(NamedTuple):

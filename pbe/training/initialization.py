@@ -81,6 +81,7 @@ def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
         # A float32 file is mapped into memory, and must not be what is trained.
         state = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
         size, seeded = loaded.config, tuple(PARTS[part] for part in config.reset)
+    size = replace(size, distilled=None)  # what it was distilled for, training unlearns
     if config.tokens is not None:
         size = replace(size, exemplar=replace(size.exemplar, tokens=config.tokens))
     model = build_on_meta(PaintByExample, size)

@@ -15,6 +15,7 @@ from PIL import Image, ImageFont
 from pbe.baselines import BASELINES, Task, WeightFiles, open_baseline, running
 from pbe.cli.evaluate import main
 from pbe.cli.systems import FLAGS, SYSTEMS
+from pbe.editing.settings import EditSettings
 from pbe.evaluation import report
 from pbe.evaluation.backbones import sha256_of
 from pbe.evaluation.test_set import TestSet, read_labels
@@ -321,7 +322,7 @@ REFUSED = [
         ["stable_diffusion", "vocabulary", "clip", "--guidance", "nan"],
         "guidance must be a number of at least 0",
     ),
-    ("paint-by-example", ["paint_by_example", "--sampler", "euler"], "'euler'"),
+    ("paint-by-example", ["paint_by_example", "--sampler", "heun"], "'heun'"),
     (
         "paint-by-example",
         ["paint_by_example", "--spacing", "even"],
@@ -468,7 +469,7 @@ def test_the_figure_shows_each_text_s_result_beside_the_exemplar_s(figure_argume
     ("options", "message"),
     [
         (["--texts", "a cat", "--seeds", "3", "3"], "seeds, each once"),
-        (["--texts", "a cat", "--ckpt", "none.ckpt"], "none.ckpt: there is no such checkpoint"),
+        (["--texts", "a cat", "--ckpt", "none.ckpt"], "there is no checkpoint none.ckpt"),
         (["--texts", "a cat", "--exemplar", "none.png"], "none.png"),
         (["--texts", "a cat", "--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
     ],
@@ -551,3 +552,18 @@ def test_people_may_rank_what_run_made(ran, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["study-report", "--help"])
     assert "key.json" in capsys.readouterr().out
+
+
+def test_a_distilled_model_runs_as_it_was_distilled_for(tiny_checkpoint, tmp_path):
+    content = torch.load(tiny_checkpoint)
+    content["pbe"] |= {"distilled": {"sampler": "lcm", "steps": 4, "guidance": 1.0}}
+    torch.save(content, tmp_path / "student.ckpt")
+    ours, weights = BASELINES["paint-by-example"], WeightFiles(paint_by_example=tmp_path / "student.ckpt", device="cpu")
+    chosen = ours.choose_settings({"resolution": 64}, weights)
+    assert [chosen[name] for name in ("sampler", "steps", "guidance", "spacing")] == ["lcm", 4, 1.0, "lcm"]
+    assert ours.choose_settings({"steps": "2"}, weights)["steps"] == 2
+    assert ours.load(weights).settings == EditSettings(
+        window="full", composite=False, sampler="lcm", steps=4, guidance=1.0, spacing="lcm"
+    )
+    ordinary = WeightFiles(paint_by_example=tiny_checkpoint)
+    assert ours.choose_settings({}, ordinary) == dict(ours.settings)

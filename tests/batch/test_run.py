@@ -236,7 +236,7 @@ def test_byte_order_mark_of_spreadsheets_is_read_over(folder):
     "changes, message",
     [
         ({"guidance": -1}, "guidance must be a number of at least 0, got -1"),
-        ({"eta": 0.5}, "eta=0.5 is for the sampler 'ddim'"),
+        ({"eta": 0.5}, "eta=0.5 is for the samplers 'ddim' and 'tcd' alone, not for 'plms'"),
         ({"margin": 0.5}, "margin must be"),
         ({"feather": -1}, "feather must be"),
         ({"resolution": 100}, "resolution must be"),

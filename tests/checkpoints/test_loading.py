@@ -178,6 +178,9 @@ def test_averages_alone_are_named_as_such(tmp_path):
         pbe.load_model(tmp_path / "ema.ckpt", device="cpu")
 
 
+DISTILLED = {"sampler": "lcm", "steps": 4, "guidance": 1.0}
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -188,6 +191,17 @@ def test_averages_alone_are_named_as_such(tmp_path):
         ({"latent_scale": [1]}, r"latent_scale=\[1\] is not a positive number"),
         ({"latent_scale": float("nan")}, "latent_scale=nan is not a positive number"),
         ({"exemplar_tokens": "some"}, "exemplar_tokens='some' is not 'class' or 'all'"),
+        ({"distilled": "lcm"}, "distilled='lcm' is not a mapping of sampler, steps, guidance"),
+        (
+            {"distilled": {"sampler": "lcm", "steps": 4}},
+            "distilled=a dict is not a mapping of sampler, steps, guidance",
+        ),
+        ({"distilled": {**DISTILLED, "sampler": "plms"}}, "distilled.sampler='plms' is not 'lcm' or 'tcd'"),
+        ({"distilled": {**DISTILLED, "sampler": ["lcm"]}}, "distilled.sampler=a list is not 'lcm' or 'tcd'"),
+        ({"distilled": {**DISTILLED, "steps": True}}, "distilled.steps=True is not a whole number from 1 to 50"),
+        ({"distilled": {**DISTILLED, "steps": 51}}, "distilled.steps=51 is not a whole number from 1 to 50"),
+        ({"distilled": {**DISTILLED, "guidance": float("nan")}}, "distilled.guidance=nan is not a number from 0"),
+        ({"distilled": {**DISTILLED, "guidance": -1}}, "distilled.guidance=-1 is not a number from 0"),
     ],
 )
 def test_an_impossible_entry_is_named(tmp_path, entry, message):

@@ -14,12 +14,12 @@ import pbe
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.loading import open_recognised
 from pbe.checkpoints.seeding import seeded_state
-from pbe.checkpoints.surgery import FIRST_CONVOLUTION, expand
+from pbe.checkpoints.surgery import FIRST_CONVOLUTION, config_of, expand
 from pbe.checkpoints.writing import save_checkpoint
 from pbe.cli.checkpoint import main
 from pbe.io.atomic import replacing
 from pbe.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from pbe.models.paint_by_example import PaintByExample
+from pbe.models.paint_by_example import Distilled, PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig
 from pbe.models.unet import UNet, UNetConfig
 from pbe.models.vae import VAEConfig
@@ -144,6 +144,38 @@ def test_extract_ema(tmp_path):
     path = write(tmp_path / "cut.ckpt", state | ema, pbe=pbe_entry(CONFIG))
     assert main(["extract-ema", str(path), "--out", str(tmp_path / "cut-averaged.ckpt")]) == 2
     assert not (tmp_path / "cut-averaged.ckpt").exists()
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "tcd"])
+def test_what_a_model_was_distilled_for_is_kept(tmp_path, sampler):
+    config = replace(four_layers(), distilled=Distilled(sampler, 4, 1.0))
+    names = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in seeded_state(config, 1)}
+    state = seeded_state(config, 1)
+    averages = {ema: state[name] for name, ema in names.items() if name.startswith("model.")}
+    path = write(tmp_path / "model.ckpt", state | averages, pbe=pbe_entry(config))
+    commands = [
+        ["slim", "slim.safetensors"],
+        ["extract-ema", "averaged.ckpt"],
+        ["convert", "converted.safetensors"],
+        ["convert", "folder"],
+        ["set-vae", "vae.ckpt", str(path)],
+        ["merge", "merged.ckpt", str(path), "--weights", "0.5", "0.5"],
+    ]
+    for command, out, *more in commands:
+        assert main([command, str(path), *more, "--out", str(tmp_path / out)]) == 0
+        assert config_of(open_recognised(tmp_path / out)) == config, command
+    index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", f"{sampler.upper()}Scheduler"]
+    again = tmp_path / "again.ckpt"
+    assert main(["convert", str(tmp_path / "folder"), "--out", str(again)]) == 0
+    assert config_of(open_recognised(again)) == config
+
+
+def test_a_distilled_model_is_not_merged_with_an_ordinary_one(model, tmp_path, capsys):
+    config = replace(CONFIG, distilled=Distilled("lcm", 4, 1.0))
+    other = write(tmp_path / "other.ckpt", seeded_state(config, 2), pbe=pbe_entry(config))
+    assert main(["merge", str(model), str(other), "--weights", "0.5", "0.5", "--out", str(tmp_path / "no.ckpt")]) == 2
+    assert "or was distilled otherwise" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])

@@ -87,6 +87,14 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"photo.png", "mask.png", "dog.png", "cat.png"}
 
 
+@pytest.fixture
+def distilled_checkpoint(tiny_checkpoint, tmp_path):
+    path, content = tmp_path / "student.ckpt", torch.load(tiny_checkpoint)
+    content["pbe"] |= {"distilled": {"sampler": "tcd", "steps": 2, "guidance": 1.0}}
+    torch.save(content, path)
+    return str(path)
+
+
 # --- the whole way, with a small model --------------------------------------------------------------------
 
 
@@ -97,6 +105,22 @@ def test_edit_keeps_the_photo_outside_the_mask(cli, folder):
     inside[BOX[1] : BOX[3], BOX[0] : BOX[2]] = True
     assert (before[~inside] == after[~inside]).all()
     assert (before[inside] != after[inside]).any(axis=-1).mean() > 0.9
+
+
+def test_results_of_a_distilled_model_hold_what_was_used(cli, folder, distilled_checkpoint, capsys):
+    (folder / "rows.csv").write_text(
+        "image,mask,exemplar,out,steps\nphoto.png,mask.png,dog.png,a.png,\nphoto.png,mask.png,dog.png,b.png,3\n"
+    )
+    assert cli(ckpt=distilled_checkpoint, steps=None) == 0
+    assert capsys.readouterr().err == ""
+    assert cli(batch="rows.csv", ckpt=distilled_checkpoint, steps=None) == 0
+    assert "warning: the model was distilled for sampler='tcd', steps=2" in capsys.readouterr().err
+    for name, steps in (("out.png", 2), ("a.png", 2), ("b.png", 3)):
+        stored = read_provenance(folder / name)
+        used = [stored[setting] for setting in ("sampler", "steps", "guidance", "spacing", "eta")]
+        assert used == ["tcd", steps, 1.0, "lcm", 0.3]
+    assert cli(batch="rows.csv", ckpt=distilled_checkpoint, steps=None) == 0
+    assert "2 rows: 0 done, 2 done before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -338,7 +362,7 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"mask": None}, "one of mask, box and polygon"),
         ({"box": "1,2,3,4"}, "got mask and box"),
         ({"image": None, "mask": None, "exemplar": None, "out": None}, "image and exemplar and out missing"),
-        ({"sampler": "euler"}, "sampler must be 'ddim', 'plms'"),
+        ({"sampler": "heun"}, "sampler must be 'ddim', 'plms'"),
         ({"steps": "0"}, "steps must be a whole number from 1 to 1000, got '0'"),
         ({"steps": "many"}, "steps must be a whole number from 1 to 1000, got 'many'"),
         ({"num_images": "0"}, "--num-images must be a whole number from 1 to 10000, got 0"),
@@ -352,7 +376,7 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"image": " "}, "--image is empty"),
         ({"device": "meta"}, "device='meta' holds no values"),
         ({"guidance": "-1"}, "guidance must be a number of at least 0, got '-1'"),
-        ({"eta": "0.5"}, "eta=0.5 is for the sampler 'ddim'"),
+        ({"eta": "0.5"}, "eta=0.5 is for the samplers 'ddim' and 'tcd' alone, not for 'plms'"),
         ({"margin": "0.7"}, "margin must be"),
         ({"feather": "-1"}, "feather must be"),
         ({"resolution": "100"}, "resolution must be"),

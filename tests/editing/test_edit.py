@@ -1,6 +1,8 @@
 """Editing end to end on a tiny model: what is kept, what is changed, what is refused."""
 
 import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from pbe.checkpoints.seeding import seeded_state
 from pbe.editing.edit import check_finite, mixed_context
 from pbe.images.pillow import PictureWarning
 from pbe.images.seams import interpolate_harmonically, poisson_blend
-from pbe.models.paint_by_example import PaintByExample
+from pbe.models.paint_by_example import Distilled, PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig
 
 
@@ -289,7 +291,7 @@ def test_half_precision_edits(tmp_path):
         ({"exemplar_weights": ["much"]}, "exemplar_weights must be .* numbers.*'much'"),
         ({"steps": 0}, "steps"),
         ({"steps": 1001}, "1001"),
-        ({"sampler": "euler"}, "plms.*'euler'"),
+        ({"sampler": "heun"}, "plms.*'heun'"),
         ({"eta": 0.5}, "ddim"),
         ({"guidance": -1.0}, "guidance"),
         ({"guidance": float("nan")}, "guidance"),
@@ -398,6 +400,40 @@ def test_warns_of_steps_that_leave_the_noise_out(model, steps):
 
     with pytest.warns(PictureWarning, match=f"steps={steps}"), pytest.raises(Stop):
         edit(model, photo(80, 60), (20, 20, 60, 50), steps=steps, callback=stop)
+
+
+@pytest.fixture(scope="module")
+def student(model):
+    """The same weights, as if distilled."""
+    student = PaintByExample(replace(TINY, distilled=Distilled("lcm", steps=2, guidance=1.0)))
+    student.load_state_dict(model.state_dict())
+    return student.eval()
+
+
+def test_a_distilled_model_begins_with_what_it_was_distilled_for(model, student):
+    image, box, steps = photo(64, 64), (16, 16, 48, 48), []
+    with pytest.warns(PictureWarning, match="sampler='lcm' is for distilled models, which this one is not"):
+        (expected,) = edit(model, image, box, sampler="lcm", steps=2, guidance=1.0)
+    for one in (student, prepare_for_inference(student)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            (result,) = pbe.edit(one, image, box, EXEMPLAR, callback=steps.append)
+        assert np.array_equal(result, expected)
+    assert [step.t for step in steps] == [999, 499, 999, 499]
+
+
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [
+        ({"steps": 4}, "sampler='lcm', steps=4, guidance=1.0"),
+        ({"guidance": 3}, "sampler='lcm', steps=2, guidance=3.0"),
+        ({"sampler": "dpm_solver", "spacing": "trailing"}, "sampler='dpm_solver', steps=2, guidance=1.0"),
+    ],
+)
+def test_a_distilled_model_used_otherwise_warns(student, settings, used):
+    match = f"distilled for sampler='lcm', steps=2, guidance=1.0; with {used} the result may be poor"
+    with pytest.warns(PictureWarning, match=match):
+        pbe.edit(student, photo(64, 64), (16, 16, 48, 48), EXEMPLAR, **settings)
 
 
 def test_trailing_spacing_starts_at_the_noisiest_timestep(model):

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -12,15 +13,21 @@ from pbe.batch.job import COLUMNS
 from pbe.cli.edit import parser
 from pbe.cli.flags import add_settings, flag
 from pbe.editing.settings import (
+    ETA_SAMPLERS,
+    MAX_LCM_STEPS,
     MAX_SEED,
     SETTINGS,
     EditKeywords,
     EditSettings,
     SamplerName,
+    SpacingName,
     quick_settings,
     setting_docs,
+    settings_for,
 )
-from pbe.sampling import SAMPLERS
+from pbe.models.paint_by_example import Distilled
+from pbe.sampling import SAMPLERS, SPACINGS
+from pbe.sampling.spacing import DISTILLED_TIMESTEPS
 
 
 def test_the_keywords_for_type_checkers_are_the_settings():
@@ -84,3 +91,50 @@ def test_nonsense_is_refused_by_name(name):
 
 def test_the_demo_has_its_own_quick_settings(tiny_checkpoint):
     assert (quick_settings("demo").guidance, quick_settings(tiny_checkpoint).guidance) == (3, 5)
+
+
+# --- distilled models -------------------------------------------------------------------------------------------------
+
+LCM = Distilled("lcm", steps=4, guidance=1.0)
+
+
+def test_what_is_not_given_is_what_the_model_was_distilled_for():
+    assert settings_for({}) == EditSettings()
+    assert settings_for({}, LCM) == EditSettings(sampler="lcm", steps=4, guidance=1.0, spacing="lcm")
+    assert settings_for({"steps": 2, "seed": 7}, LCM) == EditSettings(
+        sampler="lcm", steps=2, guidance=1.0, spacing="lcm", seed=7
+    )
+    quick = EditSettings(sampler="dpm_solver", spacing="trailing", steps=20, margin=0.2)
+    assert settings_for({"sampler": "dpm_solver"}, LCM, quick) == replace(quick, steps=4, guidance=1.0)
+    assert settings_for({}, LCM, quick) == replace(settings_for({}, LCM), margin=0.2)
+    assert EditSettings.from_texts({"steps": " 8", "sampler": None}, LCM) == settings_for({"steps": 8}, LCM)
+
+
+def test_a_sampler_brings_its_spacing_and_noise():
+    assert settings_for({"sampler": "lcm", "steps": 4}).spacing == "lcm"
+    tcd = settings_for({"sampler": "tcd", "steps": 4})
+    assert (tcd.spacing, tcd.eta) == ("lcm", 0.3)
+    assert settings_for({"sampler": "tcd", "steps": 4, "eta": 0.0}).eta == 0
+    assert settings_for({"sampler": "ddim"}) == EditSettings(sampler="ddim")
+    assert EditSettings.from_texts(tcd.to_json()) == tcd  # as a result's provenance has it
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "lcm"}, "the sampler 'lcm' needs spacing='lcm', got 'leading'"),
+        ({"sampler": "tcd", "spacing": "trailing"}, "the sampler 'tcd' needs spacing='lcm', got 'trailing'"),
+        ({"sampler": "lcm", "spacing": "lcm", "steps": 51}, "spacing='lcm' has 50 timesteps, got steps=51"),
+        ({"sampler": "plms", "spacing": "karras"}, "'plms' needs even steps, as spacing='trailing' has, got 'karras'"),
+        ({"sampler": "lcm", "spacing": "lcm", "steps": 4, "eta": 0.3}, "'ddim' and 'tcd' alone, not for 'lcm'"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EditSettings(**settings)
+
+
+def test_settings_know_what_the_samplers_are():
+    assert set(get_args(SpacingName)) == set(SPACINGS)
+    assert set(ETA_SAMPLERS) == {name for name, sampler in SAMPLERS.items() if sampler.noise == "eta"}
+    assert MAX_LCM_STEPS == DISTILLED_TIMESTEPS

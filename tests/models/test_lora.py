@@ -1,6 +1,6 @@
 """Adapters: nothing at first, exactly their update when merged, and files that fit or are refused."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from pbe.checkpoints.seeding import seeded_state
 from pbe.checkpoints.writing import save_checkpoint
 from pbe.cli.checkpoint import main
 from pbe.models.lora import LoRAConfig, LoRALinear, add_lora, is_adapter, merge_lora
-from pbe.models.paint_by_example import PaintByExample
+from pbe.models.paint_by_example import Distilled, PaintByExample
 
 CONFIG = LoRAConfig(rank=2, alpha=4.0)
 
@@ -99,6 +99,18 @@ def test_saved_adapters_can_be_laid_over_the_model(tmp_path, suffix):
             assert torch.allclose(tensor, between, atol=1e-5), name
 
 
+def test_what_adapters_distil_for_the_merged_model_says(tmp_path, capsys):
+    distilled = Distilled("lcm", 4, 1.0)
+    torch.save({"state_dict": seeded_state(TINY, 0), "pbe": pbe_entry(TINY)}, tmp_path / "model.ckpt")
+    paths = [str(tmp_path / name) for name in ("model.ckpt", "adapter.safetensors", "merged.ckpt")]
+    save_adapters(adapted().state_dict(), tmp_path / "adapter.safetensors", distilled=asdict(distilled))
+    assert main(["merge-lora", paths[0], paths[1], "--out", paths[2]]) == 0
+    assert pbe.load_model(paths[2], device="cpu").config == replace(TINY, distilled=distilled)
+    save_adapters(adapted().state_dict(), tmp_path / "odd.ckpt", distilled={"sampler": "lcm"})
+    assert main(["merge-lora", paths[0], str(tmp_path / "odd.ckpt"), "--out", str(tmp_path / "no.ckpt")]) == 2
+    assert "'pbe' says distilled=a dict is not a mapping" in capsys.readouterr().err
+
+
 def test_the_tool_merges_adapters_into_a_checkpoint(tmp_path):
     torch.save({"state_dict": seeded_state(TINY, 0), "pbe": pbe_entry(TINY)}, tmp_path / "model.ckpt")
     save_adapters(adapted().state_dict(), tmp_path / "adapter.safetensors")
@@ -106,6 +118,7 @@ def test_the_tool_merges_adapters_into_a_checkpoint(tmp_path):
     assert main(["merge-lora", paths[0], paths[1], "--out", paths[2]]) == 0
     merged = pbe.load_model(paths[2], device="cpu")
     assert torch.allclose(predict(merged), predict(adapted()), atol=1e-4)
+    assert merged.config == TINY
     assert main(["merge-lora", paths[0], paths[0], "--out", str(tmp_path / "no.ckpt")]) == 2
     assert not (tmp_path / "no.ckpt").exists()
 

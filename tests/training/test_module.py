@@ -950,7 +950,7 @@ def test_sample_grid_shows_each_picture_in_its_own_colours(monkeypatch):
 
 
 def test_sample_grid_shows_all_columns():
-    settings = SamplesConfig(edit={"steps": 2}).settings
+    settings = SamplesConfig(edit={"steps": 2}).settings()
     picture = sample_grid(tiny_model(), example(2), settings)
     again = sample_grid(tiny_model(), example(2), settings)
     assert picture.tobytes() == again.tobytes()

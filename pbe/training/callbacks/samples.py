@@ -20,13 +20,13 @@ from torchvision.transforms.v2 import functional as T
 
 from pbe.data.example import Example, collate
 from pbe.editing.edit import sample_latents
-from pbe.editing.settings import EditSettings
+from pbe.editing.settings import EditSettings, settings_for
 from pbe.images.grids import grid
 from pbe.io.atomic import replacing
 from pbe.io.fields import Range, check_fields
 from pbe.io.suggest import did_you_mean
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
-from pbe.models.paint_by_example import PaintByExample
+from pbe.models.paint_by_example import Distilled, PaintByExample
 from pbe.training.module import PaintByExampleTraining
 from pbe.training.task import data_of
 
@@ -42,8 +42,9 @@ class SamplesConfig:
     """Optimiser steps between two grids; None: no grids."""
     count: Annotated[int, Range(1)] = 4
     """How many examples, the first of validation."""
-    edit: dict[str, Any] = field(default_factory=lambda: {"sampler": "ddim", "seed": 0})
-    """How they are edited: the settings of `EditSettings` that say how latents are sampled."""
+    edit: dict[str, Any] = field(default_factory=lambda: {"seed": 0})
+    """How they are edited: the settings of `EditSettings` that say how latents are sampled; where they do not, as the
+    model was distilled for, or by the sampler ddim."""
 
     def __post_init__(self) -> None:
         check_fields(self, "samples")
@@ -51,14 +52,13 @@ class SamplesConfig:
             if name not in SAMPLING:
                 raise ValueError(f"samples.edit.{name}: a grid has no such setting{did_you_mean(name, SAMPLING)}")
         try:
-            _ = self.settings
+            self.settings()
         except ValueError as error:
             raise ValueError(f"samples.edit.{error}") from None
 
-    @property
-    def settings(self) -> EditSettings:
-        """`edit`, checked."""
-        return EditSettings(**self.edit)
+    def settings(self, distilled: Distilled | None = None) -> EditSettings:
+        """`edit`, checked, for a model."""
+        return settings_for(self.edit, distilled, EditSettings(sampler="ddim"))
 
 
 class SampleGrids(Callback):
@@ -93,7 +93,7 @@ class SampleGrids(Callback):
         if self.examples is None:
             self.examples = first_examples(data_of(trainer).val_dataloader(), self.config.count)
         with module.averaged(), trainer.precision_plugin.forward_context():
-            picture = sample_grid(module.model, self.examples, self.config.settings)
+            picture = sample_grid(module.model, self.examples, self.config.settings(module.model.config.distilled))
         with replacing(self.folder / f"step-{step:08}.png", overwrite=True) as part:
             picture.save(part, "PNG")
         for logger in trainer.loggers:
