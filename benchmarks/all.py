@@ -4,7 +4,7 @@
 
 On a GPU: editing in float16 at batch 1, 4 and 16, compiled at 1 and 16, and in bfloat16 and float32 at batch 1; where
 the time of a prediction goes; how time and memory grow; training, and what fits cards of 24, 48 and 80 GiB. On a CPU
-less of it, with fewer steps, and training with a small model. A run that fails does not stop the others. What is there
+less of it, with fewer steps, and training with a small model. A run that fails does not stop the others. What is whole
 already is kept, with what was compiled: the same command goes on where it was cut short. So the start of a compiled
 system may be one with a cache.
 """
@@ -20,7 +20,8 @@ import torch
 
 from benchmarks import plot, table
 from benchmarks.arguments import need_diffusers, seeded_weights
-from benchmarks.sections import run
+from benchmarks.budget import Budget
+from benchmarks.sections import STOPPED, run
 
 EAGER = ["pbe", "diffusers", "diffusers, best"]
 COMPILED = ["pbe, compiled", "diffusers", "diffusers, compiled"]
@@ -61,13 +62,14 @@ def sections(device: str, weights: tuple[Path, Path], quick: bool) -> dict[str, 
     if device == "cpu":
         for dtype in ("bfloat16", "float32"):
             edit(dtype, dtype, 1, EAGER)
+            edit(f"{dtype}-openvino", dtype, 1, ["pbe", "openvino"])  # four are more than memory holds
         runs["profile"] = [*both, "--dtype", "bfloat16"]
         # full-size systems that take turns are all in memory, 16 GiB or more each
         small = ["--quick", "--resolution", "128", "--batch", "4"]
         runs["train"] = ["--device", device, *small, "--dtype", "float32", "bfloat16", "--systems", *TRAINED]
         growth("bfloat16")
     else:
-        edit("1", "float16", 1, EAGER)
+        edit("1", "float16", 1, [*EAGER, "pbe, plain upsampling"])
         edit("1-compiled", "float16", 1, COMPILED)
         edit("16", "float16", 16, EAGER)
         for batch in ("1", "16"):
@@ -86,6 +88,7 @@ def sections(device: str, weights: tuple[Path, Path], quick: bool) -> dict[str, 
             if limit < room:
                 runs[f"train-fits-{limit}"] = [*ours, "--limit-gib", str(limit), "--systems", *RECIPES]
     runs["load"] = ["--ckpt", ckpt, "--diffusers", diffusers]
+    runs["cost"] = both
     return runs
 
 
@@ -96,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
     )
     p.add_argument("--out", type=Path, required=True, help="the folder of the results; the weights are made in it too")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--minutes", type=float, help="start no run later, and leave out of the last what takes longer")
     p.add_argument("--quick", action="store_true", help="small weights and few steps: to see that everything runs")
     args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -107,18 +111,21 @@ def main(argv: Sequence[str]) -> int:
         p.error(f"--out {args.out} cannot be made: {error.strerror}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((args.out / "compiled").resolve()))
     weights = seeded_weights("small" if args.quick else "full", args.out)
-    files, failed = [], 0
+    files, failed, budget = [], 0, Budget(args.minutes)
     for name, command in sections(args.device, weights, args.quick).items():
         file = args.out / f"{name}.json"
         if file.exists() and table.read(file)["finished"]:
             print(f"{file}: there already", flush=True)
-        elif code := run(name.partition("-")[0], [*command, "--out", str(file)]):
-            print(f"{name} failed", file=sys.stderr)
-            failed = failed or code
-            continue
-        files.append(file)
+        elif budget.fits(name):
+            left = ["--minutes", f"{budget.left / 60:.2f}"] if args.minutes else []
+            if code := run(name.partition("-")[0], [*command, *left, "--out", str(file)]):
+                print(f"{name} failed", file=sys.stderr)
+                failed = failed or code
+        files += [file] if file.exists() else []  # what was measured until it failed, too
         tables = "\n".join(table.document(table.read(file)) for file in files)
         (args.out / "tables.md").write_text(tables, encoding="utf-8")
+        if failed == STOPPED:
+            return failed
     print(f"{args.out / 'tables.md'}: all tables")
     grown = [str(file) for file in files if file.name.startswith("scaling")]
     if grown and find_spec("matplotlib") is None:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pbe.checkpoints.writing import save_checkpoint, save_diffusers
 
 DTYPES = ("float32", "bfloat16", "float16")
 COUNTS = ("steps", "pairs", "starts", "batch", "batches", "rows", "repeats")
+PEERS = ("diffusers", "openvino")  # how the names of systems begin that are not this library's
 
 
 def make_parser(section: str, doc: str | None) -> argparse.ArgumentParser:
@@ -24,7 +26,8 @@ def make_parser(section: str, doc: str | None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog=f"python -m benchmarks {section}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--out", type=Path, help="write the numbers as JSON; `python -m benchmarks table` reads it")
+    p.add_argument("--out", type=Path, help="write the numbers as JSON, each as it is measured; `table` reads it")
+    p.add_argument("--minutes", type=float, help="leave out what takes longer, by the first call of it, and say so")
     return p
 
 
@@ -59,7 +62,10 @@ def check_models(
         if getattr(args, name) is None:
             setattr(args, name, value)
     if not (chosen or args.diffusers or args.quick):
-        args.systems = [name for name in args.systems if not name.startswith("diffusers")]
+        args.systems = [name for name in args.systems if not name.startswith(PEERS)]
+    if "openvino" in args.systems and find_spec("openvino") is None:
+        print("'openvino' is left out: it is not installed (pip install -e '.[bench]')", file=sys.stderr)
+        args.systems = [name for name in args.systems if name != "openvino"] or p.error("no system is left")
     check_weights(p, args)
     sides = [args.resolution, *getattr(args, "resolutions", [])]
     if wrong := [side for side in sides if side % 64 or side < 64]:
@@ -70,7 +76,7 @@ def check_weights(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program if there are no weights for a system."""
     if args.quick == bool(args.ckpt):
         p.error("give --ckpt, or --quick, which makes its own weights" + (", and not both" if args.quick else ""))
-    theirs = [name for name in args.systems if name.startswith("diffusers")]
+    theirs = [name for name in args.systems if name.startswith(PEERS)]
     if theirs and not (args.diffusers or args.quick):
         p.error(f"{theirs[0]!r} needs --diffusers, or --systems without it")
     if theirs:
@@ -90,12 +96,15 @@ def check_files(p: argparse.ArgumentParser, files: Iterable[str]) -> None:
 
 
 def check_common(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program if a count is below 1, or --out could not be written hours later. Makes --out's folder."""
+    """Ends the program if a count is below 1, --minutes is not above 0, or --out could not be
+    written hours later. Makes --out's folder."""
     for name in COUNTS:
         values = getattr(args, name, None)
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < 1:
                 p.error(f"--{name} must be at least 1, got {value}")
+    if args.minutes is not None and not args.minutes > 0:
+        p.error(f"--minutes must be above 0, got {args.minutes:g}")
     if args.out is None:
         return
     if args.out.is_dir():
@@ -108,7 +117,9 @@ def check_common(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def check_editing(p: argparse.ArgumentParser, args: argparse.Namespace, small_card: Sequence[str]) -> None:
-    """Ends the program for --steps and --guidance that no edit has, and for a small card on a CPU."""
+    """Ends the program for --steps and --guidance that no edit has, and for what a system cannot run on."""
+    if args.device != "cpu" and "openvino" in args.systems:
+        p.error("'openvino' is measured on the CPU: it needs --device cpu")
     if args.device == "cpu" and (small := [name for name in args.systems if name in small_card]):
         p.error(f"{small[0]!r} needs --device cuda: there is nothing to leave on a CPU")
     if args.steps > 1000:

@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     source = open_source(SourceConfig(kind="manifest", path=str(args.boxes)))
     records = [source[i] for i in range(len(source))]
     recipes: dict[str, dict[str, float]] = {}
-    for name, config in VARIANTS.items():
+    for (name, config), _ in zip(VARIANTS.items(), args.budget.rounds(len(VARIANTS), "recipes"), strict=False):
         recipes[name] = asdict(measure_recipe(records, config, args.pairs))
         yield {"recipes": recipes}
 

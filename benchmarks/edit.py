@@ -3,8 +3,9 @@
     python -m benchmarks edit --ckpt full.ckpt --diffusers full --out edit.json
     python -m benchmarks edit --quick
 
-Every system is a process of its own that waits while the others work; they take turns, so that a busy spell of the
-machine meets all of them, and ratios are taken pair by pair. A machine without a GPU does less unless it is told more.
+Every system is a process of its own that waits while the others work; on a CPU they take turns, so that a busy spell of
+the machine meets all of them, and ratios are taken pair by pair; on a GPU one follows the other, so that what is cut
+off is whole systems, unless they start --together. A machine without a GPU does less unless it is told more.
 """
 
 import argparse
@@ -19,24 +20,27 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import DTYPES, add_model_flags, check_editing, check_models, make_parser, weights
+from benchmarks.arguments import DTYPES, PEERS, add_model_flags, check_editing, check_models, make_parser, weights
+from benchmarks.budget import Budget
 from benchmarks.edit_worker import SYSTEMS, Task
 from benchmarks.kinds import count_flops
 from benchmarks.report import markdown, spread, times
 from benchmarks.worker import Worker
 
 MEASURED = {"unet": "UNet call s", "decode": "VAE decode s", "edit": "edit s"}
+# of no use there, or in the place of a better one
+NOT_ON_CUDA = ("pbe, model kept", "diffusers, compiled without trials", "openvino")
 SMALL_CARD = [name for name in SYSTEMS if name.endswith("small card")]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
-        "systems": [name for name in SYSTEMS if name != "pbe, model kept"],
+        "systems": [name for name in SYSTEMS if name not in NOT_ON_CUDA],
         "dtype": ["float16"],
         "batch": [1, 4, 16],
         "resolution": 512,
         "steps": 50,
     },
     "cpu": {
-        "systems": ["pbe", "diffusers", "diffusers, best"],
+        "systems": ["pbe", "diffusers", "diffusers, best", "openvino"],
         "dtype": ["float32", "bfloat16"],
         "batch": [1],
         "resolution": 512,
@@ -64,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float16 on a GPU, else float32 and bfloat16")
     p.add_argument("--batch", nargs="+", type=int, help="default: 1 4 16 on a GPU, else 1")
     p.add_argument("--starts", type=int, default=1, help="fresh processes of each system (default 1)")
+    p.add_argument("--together", action="store_true", help="start all systems at once, where compiling takes minutes")
     return p
 
 
@@ -73,42 +78,68 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One run per precision and batch size: those so far after each."""
-    runs = []
+    """One run per precision and batch size: those so far after each figure."""
+    runs: list[dict[str, Any]] = []
     with weights(args) as files:
         for dtype, batch in product(args.dtype, args.batch):
             task = Task(*files, args.device, dtype, batch, args.resolution, args.steps, args.guidance)
-            runs.append(measure_task(task, args.systems, args.pairs, args.starts))
-            yield {"runs": runs}
+            for run in measure_task(task, args.systems, args.pairs, args.starts, args.budget, args.together):
+                yield {"runs": [*runs, run]}
+            runs.append(run)
 
 
-def measure_task(task: Task, systems: Sequence[str], pairs: int, starts: int) -> dict[str, Any]:
-    """All numbers of one task: `starts` processes of each system, then `pairs` rounds of all in turns by the last."""
-    result: dict[str, dict[str, Any]] = {name: {"starts": [], **{what: [] for what in MEASURED}} for name in systems}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+def measure_task(
+    task: Task, systems: Sequence[str], pairs: int, starts: int, budget: Budget, together: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The numbers of one task after each: of `starts` processes of each system, then `pairs` rounds by the last."""
+    result: dict[str, dict[str, Any]] = {
+        name: {"starts": [], "differences": {}, **{what: [] for what in MEASURED}} for name in systems
+    }
+    run = {"task": asdict(task), "TFLOP": flops_of(task, systems), "systems": result}
+    yield run
+    with tempfile.TemporaryDirectory() as folder:
         folders = {name: Path(folder, str(i)) for i, name in enumerate(systems)}
-
-        def start(name: str) -> Worker:
-            worker = Worker(name, task, folders[name])
-            worker.ask("edit")
-            result[name]["starts"].append(worker.started | worker.ask("memory"))
-            return worker
-
-        for _ in range(starts - 1):
-            for name in systems:
-                start(name).close()
-        workers = [stack.enter_context(closing(start(name))) for name in systems]
-        peak = workers[0].ask("matmul")["TFLOP/s"]
-        for what in MEASURED:
-            for i in range(pairs + 1):
+        for group in [systems] if task.device == "cpu" or together else [[name] for name in systems]:
+            if not budget.fits(f"{', '.join(group)}, batch {task.batch}, {task.dtype}"):
+                continue
+            with ExitStack() as stack:
+                for i in range(starts):
+                    waiting = (stack.enter_context(closing(Worker(name, task, folders[name]))) for name in group)
+                    workers = []
+                    for worker in list(waiting) if together else waiting:
+                        result[worker.name]["starts"].append(worker.started)
+                        workers.append(worker)
+                        yield run
+                        if i + 1 < starts:
+                            worker.close()
+                if "TFLOP/s of matmul" not in run:
+                    run["TFLOP/s of matmul"] = workers[0].ask("matmul")["TFLOP/s"]
+                for _ in measure_rounds(workers, result, pairs, task.steps, budget):
+                    yield run
                 for worker in workers:
-                    seconds = worker.ask(what)["seconds"]
-                    if i:  # the first warms up
-                        result[worker.name][what].append(seconds)
-        for worker in workers:
-            outputs = {what: (workers[0].folder / f"{what}.pt", worker.folder / f"{what}.pt") for what in MEASURED}
-            result[worker.name]["differences"] = {what: difference(*files) for what, files in outputs.items()}
-    return {"task": asdict(task), "TFLOP/s of matmul": peak, "TFLOP": flops_of(task, systems), "systems": result}
+                    result[worker.name]["starts"][-1] |= worker.ask("memory")
+                    files = (
+                        (what, *(folders[name] / f"{what}.pt" for name in (systems[0], worker.name)))
+                        for what in MEASURED
+                    )
+                    gaps = {what: difference(a, b) for what, a, b in files if a.exists() and b.exists()}
+                    result[worker.name]["differences"] = gaps
+                    yield run
+
+
+def measure_rounds(
+    workers: Sequence[Worker], result: dict[str, dict[str, Any]], pairs: int, steps: int, budget: Budget
+) -> Iterator[None]:
+    """Adds the seconds of each thing, after each; an edit is expected to take as long as its parts."""
+    expected = 0.0
+    for what in MEASURED:
+        names = ", ".join(worker.name for worker in workers)
+        for _ in budget.rounds(pairs, f"{what} of {names}", expected if what == "edit" else 0.0):
+            for worker in workers:
+                result[worker.name][what].append(worker.ask(what)["seconds"])
+                yield
+        latest = sum(result[worker.name][what][-1] for worker in workers if result[worker.name][what])
+        expected += latest * (steps + 1 if what == "unet" else 1)
 
 
 def flops_of(task: Task, systems: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
@@ -119,7 +150,9 @@ def flops_of(task: Task, systems: Sequence[str]) -> dict[str, dict[str, dict[str
 
 def form_of(system: str) -> str:
     """Which of `count_flops`'s forms a system computes."""
-    return "diffusers" if system.startswith("diffusers") else "prepared"
+    if system.startswith(PEERS):
+        return "diffusers"
+    return "plain upsampling" if system.endswith("plain upsampling") else "prepared"
 
 
 def difference(first: Path, second: Path) -> dict[str, float]:
@@ -140,16 +173,14 @@ def tables(content: dict[str, Any]) -> str:
 
 def title(run: dict[str, Any], device: str, steps: str = "") -> str:
     """What a table is about, and the speed that its shares are of."""
-    task = run["task"]
-    return (
-        f"{task['dtype']}, batch {task['batch']}, {task['resolution']}²{steps}, {device}; "
-        f"matrix products reach {run['TFLOP/s of matmul']:.3g} TFLOP/s"
-    )
+    task, peak = run["task"], run.get("TFLOP/s of matmul")
+    what = f"{task['dtype']}, batch {task['batch']}, {task['resolution']}²{steps}, {device}"
+    return f"{what}; matrix products reach {peak:.3g} TFLOP/s" if peak else what
 
 
 def table(run: dict[str, Any], device: str) -> str:
     """Medians with their range; how many times longer than this library's systems, the median of the pairs."""
-    systems = run["systems"]
+    systems, peak = run["systems"], run.get("TFLOP/s of matmul")
     first = next(iter(systems))
     # a compiled system is compared with a compiled one
     references = [name for name in systems if name in (first, "pbe, compiled")]
@@ -159,19 +190,24 @@ def table(run: dict[str, Any], device: str) -> str:
         rows.append([label, *map(spread, values.values())])
         for reference in references:
             rows.append([f"{label.removesuffix(' s')}, times {reference}", *times(values, reference).values()])
-        gaps = {name: one["differences"][what] for name, one in systems.items()}
-        cells = {name: f"{gap['largest']:.1e} ({gap['mean']:.1e})" for name, gap in gaps.items()}
+        gaps = {name: one["differences"].get(what) for name, one in systems.items()}
+        cells = {name: f"{gap['largest']:.1e} ({gap['mean']:.1e})" if gap else "" for name, gap in gaps.items()}
         rows.append([f"{what}: largest (mean) difference", *(cells | {first: ""}).values()])
+    rows.append(
+        ["UNet calls a second", *(spread([1 / seconds for seconds in one["unet"]]) for one in systems.values())]
+    )
     unet = {form: sum(kinds.values()) for form, kinds in run["TFLOP"]["unet"].items()}
     rows.append(["TFLOP of a UNet call", *(f"{unet[form_of(name)]:.3g}" for name in systems)])
     # of the network's own arithmetic, whatever a system saves of it
-    shares = [unet["ordinary"] / statistics.median(one["unet"]) / run["TFLOP/s of matmul"] for one in systems.values()]
-    rows.append(["MFU of a UNet call", *(f"{share:.0%}" for share in shares)])
-    for key in systems[first]["starts"][0]:
-        values = {name: [start[key] for start in one["starts"]] for name, one in systems.items()}
+    rows.append(["MFU of a UNet call"])
+    for one in systems.values():
+        whole = peak and one["unet"]
+        rows[-1].append(f"{unet['ordinary'] / statistics.median(one['unet']) / peak:.0%}" if whole else "")
+    for key in dict.fromkeys(key for one in systems.values() for start in one["starts"] for key in start):
+        values = {name: [start[key] for start in one["starts"] if key in start] for name, one in systems.items()}
+        medians = {name: statistics.median(one) if one else None for name, one in values.items()}
         rows.append([key, *map(spread, values.values())])
-        reference_median = statistics.median(values[first])
-        relative = [f"{statistics.median(one) / reference_median:.3g}" for one in values.values()]
+        relative = [f"{one / medians[first]:.3g}" if one and medians[first] else "" for one in medians.values()]
         rows.append([f"{key.removesuffix(' s').replace(' GiB', '')}, times {first}", *relative])
     steps = f", {run['task']['steps']} steps"
     return f"{title(run, device, steps)}\n\n{markdown(systems, rows)}"

@@ -1,21 +1,22 @@
 """One system of the editing benchmark in a process of its own: it loads, then does what lines on stdin ask for.
 
 The first line it prints tells how long each phase of the start took; each line read (`unet`, `decode` or `edit`) is
-answered by the seconds that it took, with the output saved in the worker's folder; `profile unet` and `profile decode`
-by the seconds of each kind of operation; `memory` by the peaks so far; `matmul` by the speed of matrix products.
+answered by the seconds that it took, with the output saved in the worker's folder; `cost {…}` by what an edit with
+other settings costs; `profile unet` and `profile decode` by the seconds of each kind of operation; `memory` by the
+peaks so far; `matmul` by the speed of matrix products.
 """
 
 import json
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,13 +24,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import peers
+from benchmarks.calls import Calls
 from benchmarks.kinds import seconds_by_kind
 from benchmarks.worker import SEED, Numbers, memory, serve, synchronize
+from pbe.editing.settings import EditSettings
 from pbe.models.paint_by_example import PaintByExample
 from pbe.sampling import NoiseSchedule, leading, make_generators, randn
 
-# diffusers compiled at its best: kernels chosen by trial and CUDA graphs on a GPU, where a CPU gains from neither
-COMPILE_MODE = {"cuda": "max-autotune", "cpu": "default"}
 # a GPU's prediction is so short that a single one would measure how it is started
 PREDICTIONS = {"cuda": 10, "cpu": 1}
 # phases of a start, and all of it
@@ -64,13 +65,15 @@ def pictures(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class System(ABC):
     """What a system computes once it is loaded, on inputs that are the same for all.
 
-    `networks` are the modules that its methods `unet` and `decode` run.
+    `networks` are the modules that its methods `unet` and `decode` run, `predictions` names the methods of the UNet
+    that an edit calls, and `warm` what has run before, so that its next call takes its usual time.
     """
 
     networks: dict[str, nn.Module]
+    predictions: tuple[str, ...]
 
     def __init__(self, task: Task, context_dim: int, downsampling: int):
-        self.task = task
+        self.task, self.warm = task, {"unet", "edit"}  # the first runs at the start; an edit is made of its parts
         self.device, self.dtype = torch.device(task.device), getattr(torch, task.dtype)
         side, generators = task.resolution // downsampling, make_generators(SEED, task.batch)
         self.x_T = randn((4, side, side), generators)
@@ -91,31 +94,39 @@ class System(ABC):
     def decode(self) -> Tensor:
         """A decoding of latents."""
 
-    @abstractmethod
     def edit(self) -> Tensor:
-        """The pictures (B, 3, H, W) of an edit."""
+        """The pictures (B, 3, H, W) of the task's edit."""
+        return self.edit_with({"steps": self.task.steps, "guidance": self.task.guidance})
+
+    @abstractmethod
+    def edit_with(self, settings: Mapping[str, Any]) -> Tensor:
+        """The pictures of an edit with these fields of `EditSettings`."""
 
 
 class Ours(System):
     """This library: as the command line runs it, but for what differs.
 
-    consume: give the loaded model up for the prepared one. compile: its UNet and decoder, each as a whole. small_card:
-    each network is on the GPU only while it runs: `unet` and `decode` send it there for each call.
+    compile: its UNet and decoder, each as a whole. small_card: each network is on the GPU only while it runs: `unet`
+    and `decode` send it there for each call. prepare: how the loaded model is prepared instead.
     """
 
-    def __init__(self, task: Task, consume: bool = True, compile: bool = False, small_card: bool = False):
+    predictions = ("predict", "predict_from")
+
+    def __init__(
+        self, task: Task, compile: bool = False, small_card: bool = False, prepare: Mapping[str, Any] | None = None
+    ):
         from pbe.acceleration import prepare_for_inference
         from pbe.acceleration.offloading import on_device
         from pbe.checkpoints.loading import load_model
         from pbe.editing.loading import load_editor
 
-        if consume:
+        if prepare is None:
             how: Literal["whole"] | None = "whole" if compile else None
             self.model = load_editor(Path(task.ckpt), task.device, task.dtype, low_memory=small_card, compile=how)
         else:
             loaded = load_model(task.ckpt, task.device, task.dtype)
             assert isinstance(loaded, PaintByExample)
-            self.model = prepare_for_inference(loaded)
+            self.model = prepare_for_inference(loaded, **prepare)
         self.networks = {"unet": self.model.unet, "decode": self.model.vae}
         config = self.model.config
         super().__init__(task, config.unet.context_dim, config.vae.downsampling)
@@ -131,7 +142,7 @@ class Ours(System):
         with self.visit(self.model.vae):
             return self.model.vae.decode(self.unet_in[:, :4])
 
-    def edit(self) -> Tensor:
+    def edit_with(self, settings: Mapping[str, Any]) -> Tensor:
         from pbe.editing.edit import edit
 
         photo, repaint, exemplar = pictures(self.task)
@@ -140,14 +151,13 @@ class Ours(System):
             photo,
             repaint,
             Image.fromarray((exemplar * 255).astype(np.uint8)),
-            steps=self.task.steps,
-            guidance=self.task.guidance,
             seed=SEED,
             num_images=self.task.batch,
             batch_size=self.task.batch,
             window="full",
             resolution=self.task.resolution,
             composite=False,
+            **settings,
         )
         return torch.from_numpy(np.stack([np.asarray(result) for result in results])).permute(0, 3, 1, 2)
 
@@ -155,11 +165,13 @@ class Ours(System):
 class Diffusers(System):
     """diffusers' pipeline as it comes, or with what it offers.
 
-    best: the channels-last layout and fused projections. compile: `torch.compile` of its UNet and decoder.
+    best: the channels-last layout and fused projections. compile: torch's mode of compiling its UNet and decoder.
     small_card: each network is on the GPU only while it runs.
     """
 
-    def __init__(self, task: Task, best: bool = False, compile: bool = False, small_card: bool = False):
+    predictions = ("forward",)
+
+    def __init__(self, task: Task, best: bool = False, compile: str = "", small_card: bool = False):
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         # the masked picture's latent is the posterior's mean here and a sample there: compare what is the same
@@ -176,10 +188,11 @@ class Diffusers(System):
             pipeline.unet.fuse_qkv_projections()
             pipeline.vae.fuse_qkv_projections()
         if compile:
-            mode = COMPILE_MODE[torch.device(task.device).type]
+            # a CPU gains from neither trials nor CUDA graphs
+            mode = compile if torch.device(task.device).type == "cuda" else "default"
             pipeline.unet.compile(mode=mode, fullgraph=True)
             pipeline.vae.decoder.compile(mode=mode, fullgraph=True)
-        self.pipeline = pipeline
+        self.pipeline, self.plms = pipeline, pipeline.scheduler
         self.networks = {"unet": pipeline.unet, "decode": pipeline.vae}
         downsampling = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         super().__init__(task, pipeline.unet.config.cross_attention_dim, downsampling)
@@ -192,31 +205,66 @@ class Diffusers(System):
         z = self.unet_in[:, :4] / self.pipeline.vae.config.scaling_factor
         return self.pipeline.vae.decode(z, return_dict=False)[0]
 
-    def edit(self) -> Tensor:
+    def edit_with(self, settings: Mapping[str, Any]) -> Tensor:
         photo, repaint, exemplar = pictures(self.task)
+        wanted = EditSettings(**settings)
+        self.pipeline.scheduler = peers.scheduler(wanted.sampler, wanted.spacing, self.plms)
         images = self.pipeline(
             image=(torch.from_numpy(photo).permute(2, 0, 1)[None] * 2 - 1).to(self.dtype),
             mask_image=torch.from_numpy(repaint)[None, None].to(self.dtype),
             example_image=Image.fromarray((exemplar * 255).astype(np.uint8)),
             latents=self.place(self.x_T),
             num_images_per_prompt=self.task.batch,
-            num_inference_steps=self.task.steps,
-            guidance_scale=self.task.guidance,
+            num_inference_steps=wanted.steps,
+            guidance_scale=wanted.guidance,
             output_type="pt",
         ).images
         return images.float().cpu()
 
 
+class OpenVINO(Diffusers):
+    """diffusers' pipeline with its UNet and decoder converted for OpenVINO, of fixed sizes, computing in the task's
+    precision; the rest stays in torch. Its start includes the conversion."""
+
+    def __init__(self, task: Task):
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        super().__init__(replace(task, dtype="float32"))
+        unet, decoder, z = self.pipeline.unet, self.pipeline.vae.decoder, self.unet_in[:, :4]
+        unet_in = torch.cat([self.unet_in] * 2)
+        predict = peers.converted(unet, (unet_in, self.t[0], self.context), task.dtype)
+        unet.forward = lambda x, t, encoder_hidden_states: UNet2DConditionOutput(predict(x, t, encoder_hidden_states))
+        decode = peers.converted(decoder, (z,), task.dtype)
+        decoder.forward = lambda z, *_: decode(z)
+
+
 SYSTEMS: dict[str, Callable[[Task], System]] = {
     "pbe": Ours,
-    "pbe, model kept": lambda task: Ours(task, consume=False),
+    "pbe, model kept": lambda task: Ours(task, prepare={}),
+    "pbe, plain upsampling": lambda task: Ours(task, prepare={"consume": True, "sum_phases": False}),
     "pbe, compiled": lambda task: Ours(task, compile=True),
     "pbe, small card": lambda task: Ours(task, small_card=True),
     "diffusers": Diffusers,
     "diffusers, best": lambda task: Diffusers(task, best=True),
-    "diffusers, compiled": lambda task: Diffusers(task, best=True, compile=True),
+    "diffusers, compiled": lambda task: Diffusers(task, best=True, compile="max-autotune"),
+    "diffusers, compiled without trials": lambda task: Diffusers(task, best=True, compile="reduce-overhead"),
     "diffusers, small card": lambda task: Diffusers(task, small_card=True),
+    "openvino": OpenVINO,
 }
+
+
+def warm_up(system: System, what: str) -> None:
+    """Calls what was not called yet, so that its first figure is as good as any; what a GPU runs, before each turn."""
+    if what not in system.warm or system.device.type == "cuda":
+        getattr(system, what)()
+    system.warm.add(what)
+
+
+def cost(system: System, settings: Mapping[str, Any], whole: bool) -> Numbers:
+    """What an edit with these settings takes, from itself or, unless `whole`, from one call of each kind."""
+    with Calls(system.networks["unet"], system.predictions, whole, system.warm, system.device) as calls:
+        system.edit_with(settings)
+    return calls.numbers(system.task.batch)
 
 
 def timed(system: System, what: str) -> tuple[float, Tensor]:
@@ -227,8 +275,7 @@ def timed(system: System, what: str) -> tuple[float, Tensor]:
     """
     call, device = getattr(system, what), system.device
     calls = PREDICTIONS[device.type] if what == "unet" else 1
-    if device.type == "cuda":
-        call()
+    warm_up(system, what)
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -264,8 +311,11 @@ def answer(system: System, line: str, folder: Path) -> Numbers:
         return memory(system.device)
     if line == "matmul":
         return {"TFLOP/s": matmul_peak(system.task.device, system.dtype)}
+    if line.startswith("cost "):
+        return cost(system, **json.loads(line.removeprefix("cost ")))
     if line.startswith("profile "):
         part = line.removeprefix("profile ")
+        warm_up(system, part)
         return seconds_by_kind(system.networks[part], getattr(system, part), system.device)
     seconds, output = timed(system, line)
     torch.save(output, folder / f"{line}.pt")

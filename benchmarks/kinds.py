@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def count_flops(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """TFLOP by part ("unet": a call with both halves of guidance, or "decode"), form and kind.
 
-    Forms are the "ordinary" networks, the "prepared" ones and, from a folder, those of "diffusers". Nothing is computed
-    and no weight is read.
+    Forms are the "ordinary" networks, the "prepared" ones, those with "plain upsampling" and, from a folder, those of
+    "diffusers". Nothing is computed and no weight is read.
     """
     model = build_on_meta(PaintByExample, build(open_recognised(ckpt)).config)
     side = resolution // model.config.vae.downsampling
@@ -101,18 +102,21 @@ def count_flops(
     t = torch.empty(batch, device="meta")
     context = torch.empty(2 * batch, 1, model.config.unet.context_dim, device="meta")
     z = unet_in[:, :4]
-    prepared = prepare_for_inference(model)
+    forms = {"prepared": prepare_for_inference(model)}
+    forms["plain upsampling"] = prepare_for_inference(model, sum_phases=False)
     unet = {
         "ordinary": lambda: model.unet(torch.cat([unet_in] * 2), torch.cat([t] * 2), context),
-        "prepared": lambda: prepared.unet(unet_in, t, context),
     }
-    decode = {"ordinary": lambda: model.vae.decode(z), "prepared": lambda: prepared.vae.decode(z)}
+    decode = {"ordinary": lambda: model.vae.decode(z)}
+    for form, prepared in forms.items():
+        unet[form] = partial(prepared.unet, unet_in, t, context)
+        decode[form] = partial(prepared.vae.decode, z)
     if diffusers:
         their_unet, their_vae = diffusers_on_meta(Path(diffusers))
         unet["diffusers"] = lambda: their_unet(torch.cat([unet_in] * 2), t[0], encoder_hidden_states=context)
         decode["diffusers"] = lambda: their_vae.decode(z)
     parts = {"unet": unet, "decode": decode}
-    return {part: {form: flops_by_kind(call) for form, call in forms.items()} for part, forms in parts.items()}
+    return {part: {form: flops_by_kind(call) for form, call in calls.items()} for part, calls in parts.items()}
 
 
 def diffusers_on_meta(folder: Path) -> tuple[nn.Module, nn.Module]:

@@ -32,17 +32,17 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The numbers of each run, by system and precision: those so far after each round."""
+    """The numbers of each run, by system and precision: those so far after each."""
     systems = {f"pbe, {Path(path).suffix or 'folder'}": ("pbe", path) for path in args.ckpt}
     if args.diffusers:
         systems["diffusers, folder"] = ("diffusers", args.diffusers)
     results: dict[str, list[Numbers]] = {}
-    for _ in range(args.repeats):
+    for _ in args.budget.rounds(args.repeats, "load"):
         for dtype in ("float32", "bfloat16"):
             for name, (system, path) in systems.items():
                 numbers = run_once("benchmarks.load_worker", system, path, dtype)
                 results.setdefault(f"{name}, to {dtype}", []).append(numbers)
-        yield {"results": results}
+                yield {"results": results}
 
 
 def tables(content: dict[str, Any]) -> str:

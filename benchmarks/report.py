@@ -30,7 +30,7 @@ def about(section: str, argv: Sequence[str], device: str = "cpu") -> dict[str, A
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "safetensors"):
+    for package in ("torch", "diffusers", "transformers", "safetensors", "openvino"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -56,15 +56,23 @@ def write_json(path: Path | None, content: dict[str, Any]) -> None:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median and the range."""
-    if len(values) == 1:
-        return f"{values[0]:.3g}"
+    """The median and the range; nothing of no values."""
+    if len(values) < 2:
+        return "".join(f"{value:.3g}" for value in values)
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
+def median_of(values: Sequence[float], form: str) -> str:
+    """The median in this format; nothing of no values."""
+    return format(statistics.median(values), form) if values else ""
+
+
 def ratios(values: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Pair by pair: both were measured in turns, and a busy spell of the machine met both."""
-    return [a / b for a, b in zip(values, reference, strict=True)]
+    """Pair by pair: both were measured in turns, and a busy spell of the machine met both.
+
+    A run that was cut short has a value less of what was not reached in the last round.
+    """
+    return [a / b for a, b in zip(values, reference, strict=False)]
 
 
 def times(values: dict[str, Sequence[float]], reference: str) -> dict[str, str]:

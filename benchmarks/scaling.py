@@ -8,7 +8,6 @@ less from what else the machine does. Index and manifest are measured on Linux a
 """
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -19,9 +18,10 @@ from typing import Any
 
 from benchmarks import edit, index_worker
 from benchmarks.arguments import DTYPES, check_editing, check_models, make_parser, weights
+from benchmarks.budget import Budget
 from benchmarks.edit import MEASURED
 from benchmarks.edit_worker import Task
-from benchmarks.report import markdown, ratios, spread
+from benchmarks.report import markdown, median_of, ratios, spread
 from benchmarks.worker import Worker, run_once, unless_full
 
 AXES = {"batch": "batch {}", "resolution": "{}²"}
@@ -69,18 +69,23 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The points of each axis, then those of the rows: those so far after each of these."""
+    """The points of each axis, then those of the rows: those so far after each figure."""
     content: dict[str, Any] = {"index": [], "batch": [], "resolution": []}
     with weights(args) as files:
         task = Task(*files, args.device, args.dtype, 1, args.resolution, args.steps, args.guidance)
         for axis, values in (("batch", args.batches), ("resolution", args.resolutions)):
-            content[axis] = measure_edits([replace(task, **{axis: n}) for n in values], args.systems, args.pairs)
-            yield content
-    content["index"] = measure_index(args.rows, args.pairs)
-    yield content
+            if not (values and args.budget.fits(axis)):
+                continue
+            tasks = [replace(task, **{axis: n}) for n in values]
+            for content[axis] in measure_edits(tasks, args.systems, args.pairs, args.budget):
+                yield content
+    for content["index"] in measure_index(args.rows, args.pairs, args.budget):
+        yield content
 
 
-def measure_edits(tasks: Sequence[Task], systems: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+def measure_edits(
+    tasks: Sequence[Task], systems: Sequence[str], rounds: int, budget: Budget
+) -> Iterator[list[dict[str, Any]]]:
     """For each task and system the seconds of each thing and its peaks, or why there are none: `error`."""
     points: list[dict[str, Any]] = [{"task": asdict(task), "systems": {}} for task in tasks]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -94,7 +99,7 @@ def measure_edits(tasks: Sequence[Task], systems: Sequence[str], rounds: int) ->
                 point["systems"][name] = {what: [] for what in MEASURED}
                 running.append((stack.enter_context(closing(worker)), point["systems"][name]))
         for what in (*MEASURED, "memory"):
-            for i in range(rounds + 1 if what in MEASURED else 1):
+            for _ in budget.rounds(rounds, what) if what in MEASURED else range(1):
                 for worker, measured in running:
                     if "error" in measured:
                         continue
@@ -103,24 +108,24 @@ def measure_edits(tasks: Sequence[Task], systems: Sequence[str], rounds: int) ->
                         measured["error"] = "out of memory"
                     elif what == "memory":
                         measured["memory"] = answer
-                    elif i:  # the first round warms up
+                    else:
                         measured[what].append(answer["seconds"])
-    return points
+                    yield points
 
 
-def measure_index(rows: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+def measure_index(rows: Sequence[int], rounds: int, budget: Budget) -> Iterator[list[dict[str, Any]]]:
     """For each number of rows and each of INDEX the numbers of each round."""
     points: list[dict[str, Any]] = [{"rows": count, **{what: [] for what in INDEX}} for count in rows]
     with tempfile.TemporaryDirectory() as folder:
         for count in rows:
             Path(folder, str(count)).mkdir()
             index_worker.write_tables(count, Path(folder, str(count)))
-        for _ in range(rounds):
+        for _ in budget.rounds(rounds if rows else 0, "index and manifest"):
             for point in points:
                 for what in INDEX:
                     numbers = run_once(index_worker.__name__, what, str(Path(folder, str(point["rows"]))))
                     point[what].append(numbers)
-    return points
+                    yield points
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,9 +143,9 @@ def tables(content: dict[str, Any]) -> str:
         cells = []
         for what in INDEX:
             cells.append(spread([one["seconds"] for one in point[what]]))
-            cells.append(f"{statistics.median(one['GiB'] for one in point[what]):.3f}")
-        visits = statistics.median(one["seconds a visit"] for one in point["read"])
-        rows.append([f"{point['rows']:,} rows", *cells, f"{1e6 * visits:.0f}"])
+            cells.append(median_of([one["GiB"] for one in point[what]], ".3f"))
+        visits = median_of([1e6 * one["seconds a visit"] for one in point["read"]], ".0f")
+        rows.append([f"{point['rows']:,} rows", *cells, visits])
     return "\n\n".join([*parts, markdown([*columns, "µs a picture"], rows)])
 
 
@@ -151,15 +156,15 @@ def growth(content: dict[str, Any], axis: str, system: str) -> str:
     other = next(name for name in AXES if name != axis)
     rows = []
     for point in points:
-        measured = point["systems"][system]
+        measured = point["systems"].get(system, {"error": ""})  # not reached
         rows.append([AXES[axis].format(point["task"][axis])])
         if "error" in measured:
             rows[-1] += [measured["error"], *[""] * 2 * len(MEASURED)]
             continue
         for what in MEASURED:
-            growth = "" if "error" in first else f"{statistics.median(ratios(measured[what], first[what])):.2f}"
+            growth = "" if "error" in first else median_of(ratios(measured[what], first[what]), ".2f")
             rows[-1] += [spread(measured[what]), growth]
-        rows[-1].append(f"{peak(measured):.2f}")
+        rows[-1].append(f"{peak(measured):.2f}" if "memory" in measured else "")
     columns = [column for label in MEASURED.values() for column in (label, "times the first")]
     fixed = AXES[other].format(task[other])
     title = f"{system}, {task['dtype']}, {fixed}, {task['steps']} steps, {content['device']}"

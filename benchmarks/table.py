@@ -13,6 +13,7 @@ from benchmarks.sections import SECTIONS
 # what each section's JSON holds beside `about`
 CONTENTS = {
     "edit": ("runs",),
+    "cost": ("runs",),
     "train": ("runs", "fits"),
     "profile": ("run",),
     "scaling": ("index", "batch", "resolution"),

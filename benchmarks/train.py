@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from benchmarks.arguments import DTYPES, add_model_flags, check_models, make_parser, weights
+from benchmarks.budget import Budget
 from benchmarks.report import markdown, spread, times
 from benchmarks.train_worker import SYSTEMS, Task
-from benchmarks.worker import Worker, unless_full, workers
+from benchmarks.worker import Worker, is_full, unless_full, workers
 
 # of the first loss: other orders of sums, and in half precision other places where values are rounded
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
@@ -62,7 +63,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One run per precision and batch size, or with limits the largest batches: those so far after each."""
+    """One run per precision and batch size, or with limits the largest batches: those so far after each figure."""
     content: dict[str, Any] = {"runs": [], "fits": []}
     with weights(args) as files:
         base = Task(*files, args.device, "", 0, args.resolution, args.steps, args.ema, args.compile)
@@ -70,37 +71,49 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             task = replace(base, dtype=dtype, limit_gib=limit)
             sizes: dict[str, int] = {}
             content["fits"].append({"task": asdict(task), "largest batch": sizes})
-            for name in args.systems:
+            for name, _ in zip(args.systems, args.budget.rounds(len(args.systems), "largest batches"), strict=False):
                 sizes[name] = measure_fits(task, name)
                 yield content
         for dtype, batch in product(args.dtype, [] if args.limit_gib else args.batch):
-            content["runs"].append(measure_task(replace(base, dtype=dtype, batch=batch), args.systems, args.pairs))
-            yield content
+            task = replace(base, dtype=dtype, batch=batch)
+            result: dict[str, dict[str, Any]] = {}
+            content["runs"].append({"task": asdict(task), "systems": result})
+            for _ in measure_task(task, result, args.systems, args.pairs, args.budget):
+                yield content
 
 
-def measure_task(task: Task, systems: Sequence[str], pairs: int) -> dict[str, Any]:
-    """Seconds, losses and peaks of all systems after `pairs` rounds of `task.steps` steps, or why there are none: an
-    `error`, where a GPU's memory is not enough.
+def measure_task(
+    task: Task, result: dict[str, dict[str, Any]], systems: Sequence[str], pairs: int, budget: Budget
+) -> Iterator[None]:
+    """Fills in seconds, losses and peaks of all systems, after each, by `pairs` rounds of `task.steps` steps, or why
+    there are none: an `error`, where a GPU's memory is not enough.
 
     Raises `RuntimeError` where the losses of the first step differ by more than TOLERANCE: it is not the same step.
     """
-    result: dict[str, dict[str, Any]] = {}
     for group in [systems] if task.device == "cpu" else [[name] for name in systems]:
-        measured = unless_full(partial(measure_in_turns, task, group, pairs))
-        result |= measured or {name: {"error": "out of memory"} for name in group}
-    losses = {name: one["loss"] for name, one in result.items() if "error" not in one}
+        if not budget.fits(f"{', '.join(group)}, batch {task.batch}, {task.dtype}"):
+            continue
+        try:
+            yield from measure_in_turns(task, result, group, pairs, budget)
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
+            result |= {name: {"error": "out of memory"} for name in group}
+            yield
+    losses = {name: one["loss"] for name, one in result.items() if "loss" in one}
     for name, loss in losses.items():
         first, expected = next(iter(losses.items()))
         if not abs(loss / expected - 1) <= TOLERANCE[task.dtype]:
             raise RuntimeError(f"the first loss of {name!r} is {loss}, that of {first!r} {expected}")
-    return {"task": asdict(task), "systems": result}
 
 
-def measure_in_turns(task: Task, systems: Sequence[str], pairs: int) -> dict[str, dict[str, Any]]:
+def measure_in_turns(
+    task: Task, result: dict[str, dict[str, Any]], systems: Sequence[str], pairs: int, budget: Budget
+) -> Iterator[None]:
     """What `measure_task` finds of systems that are there all at once."""
-    result: dict[str, dict[str, Any]] = {name: {"seconds": [], "processor seconds": []} for name in systems}
+    result |= {name: {"seconds": [], "processor seconds": []} for name in systems}
     with workers(task, systems) as running:
-        for i in range(pairs + 1):
+        for i in budget.rounds(pairs + 1, f"steps of {', '.join(systems)}"):
             for worker in running:
                 answer = worker.ask("steps")
                 if i:  # the first warms up, from the weights that all begin with
@@ -108,9 +121,10 @@ def measure_in_turns(task: Task, systems: Sequence[str], pairs: int) -> dict[str
                         result[worker.name][key].append(answer[key])
                 else:
                     result[worker.name]["loss"] = answer["loss"]
+                yield
         for worker in running:
             result[worker.name]["memory"] = worker.ask("memory")
-    return result
+            yield
 
 
 def largest_batch(fits: Callable[[int], bool], highest: int = MAX_BATCH) -> int:
@@ -154,7 +168,7 @@ def table(run: dict[str, Any], device: str) -> str:
     """Medians with their range, and how many times longer than the first system that found room, the median of the
     pairs."""
     systems, task = run["systems"], run["task"]
-    measured = {name: one for name, one in systems.items() if "error" not in one}
+    measured = {name: one for name, one in systems.items() if one.get("seconds")}
     average, compiled = (
         f", {name}" if task[key] else "" for key, name in (("ema", "averages"), ("compile", "compiled"))
     )
@@ -163,14 +177,15 @@ def table(run: dict[str, Any], device: str) -> str:
     rows = {"pictures a second": {name: one["error"] for name, one in systems.items() if "error" in one}}
     rows["pictures a second"] |= {name: spread(one) for name, one in speeds.items()}
     if measured:
-        first, reference = next(iter(measured.items()))
+        first = next(iter(measured))
         for key in ("seconds", "processor seconds"):
             values = {name: one[key] for name, one in measured.items()}
             rows[f"{key} a step"] = {name: spread(one) for name, one in values.items()}
             rows[f"{key}, times {first}"] = times(values, first)
         rows["loss of the first step"] = {name: f"{one['loss']:.6f}" for name, one in measured.items()}
-        for key in reference["memory"]:
-            rows[key] = {name: f"{one['memory'][key]:.2f}" for name, one in measured.items()}
+        peaks = {name: one["memory"] for name, one in measured.items() if "memory" in one}
+        for key in dict.fromkeys(key for one in peaks.values() for key in one):
+            rows[key] = {name: f"{one[key]:.2f}" for name, one in peaks.items()}
     cells = [[label, *(row.get(name, "") for name in systems)] for label, row in rows.items()]
     return f"{title}\n\n{markdown(systems, cells)}"
 

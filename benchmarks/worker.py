@@ -14,17 +14,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+from benchmarks.budget import say
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance as Task  # of the worker's own module
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 321
-Numbers = dict[str, float]
+Numbers = dict[str, Any]
 T = TypeVar("T")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -48,19 +51,23 @@ def run_once(module: str, *arguments: str) -> Numbers:
     run = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {run.returncode}:\n{run.stderr[-2000:]}")
-    return json.loads(run.stdout.splitlines()[-1])
+    numbers = json.loads(run.stdout.splitlines()[-1])
+    say(f"{' '.join([module.rpartition('.')[2], *arguments])}: {numbers['seconds']:.3g} s")
+    return numbers
 
 
 class Worker:
     """A process of the module that defines `task`, which runs the system `name`; `ask` it for one thing at a time.
 
-    What it compiles is kept in TORCHINDUCTOR_CACHE_DIR, or else in a folder beside its own, where the next process of
-    the same run finds it. RuntimeError with its last words where it ends before it has answered.
+    `started` waits for it and has the numbers of its start. Each answer is a line of progress. What it compiles is kept
+    in TORCHINDUCTOR_CACHE_DIR, or else in a folder beside its own, where the next process of the same run finds it.
+    RuntimeError with its last words where it ends before it has answered.
     """
 
     def __init__(self, name: str, task: Task, folder: Path):
         folder.mkdir(exist_ok=True)
         self.name, self.folder = name, folder
+        self.task = "{dtype}, batch {batch}, {resolution}²".format(**asdict(task))
         arguments = (name, json.dumps(asdict(task)), str(folder), str(time.time()))
         with open(folder / "stderr.txt", "w", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
@@ -73,22 +80,33 @@ class Worker:
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self.started = self.answer()
+        self.stdin, self.stdout, self.busy = self.process.stdin, self.process.stdout, True
+
+    @cached_property
+    def started(self) -> Numbers:
+        return self.answer("started")
 
     def ask(self, what: str) -> Numbers:
+        assert self.started
+        self.busy = True
         self.stdin.write(what + "\n")
         self.stdin.flush()
-        return self.answer()
+        return self.answer(what)
 
-    def answer(self) -> Numbers:
+    def answer(self, what: str) -> Numbers:
         for line in self.stdout:
             if line.startswith("{"):
-                return json.loads(line)
+                self.busy = False
+                numbers = json.loads(line)
+                values = (f"{key} {value:.4g}" for key, value in numbers.items() if isinstance(value, int | float))
+                say(f"{self.name}, {self.task}: {what}: {', '.join(values)}")
+                return numbers
         code, errors = self.process.wait(), (self.folder / "stderr.txt").read_text(encoding="utf-8")
         raise RuntimeError(f"the process of {self.name!r} ended with {code}:\n{errors[-2000:]}")
 
     def close(self) -> None:
+        if self.busy:  # nobody waits for the answer any more
+            self.process.terminate()
         self.stdin.close()
         self.process.wait()
         self.stdout.close()
@@ -104,12 +122,17 @@ def workers(task: Task, systems: Sequence[str]) -> Iterator[list[Worker]]:
         ]
 
 
+def is_full(error: RuntimeError) -> bool:
+    """Whether a process ended because a GPU's memory is not enough."""
+    return "out of memory" in str(error)
+
+
 def unless_full(call: Callable[[], T]) -> T | None:
     """What the call returns, or None where a GPU's memory is not enough for it."""
     try:
         return call()
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        if not is_full(error):
             raise
         return None
 

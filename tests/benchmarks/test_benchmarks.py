@@ -11,9 +11,24 @@ from conftest import TINY
 from torch import nn
 
 from benchmarks import all as everything
-from benchmarks import data, edit, index_worker, load, plot, profile, scaling, sections, table, worker
+from benchmarks import (
+    arguments,
+    cost,
+    data,
+    edit,
+    index_worker,
+    load,
+    plot,
+    profile,
+    scaling,
+    sections,
+    table,
+    worker,
+)
 from benchmarks.__main__ import COMMANDS
 from benchmarks.arguments import weights
+from benchmarks.budget import Budget
+from benchmarks.calls import Calls
 from benchmarks.edit_worker import SYSTEMS, Task, answer, timed
 from benchmarks.kinds import KINDS, count_flops, flops_by_kind, kind_of, seconds_by_kind
 from benchmarks.report import about, markdown, ratios, spread, times, write_json
@@ -21,6 +36,7 @@ from benchmarks.sections import run
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.seeding import seeded_state
 from pbe.cli import checkpoint
+from pbe.editing.settings import EditSettings
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:steps=2 begins at")  # a picture's quality is no matter here
@@ -146,6 +162,26 @@ def test_a_small_card_s_networks_visit_it(tiny_checkpoint, monkeypatch):
     assert visits == [(unet, "cpu"), (vae, "cpu")]
 
 
+def test_openvino_computes_the_same(tiny_checkpoint, tiny_folder):
+    pytest.importorskip("openvino")
+    with torch.no_grad():
+        ours, theirs = (SYSTEMS[name](make_task(tiny_checkpoint, tiny_folder)) for name in ("pbe", "openvino"))
+        for what in edit.MEASURED:
+            expected, got = (timed(system, what)[1] for system in (ours, theirs))
+            assert (got - expected).abs().max() < 1e-3 * expected.abs().max(), what
+
+
+def test_openvino_is_left_out_where_it_is_not_installed(tiny_checkpoint, tiny_folder, monkeypatch, capsys):
+    find = arguments.find_spec
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None if name == "openvino" else find(name))
+    command = ["--ckpt", str(tiny_checkpoint), "--diffusers", str(tiny_folder), "--device", "cpu"]
+    assert sections.parse("edit", [*command, "--systems", "pbe", "openvino"]).systems == ["pbe"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "'openvino' is left out: it is not installed (pip install -e '.[bench]')"
+    with pytest.raises(SystemExit):
+        sections.parse("edit", [*command, "--systems", "openvino"])
+
+
 def edit_run():
     """Numbers by hand: every second value of diffusers is 3 and then 4 times as long."""
     pbe = {"unet": [1.0, 2.0, 4.0], "decode": [1.0, 1.0, 1.0], "edit": [10.0, 10.0, 10.0]}
@@ -183,6 +219,99 @@ def test_table_of_edits_compares_pair_by_pair():
     assert rows["load, times pbe"] == ["1", "2", "2.5"]
     assert rows["peak RSS, times pbe"] == ["1", "2", "2.5"]
     assert "5.0e-01 (2.5e-01)" in rows["decode: largest (mean) difference"]
+
+
+# --- what an edit costs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pbe", "diffusers"])
+def test_an_edit_s_calls_are_counted_without_being_made(name, tiny_checkpoint, tiny_folder):
+    """As many as a whole edit makes; with guidance in an interval some calls have one context, and PLMS' first step two."""
+    settings = {"sampler": "plms", "steps": 10, "guidance": 5.0}
+    settings |= {"guidance_interval": (200, 800)} if name == "pbe" else {}
+    with torch.no_grad():
+        system = SYSTEMS[name](make_task(tiny_checkpoint, tiny_folder, batch=2))
+        computed = answer(system, f"cost {json.dumps({'settings': settings, 'whole': False})}", None)
+        whole = answer(system, f"cost {json.dumps({'settings': settings, 'whole': True})}", None)
+        assert timed(system, "unet")[0] > 0  # the network is its own again
+    assert computed["evaluations"] == whole["evaluations"] == (16 if name == "pbe" else 22)
+    counts = [count for count, _ in computed["calls"]]
+    assert sum(counts) == 11
+    assert [[count] for count in counts] == whole["calls"]
+    calls = sum(count * seconds for count, seconds in computed["calls"])
+    assert computed["seconds"] == pytest.approx(calls + computed["rest"])
+    assert computed["rest"] > 0
+
+
+def test_calls_are_timed_by_kind(monkeypatch):
+    """One of each shape, a new one after a call that warms up; a method that an instance has of its own comes back."""
+    clock = [0.0]
+    monkeypatch.setattr("benchmarks.calls.time.perf_counter", lambda: clock[0])
+
+    class Network(nn.Module):
+        def predict(self, x):
+            clock[0] += len(x)
+            return x + 1
+
+    network, x, warm = Network(), torch.zeros(2, 3), set()
+    network.deep = lambda x, y=None: (network.predict(x), y)
+    own = network.deep
+    with Calls(network, ("predict", "deep", "absent"), False, warm, CPU) as calls:
+        for _ in range(5):
+            assert torch.equal(network.predict(x), x + 1)
+        network.predict(x[:1])
+        clock[0] += 0.5
+    assert "predict" not in vars(network)
+    assert network.deep is own
+    # 5 of 2 s and 1 of 1 s, where 2 + 2 and 1 + 1 were spent
+    expected = {"seconds": 11.5, "evaluations": 11, "calls": [[5, 2.0], [1, 1.0]], "rest": 0.5}
+    assert calls.numbers(batch=1) == expected
+    assert len(warm) == 2
+    with Calls(network, ("predict",), True, warm, CPU) as calls:
+        network.predict(x)
+        network.predict(x)
+    assert calls.numbers(batch=2) == {"seconds": 4.0, "evaluations": 2, "calls": [[2]]}
+
+
+@pytest.mark.usefixtures("without_processes")
+def test_cost(tiny_checkpoint, tiny_folder, tmp_path, monkeypatch, capsys):
+    """Each edit is computed before any is made; what --minutes is not enough for has no whole edit, and that is said."""
+    edits = {
+        "diffusers: PLMS": ("diffusers", {}),
+        "DPM-Solver++ 4": ("pbe", {"sampler": "dpm_solver", "spacing": "trailing", "steps": 4}),
+    }
+    monkeypatch.setattr(cost, "EDITS", edits)
+    out = tmp_path / "cost.json"
+    command = ["--ckpt", str(tiny_checkpoint), "--diffusers", str(tiny_folder), "--resolution", "64", "--steps", "10"]
+    command += ["--device", "cpu", "--dtype", "float32", "--systems", "diffusers", "pbe", "--out", str(out)]
+    assert run("cost", command) == 0
+    content = table.read(out)
+    assert content["finished"]
+    assert cost.tables(content) in capsys.readouterr().out
+    (measured,) = content["runs"]
+    evaluations = {name: one["whole"][0]["evaluations"] for name, one in measured["edits"].items()}
+    assert evaluations == {"diffusers: PLMS": 22, "DPM-Solver++ 4": 8}
+
+    asked = []
+    monkeypatch.setattr(WorkerHere, "ask", lambda worker, what: asked.append(what) or numbers(what))
+
+    def numbers(what):
+        steps = json.loads(what.removeprefix("cost "))["settings"]["steps"]
+        return {"seconds": 20.0 * steps, "evaluations": 2 * steps, "calls": [[steps, 19.0]], "rest": float(steps)}
+
+    assert run("cost", [*command, "--minutes", "2"]) == 0
+    assert [json.loads(what.removeprefix("cost "))["whole"] for what in asked] == [False, False, True]
+    content = table.read(out)
+    assert [one.partition(":")[0] for one in content["left out"]] == ["whole edits of diffusers, float32"]
+    rows = rows_of(cost.tables(content))
+    assert rows["diffusers: PLMS"] == ["20", "10 × 19", "10", "200", "1", "", ""]
+    assert rows["DPM-Solver++ 4"] == ["8", "4 × 19", "4", "80", "2.5", "80", ""]
+
+
+def test_every_edit_of_the_table_has_settings_that_are_known():
+    for system, settings in cost.EDITS.values():
+        assert system in SYSTEMS
+        EditSettings(**settings)
 
 
 # --- where arithmetic and time go -------------------------------------------------------------------------------------
@@ -303,7 +432,7 @@ class CutShort(Exception):
 
 @pytest.mark.usefixtures("without_processes")
 def test_what_is_measured_outlasts_what_cuts_a_run_short(tiny_checkpoint, tmp_path, monkeypatch):
-    """Of `scaling` the axes, of `profile` and `load` the rounds that were done before."""
+    """Every figure that was made before, of each section."""
 
     def cut(*_):
         raise CutShort
@@ -321,19 +450,38 @@ def test_what_is_measured_outlasts_what_cuts_a_run_short(tiny_checkpoint, tmp_pa
 
     def counting(worker, what):
         asked.append(what)
-        return cut() if asked.count("profile unet") == 3 else ask(worker, what)
+        return cut() if asked.count(last) == 2 else ask(worker, what)
 
     monkeypatch.setattr(WorkerHere, "ask", counting)
+    last = "profile decode"
     with pytest.raises(CutShort):
-        run("profile", [*task, "--pairs", "5"])  # the first round warms up, the second is whole
-    assert [len(seconds) for seconds in table.read(out)["run"]["systems"]["pbe"].values()] == [1, 1]
+        run("profile", [*task, "--pairs", "5"])
+    assert [len(seconds) for seconds in table.read(out)["run"]["systems"]["pbe"].values()] == [2, 1]
+    assert "VAE decode" in table.document(table.read(out))
+
+    asked.clear()
+    last = "decode"
+    with pytest.raises(CutShort):
+        run("edit", [*task, "--dtype", "float32", "--pairs", "2"])
+    content = table.read(out)
+    assert [len(content["runs"][0]["systems"]["pbe"][what]) for what in edit.MEASURED] == [2, 1, 0]
+    rows = rows_of(table.document(content))
+    assert rows["edit s"] == [""]
+    assert rows["UNet calls a second"] != [""]
+
+    asked.clear()
+    with pytest.raises(CutShort):
+        run("scaling", [*task, "--steps", "2", "--pairs", "2", "--batches", "2", "--resolutions"])
+    content = table.read(out)
+    assert [len(content["batch"][0]["systems"]["pbe"][what]) for what in edit.MEASURED] == [2, 1, 0]
+    assert rows_of(table.document(content))["batch 2"][-1] == ""
 
     rounds = iter([{"seconds": 1.0, "GiB": 2.0}] * 3)  # each of two precisions
     monkeypatch.setattr(load, "run_once", lambda *_: next(rounds, None) or cut())
     with pytest.raises(CutShort):
         run("load", [*weights, "--repeats", "2", "--out", str(out)])
     content = table.read(out)
-    assert len(content["results"]["pbe, .ckpt, to float32"]) == 1
+    assert [len(numbers) for numbers in content["results"].values()] == [2, 1]
     assert not content["finished"]
 
 
@@ -358,7 +506,8 @@ def test_the_last_start_s_process_takes_the_rounds(tiny_checkpoint, monkeypatch)
             made.append(self)
 
     monkeypatch.setattr(edit, "Worker", Counted)
-    numbers = edit.measure_task(make_task(tiny_checkpoint), ["pbe", "pbe, model kept"], pairs=1, starts=2)
+    systems = ["pbe", "pbe, model kept"]
+    *_, numbers = edit.measure_task(make_task(tiny_checkpoint), systems, pairs=1, starts=2, budget=Budget())
     assert [worker.name for worker in made] == ["pbe", "pbe, model kept"] * 2
     assert all(worker.system is None for worker in made)
     assert [len(one["starts"]) for one in numbers["systems"].values()] == [2, 2]
@@ -411,12 +560,13 @@ def test_only_a_full_gpu_is_no_failure(monkeypatch):
     monkeypatch.setattr(scaling, "Worker", Failing)
     tasks = [make_task("a", batch=batch) for batch in (1, 2, 3)]
     reason = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate"
-    one, two, three = (point["systems"]["pbe"] for point in scaling.measure_edits(tasks, ["pbe"], 2))
+    *_, points = scaling.measure_edits(tasks, ["pbe"], 2, Budget())
+    one, two, three = (point["systems"]["pbe"] for point in points)
     assert one == {"unet": [1, 1], "decode": [1, 1], "edit": [1, 1], "memory": {"seconds": 1}}
     assert two["error"] == three["error"] == "out of memory"
     reason = "no such file"
     with pytest.raises(RuntimeError, match="no such file"):
-        scaling.measure_edits(tasks, ["pbe"], 2)
+        list(scaling.measure_edits(tasks, ["pbe"], 2, Budget()))
 
 
 def test_curves(tmp_path, capsys):
@@ -490,7 +640,7 @@ def test_all_gives_commands_that_the_sections_take(device, quick, monkeypatch, t
         assert not [name for name in commands if name.startswith("train-fits")]
         edits = [parsed[name] for name in parsed if name.startswith("edit")]
         assert {batch for one in edits for batch in one.batch} == {1, 4, 16}
-        assert {name for one in edits for name in one.systems} == {*SYSTEMS} - {"pbe, model kept"}
+        assert {name for one in edits for name in one.systems} == {*SYSTEMS} - {*edit.NOT_ON_CUDA}
         assert all(len(one.batch) == len(one.dtype) == 1 for one in edits)  # more would be lost at once
     else:
         assert parsed["train"].quick  # several full-size systems in training at once are more than memory holds
@@ -597,6 +747,8 @@ def test_numbers_in_words():
         ("load", ["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: there is no such file"),
         ("load", ["--ckpt", "CKPT", "--repeats", "0"], "--repeats must be at least 1"),
         ("load", ["--ckpt", "CKPT", "--out", "CKPT/x.json"], "x.json cannot be written: "),
+        ("load", ["--ckpt", "CKPT", "--minutes", "0"], "--minutes must be above 0, got 0"),
+        ("profile", ["--quick", "--systems", "openvino"], "no layers left to time"),
         ("data", ["boxes.csv", "--pairs", "0"], "--pairs must be at least 1"),
         ("data", ["boxes.csv", "--out", "/"], "--out / is a folder"),
         ("all", ["--out", "CKPT"], "cannot be made: "),

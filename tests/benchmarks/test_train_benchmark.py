@@ -1,7 +1,7 @@
 """The training benchmark: what it compares is the same step, and what it searches it finds."""
 
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,9 @@ import torch
 from conftest import TINY
 
 from benchmarks import table, train, worker
+from benchmarks.budget import Budget
 from benchmarks.sections import parse, run
-from benchmarks.train import largest_batch, measure_task, tables
+from benchmarks.train import largest_batch, tables
 from benchmarks.train_worker import SYSTEMS, Task, answer, fits, make_batch
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.seeding import seeded_state
@@ -71,9 +72,17 @@ class SameProcess:
     def close(self) -> None: ...
 
 
+def measured(task, systems, pairs):
+    """A run of them, whole."""
+    result = {}
+    for _ in train.measure_task(task, result, systems, pairs, Budget()):
+        pass
+    return {"task": asdict(task), "systems": result}
+
+
 def test_measured_in_turns(task, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(worker, "Worker", SameProcess)
-    numbers = measure_task(task, ["pbe", "pbe, plain"], pairs=2)
+    numbers = measured(task, ["pbe", "pbe, plain"], pairs=2)
     plain = numbers["systems"]["pbe, plain"]
     assert len(plain["seconds"]) == len(plain["processor seconds"]) == 2
     assert plain["loss"] == pytest.approx(numbers["systems"]["pbe"]["loss"], rel=train.TOLERANCE["float32"])
@@ -118,13 +127,13 @@ def test_a_gpu_has_room_for_one_system_at_a_time_and_not_for_all(task, monkeypat
 
     monkeypatch.setattr(worker, "Worker", Worker)
     on_gpu = replace(task, device="cuda")
-    numbers = measure_task(on_gpu, ["pbe, plain", "pbe", "diffusers"], pairs=2)
+    numbers = measured(on_gpu, ["pbe, plain", "pbe", "diffusers"], pairs=2)
     assert most == [1, 1, 1]
     assert not there
     text = tables({"runs": [numbers], "fits": [], "device": "a GPU"})
     assert "| pictures a second | out of memory | 1 (1 to 1) | 0.667 (0.667 to 0.667) |" in text
     assert "| seconds, times pbe |  | 1 | 1.5 (1.5 to 1.5) |" in text
-    numbers = measure_task(on_gpu, ["pbe, plain"], pairs=2)
+    numbers = measured(on_gpu, ["pbe, plain"], pairs=2)
     assert "| pictures a second | out of memory |" in tables({"runs": [numbers], "fits": [], "device": "a GPU"})
 
 
