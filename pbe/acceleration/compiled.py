@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pbe.acceleration.unet import FoldedBlock, FusedBlock
 from pbe.models.blocks import ResBlock
@@ -36,8 +37,10 @@ def compile_networks(model: PaintByExample, how: Compile, backend: str | Callabl
         compile_regions(nn.ModuleList([model.unet, model.vae.decoder]), backend)
         return
     replayed = model.device.type == "cuda" and backend == "inductor"
+    fast = "reduce-overhead" if replayed else None
     for network, method, mode in (
-        (model.unet, "predict", "reduce-overhead" if replayed else None),
+        (model.unet, "predict", fast),
+        (model.unet, "predict_from", fast),  # two graphs: with deep features, and without
         (model.vae.decoder, "forward", None),
     ):
         compiled = torch.compile(getattr(network, method), mode=mode, dynamic=False, backend=backend)
@@ -62,13 +65,13 @@ def own_code(function: FunctionType) -> FunctionType:
     return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 
-def kept(predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def kept(predict: Callable) -> Callable:
     """`predict`, its results copied: a CUDA graph's replay overwrites the last result, and samplers keep four."""
 
     @wraps(predict)
-    def cloned(*args: Any) -> Tensor:
+    def cloned(*args: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        return predict(*args).clone()
+        return tree_map(Tensor.clone, predict(*args))
 
     return cloned
 

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
 from pbe.acceleration.layers import FusedSelfAttention, PhaseUpsample, swap
-from pbe.models.blocks import ResBlock, copies, of_kind, timestep_embedding
+from pbe.models.blocks import ResBlock, Signals, copies, of_kind, timestep_embedding
 from pbe.models.unet import TransformerBlock, UNet, Upsample
+
+# The input blocks from the first on, and the output blocks up to the last, that run where deep features are reused.
+SHALLOW = 2
 
 
 class ShiftedBlock(nn.Module):
@@ -103,25 +107,47 @@ class PreparedUNet(UNet):
         """As `UNet.forward`; the noise (K, out_channels, h, w) for K contexts, a multiple of the B samples."""
         return self.predict(unet_in, self.shifts(t, unet_in.dtype), self.folded(context))
 
-    def bind(self, context: Tensor, timesteps: Sequence[int] = ()) -> Callable[[Tensor, Tensor], Tensor]:
+    def bind(
+        self, context: Tensor, timesteps: Sequence[int] = (), reuse: int = 1
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """predict(unet_in (B, 9, h, w), t (B,)) → noise (K, 4, h, w) for contexts (K, T, context_dim).
 
         With `timesteps`, all that they contribute is computed at once. The closure must then be given no other ones:
         it looks them up on the device, where a check would cost a wait at every step, and gives NaN for those between
         them; one above them all is an index out of bounds.
 
+        With `reuse` N only the closure's first of every N calls runs the whole network. The others take the deep
+        features of that one (DeepCache, Ma et al. 2023, arXiv 2312.00858) and run `SHALLOW` blocks at either end: an
+        approximation, good where calls follow each other closely in t, for the same samples. Calls are counted, not
+        steps: a sampler that evaluates twice in a step takes two of the N.
+
         Raises:
-            ValueError: for contexts of several tokens, if the model was prepared for one.
+            ValueError: for contexts of several tokens, if the model was prepared for one; for `reuse` below 1.
         """
+        if reuse < 1:
+            raise ValueError(f"reuse must be at least 1, which is off, got {reuse}")
         folded = self.folded(context)
-        if not timesteps:
-            return lambda unet_in, t: self.predict(unet_in, self.shifts(t, unet_in.dtype), folded)
+        shifts = self.table(timesteps, context) if timesteps else self.shifts
+        if reuse == 1:
+            return lambda unet_in, t: self.predict(unet_in, shifts(t, unet_in.dtype), folded)
+        calls, deep = count(), None
+
+        def predict(unet_in: Tensor, t: Tensor) -> Tensor:
+            nonlocal deep
+            deep = deep if next(calls) % reuse else None
+            noise, deep = self.predict_from(unet_in, shifts(t, unet_in.dtype), folded, deep)
+            return noise
+
+        return predict
+
+    def table(self, timesteps: Sequence[int], context: Tensor) -> Callable[[Tensor, torch.dtype], Tensor]:
+        """`shifts` for these timesteps alone, computed at once in the context's dtype."""
         t = torch.tensor(sorted(set(timesteps)), device=context.device)
         table = self.shifts(t, context.dtype)
         table = torch.cat([table, torch.full_like(table[:1], torch.nan)])
         row = torch.full((max(timesteps) + 1,), len(t), device=t.device)  # t → its row, the last one for others
         row[t] = torch.arange(len(t), device=t.device)
-        return lambda unet_in, t: self.predict(unet_in, table[row[t]], folded)
+        return lambda t, dtype: table[row[t]]
 
     def shifts(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """What timesteps t (B,) contribute to all residual blocks, side by side: (B, their channels)."""
@@ -146,3 +172,17 @@ class PreparedUNet(UNet):
     def predict(self, unet_in: Tensor, shifts: Tensor, context: Tensor) -> Tensor:
         """The noise (K, 4, h, w) of unet_in (B, 9, h, w), given `shifts` and `folded`."""
         return self.walk(unet_in, shifts, context)
+
+    def predict_from(
+        self, unet_in: Tensor, shifts: Tensor, context: Tensor, deep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `predict`, and the deep features (K, C, h', w') that the last `SHALLOW` output blocks start from.
+
+        With `deep`, those of another call, neither they nor the blocks below are computed.
+        """
+        inputs, outputs = [*self.input_blocks], [*self.output_blocks]
+        skips = self.descend(inputs if deep is None else inputs[:SHALLOW], unet_in, shifts, context)
+        if deep is None:
+            x = self.middle_block(skips[-1], Signals(shifts, context, skips[-1].shape[-2:]))
+            deep = self.ascend(outputs[:-SHALLOW], x, skips, shifts, context)
+        return self.out(self.ascend(outputs[-SHALLOW:], deep, skips, shifts, context)), deep

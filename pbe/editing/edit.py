@@ -148,7 +148,7 @@ def sample_latents(
     generators = make_generators(seed, len(condition.z_masked))
     x_T = randn(condition.z_masked.shape[1:], generators, model.device)
     grid = SPACINGS[settings.spacing](NoiseSchedule.scaled_linear(), settings.steps)
-    eps = guided_eps(model, condition, settings.guidance, grid, settings.guidance_interval)
+    eps = guided_eps(model, condition, settings.guidance, grid, settings.guidance_interval, settings.reuse)
     sampler = get_sampler(settings.sampler)
     return sampler(eps, x_T, grid, eta=settings.eta, generators=generators, callback=callback)
 

@@ -76,6 +76,9 @@ class EditSettings:
     """Share of an automatic window's side that is kept free on each side of the mask."""
     resolution: Annotated[int, Range(8, 8192, step=8)] | None = None
     """Side in pixels at which the model works (default: the one that it was trained on)."""
+    reuse: Annotated[int, Range(1, 1000)] = 1
+    """Run the whole network once in N evaluations, and between them only its outer blocks, on the deep features of that
+    one: faster, and approximate; 1 is off."""
 
     def __post_init__(self) -> None:
         for name, annotation in SETTINGS.items():
@@ -112,7 +115,7 @@ class EditSettings:
 
 SETTINGS = field_types(EditSettings)
 # Those that the model's own picture of a window follows from, beside the seed.
-SAMPLING = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing", "resolution")
+SAMPLING = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing", "resolution", "reuse")
 
 
 class EditKeywords(TypedDict, total=False):
@@ -132,6 +135,7 @@ class EditKeywords(TypedDict, total=False):
     feather: int | None
     margin: float
     resolution: int | None
+    reuse: int
 
 
 def settings_for(

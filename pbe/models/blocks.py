@@ -115,16 +115,27 @@ class UShaped(nn.Module):
 
     def walk(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's output, given what its layers take of timesteps and context."""
+        skips = self.descend(self.input_blocks, x, emb, context)
+        x = self.middle_block(skips[-1], Signals(emb, context, skips[-1].shape[-2:]))
+        return self.out(self.ascend(self.output_blocks, x, skips, emb, context))
+
+    def descend(self, blocks: Iterable[nn.Module], x: Tensor, emb: Tensor, context: Tensor | None) -> list[Tensor]:
+        """What each of these first input blocks gives: the features that the way up joins on."""
         skips = []
-        for layers in self.input_blocks:
+        for layers in blocks:
             x = layers(x, Signals(emb, context, x.shape[-2:]))
             skips.append(x)
-        x = self.middle_block(x, Signals(emb, context, x.shape[-2:]))
-        for layers in self.output_blocks:
+        return skips
+
+    def ascend(
+        self, blocks: Iterable[nn.Module], x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """What these output blocks make of x and the last of `skips`, which they take out of the list."""
+        for layers in blocks:
             x = torch.cat([x, copies(skips.pop(), len(x))], dim=1)
             size = skips[-1].shape[-2:] if skips else x.shape[-2:]
             x = layers(x, Signals(emb, context, size))
-        return self.out(x)
+        return x
 
 
 def copies(x: Tensor, count: int) -> Tensor:

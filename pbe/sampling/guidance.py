@@ -48,7 +48,7 @@ Prediction = Callable[[Tensor, Tensor], Tensor]  # (unet_in (B, 9, h, w), t (B,)
 class Bindable(Protocol):
     """A network that takes what stays the same through the loop before it: see `pbe.acceleration`."""
 
-    def bind(self, context: Tensor, timesteps: Sequence[int] = ()) -> Prediction: ...
+    def bind(self, context: Tensor, timesteps: Sequence[int] = (), reuse: int = 1) -> Prediction: ...
 
 
 def guided_eps(
@@ -57,6 +57,7 @@ def guided_eps(
     guidance: float,
     grid: Grid | None = None,
     interval: tuple[int, int] | None = None,
+    reuse: int = 1,
 ) -> Eps:
     """The closure eps(x_t, t) that samplers call: eps_u + guidance (eps_c - eps_u) (arXiv 2211.13227).
 
@@ -70,32 +71,41 @@ def guided_eps(
     With the `grid` that the sampler is given, a prepared model computes the embeddings of all its timesteps at once;
     the closure must then be given no others.
 
+    With `reuse` N > 1 a prepared model runs whole at one of N evaluations, and at the others reuses its deep features:
+    see `PreparedUNet.bind`. Above, inside and below an interval they are separate, and each begins with a whole one.
+
     Raises:
-        ValueError: if guidance is negative or not finite, there is not one context per sample, or t_low is above
-            t_high; from the closure, if x_t is not shaped as z_masked, or samples lie on both sides of the interval.
+        ValueError: if guidance is negative or not finite, there is not one context per sample, t_low is above t_high,
+            or `reuse` is not 1 and the model not prepared; from the closure, if x_t is not shaped as z_masked, or
+            samples lie on both sides of the interval.
     """
     if not (isfinite(guidance) and guidance >= 0):
         raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
     timesteps = [step.t for step in grid or ()]
     if interval is None or guidance == 1:
-        return constantly_guided(model, condition, guidance, timesteps)
+        return constantly_guided(model, condition, guidance, timesteps, reuse)
     t_low, t_high = interval
     if t_low > t_high:
         raise ValueError(f"the guidance interval is (t_low, t_high) with t_low <= t_high, got {interval}")
-    guided = constantly_guided(model, condition, guidance, [t for t in timesteps if t_low < t <= t_high])
-    conditional = constantly_guided(model, condition, 1, [t for t in timesteps if not t_low < t <= t_high])
+    inside = [t for t in timesteps if t_low < t <= t_high]
+    outside = [t for t in timesteps if not t_low < t <= t_high]
+    below, guided, above = (
+        constantly_guided(model, condition, scale, known, reuse)
+        for scale, known in ((1, outside), (guidance, inside), (1, outside))
+    )
 
     def eps(x_t: Tensor, t: Tensor) -> Tensor:
-        sides = set(((t > t_low) & (t <= t_high)).tolist())  # waits for the device, once for half a network's run
-        if len(sides) != 1:
+        # waits for the device, once for half a network's run
+        sides = set((t > t_low).long().add(t > t_high).tolist())
+        if len(sides) > 1 and 1 in sides:
             raise ValueError(f"t must lie on one side of the interval {interval} for all samples, got {t.tolist()}")
-        return guided(x_t, t) if sides.pop() else conditional(x_t, t)
+        return (below, guided, above)[min(sides)](x_t, t)
 
     return eps
 
 
 def constantly_guided(
-    model: GuidedModel, condition: GuidanceCondition, guidance: float, timesteps: Sequence[int]
+    model: GuidedModel, condition: GuidanceCondition, guidance: float, timesteps: Sequence[int], reuse: int
 ) -> Eps:
     """`guided_eps` with the same guidance at all timesteps; `timesteps` may be empty, where they are not known."""
     context = condition.context  # (B, T, 768)
@@ -112,7 +122,12 @@ def constantly_guided(
     elif guidance == 0:
         context = null_context
     unet = model.unet
-    predict = unet.bind(context, timesteps) if isinstance(unet, Bindable) else repeated(unet, context)
+    if isinstance(unet, Bindable):
+        predict = unet.bind(context, timesteps, reuse)
+    elif reuse == 1:
+        predict = repeated(unet, context)
+    else:
+        raise ValueError(f"reuse={reuse} needs a model that pbe.acceleration.prepare_for_inference made, or reuse=1")
     shape = condition.z_masked.shape
 
     def eps(x_t: Tensor, t: Tensor) -> Tensor:

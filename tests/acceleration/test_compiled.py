@@ -119,9 +119,10 @@ def test_cuda_graphs_replay_the_unet_alone(monkeypatch, device, mode):
 
     monkeypatch.setattr(torch, "compile", fake)
     vae = SimpleNamespace(decoder=SimpleNamespace(forward=lambda z: z))
-    stub = SimpleNamespace(device=torch.device(device), unet=SimpleNamespace(predict=lambda x: x), vae=vae)
+    unet = SimpleNamespace(predict=lambda x: x, predict_from=lambda x: x)
+    stub = SimpleNamespace(device=torch.device(device), unet=unet, vae=vae)
     compile_networks(stub, "whole")
-    assert modes == [mode, None]
+    assert modes == [mode, mode, None]
 
 
 def test_predictions_last_where_a_graph_writes_over_its_own():

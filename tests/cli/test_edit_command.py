@@ -206,6 +206,7 @@ def test_flags_reach_edit(cli, edits):
         "feather": 4,
         "margin": 0.2,
         "resolution": 128,
+        "reuse": 2,
         "batch_size": 3,
         "num_images": 2,
     }
@@ -230,13 +231,14 @@ def test_flags_reach_edit(cli, edits):
         "feather": 4,
         "margin": 0.2,
         "resolution": 128,
+        "reuse": 2,
     }
 
 
 def test_settings_are_in_the_picture(cli, edits, folder, tiny_checkpoint):
-    assert cli(seed=9, guidance=2.5) == 0
+    assert cli(seed=9, guidance=2.5, reuse=3) == 0
     settings = read_provenance(folder / "out.png")
-    expected = {"seed": 9, "guidance": 2.5, "steps": 4, "sampler": "plms", "window": "auto", "size": [100, 80]}
+    expected = {"seed": 9, "guidance": 2.5, "reuse": 3, "steps": 4, "sampler": "plms", "size": [100, 80]}
     expected |= {"image": "photo.png", "exemplar": ["dog.png"], "checkpoint": tiny_checkpoint.name}
     expected |= {"pbe": pbe.__version__, "dtype": "float32"}
     assert settings.items() >= expected.items()
