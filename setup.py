@@ -24,7 +24,7 @@ APP = ["gradio>=6.29", "starlette>=0.40"]  # starlette is what gradio serves wit
 MASKS = ["opencv-python-headless>=4.8"]
 EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
 # diffusers loads weights tensor by tensor, and moves networks off a small card, only with accelerate.
-BENCH = ["diffusers>=0.33", "transformers>=4.48", "accelerate>=0.31", *SAFETENSORS]
+BENCH = ["diffusers>=0.33", "transformers>=4.48", "accelerate>=0.31", "openvino>=2025.0", *SAFETENSORS]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 # ruff and mypy are pinned, here and nowhere else: another version finds other things, or formats another way.
 # mypy reads typing_extensions, which no code imports when it runs.

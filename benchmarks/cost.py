@@ -77,6 +77,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """For each precision the numbers of each edit, computed and whole: those so far after each."""
+    yield {"runs": []}
     with weights(args) as files:
         tasks = [Task(*files, args.device, name, 1, args.resolution, args.steps, args.guidance) for name in args.dtype]
         runs: list[dict[str, Any]] = [{"task": asdict(task), "starts": {}, "edits": {}} for task in tasks]

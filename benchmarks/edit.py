@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from benchmarks.arguments import DTYPES, PEERS, add_model_flags, check_editing, check_models, make_parser, weights
-from benchmarks.budget import Budget
 from benchmarks.edit_worker import SYSTEMS, Task
 from benchmarks.kinds import count_flops
 from benchmarks.report import markdown, spread, times
@@ -80,66 +79,61 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One run per precision and batch size: those so far after each figure."""
     runs: list[dict[str, Any]] = []
+    yield {"runs": runs}
     with weights(args) as files:
         for dtype, batch in product(args.dtype, args.batch):
-            task = Task(*files, args.device, dtype, batch, args.resolution, args.steps, args.guidance)
-            for run in measure_task(task, args.systems, args.pairs, args.starts, args.budget, args.together):
-                yield {"runs": [*runs, run]}
-            runs.append(run)
+            task, done = Task(*files, args.device, dtype, batch, args.resolution, args.steps, args.guidance), runs
+            for run in measure_task(task, args):
+                runs = [*done, run]
+                yield {"runs": runs}
 
 
-def measure_task(
-    task: Task, systems: Sequence[str], pairs: int, starts: int, budget: Budget, together: bool = False
-) -> Iterator[dict[str, Any]]:
-    """The numbers of one task after each: of `starts` processes of each system, then `pairs` rounds by the last."""
-    result: dict[str, dict[str, Any]] = {
-        name: {"starts": [], "differences": {}, **{what: [] for what in MEASURED}} for name in systems
-    }
-    run = {"task": asdict(task), "TFLOP": flops_of(task, systems), "systems": result}
-    yield run
+def measure_task(task: Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The numbers of one task, after each: of all systems in turns or, on a GPU, of one after the other."""
+    result = {name: {"starts": [], "differences": {}, **{what: [] for what in MEASURED}} for name in args.systems}
+    run: dict[str, Any] = {"task": asdict(task), "systems": result}
     with tempfile.TemporaryDirectory() as folder:
-        folders = {name: Path(folder, str(i)) for i, name in enumerate(systems)}
-        for group in [systems] if task.device == "cpu" or together else [[name] for name in systems]:
-            if not budget.fits(f"{', '.join(group)}, batch {task.batch}, {task.dtype}"):
-                continue
-            with ExitStack() as stack:
-                for i in range(starts):
-                    waiting = (stack.enter_context(closing(Worker(name, task, folders[name]))) for name in group)
-                    workers = []
-                    for worker in list(waiting) if together else waiting:
-                        result[worker.name]["starts"].append(worker.started)
-                        workers.append(worker)
-                        yield run
-                        if i + 1 < starts:
-                            worker.close()
-                if "TFLOP/s of matmul" not in run:
-                    run["TFLOP/s of matmul"] = workers[0].ask("matmul")["TFLOP/s"]
-                for _ in measure_rounds(workers, result, pairs, task.steps, budget):
+        folders = {name: Path(folder, str(i)) for i, name in enumerate(args.systems)}
+        turns = task.device == "cpu" or args.together
+        for group in [args.systems] if turns else [[name] for name in args.systems]:
+            if args.budget.fits(f"{', '.join(group)}, batch {task.batch}, {task.dtype}"):
+                for _ in measure_group(task, args, {name: folders[name] for name in group}, run):
                     yield run
-                for worker in workers:
-                    result[worker.name]["starts"][-1] |= worker.ask("memory")
-                    files = (
-                        (what, *(folders[name] / f"{what}.pt" for name in (systems[0], worker.name)))
-                        for what in MEASURED
-                    )
-                    gaps = {what: difference(a, b) for what, a, b in files if a.exists() and b.exists()}
-                    result[worker.name]["differences"] = gaps
-                    yield run
+                for name in group:
+                    result[name]["differences"] = differences(folders[args.systems[0]], folders[name])
+                yield run
 
 
-def measure_rounds(
-    workers: Sequence[Worker], result: dict[str, dict[str, Any]], pairs: int, steps: int, budget: Budget
+def measure_group(
+    task: Task, args: argparse.Namespace, folders: dict[str, Path], run: dict[str, Any]
 ) -> Iterator[None]:
-    """Adds the seconds of each thing, after each; an edit is expected to take as long as its parts."""
-    expected = 0.0
-    for what in MEASURED:
-        names = ", ".join(worker.name for worker in workers)
-        for _ in budget.rounds(pairs, f"{what} of {names}", expected if what == "edit" else 0.0):
-            for worker in workers:
-                result[worker.name][what].append(worker.ask(what)["seconds"])
+    """Adds the numbers of `args.starts` processes of each system, then of `args.pairs` rounds of all by the last."""
+    with ExitStack() as stack:
+        for last in [*[False] * (args.starts - 1), True]:
+            workers = (stack.enter_context(closing(Worker(name, task, folder))) for name, folder in folders.items())
+            running = [*workers] if args.together else []
+            if "TFLOP" not in run:  # while they start
+                run["TFLOP"] = flops_of(task, args.systems)
+            for worker in [*running] or workers:
+                run["systems"][worker.name]["starts"].append(worker.started)
                 yield
-        latest = sum(result[worker.name][what][-1] for worker in workers if result[worker.name][what])
-        expected += latest * (steps + 1 if what == "unet" else 1)
+                if not last:
+                    worker.close()
+                elif not args.together:
+                    running.append(worker)
+        if "TFLOP/s of matmul" not in run:
+            run["TFLOP/s of matmul"] = running[0].ask("matmul")["TFLOP/s"]
+        expected = 0.0  # seconds of an edit, from its parts
+        for what in MEASURED:
+            rounds = args.budget.rounds(args.pairs, f"{what} of {', '.join(folders)}", expected * (what == "edit"))
+            for worker in (worker for _ in rounds for worker in running):
+                run["systems"][worker.name][what].append(worker.ask(what)["seconds"])
+                yield
+            latest = sum(run["systems"][name][what][-1] for name in folders if run["systems"][name][what])
+            expected += latest * (task.steps + 1 if what == "unet" else 1)
+        for worker in running:
+            run["systems"][worker.name]["starts"][-1] |= worker.ask("memory")
+            yield
 
 
 def flops_of(task: Task, systems: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
@@ -155,11 +149,16 @@ def form_of(system: str) -> str:
     return "plain upsampling" if system.endswith("plain upsampling") else "prepared"
 
 
-def difference(first: Path, second: Path) -> dict[str, float]:
-    """The largest and the mean difference of two outputs, as shares of the first's largest value."""
-    a, b = (torch.load(file) for file in (first, second))
-    gap = (a - b).abs() / a.abs().max()
-    return {"largest": gap.max().item(), "mean": gap.mean().item()}
+def differences(first: Path, second: Path) -> dict[str, dict[str, float]]:
+    """Of the outputs that both folders hold the largest and the mean difference, as shares of the first's largest."""
+    gaps = {}
+    for what in MEASURED:
+        files = [folder / f"{what}.pt" for folder in (first, second)]
+        if all(file.exists() for file in files):
+            a, b = map(torch.load, files)
+            gap = (a - b).abs() / a.abs().max()
+            gaps[what] = {"largest": gap.max().item(), "mean": gap.mean().item()}
+    return gaps
 
 
 # ----------------------------------------------------------------------------------------------------------------------

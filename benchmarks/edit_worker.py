@@ -262,9 +262,8 @@ def warm_up(system: System, what: str) -> None:
 
 def cost(system: System, settings: Mapping[str, Any], whole: bool) -> Numbers:
     """What an edit with these settings takes, from itself or, unless `whole`, from one call of each kind."""
-    with Calls(system.networks["unet"], system.predictions, whole, system.warm, system.device) as calls:
-        system.edit_with(settings)
-    return calls.numbers(system.task.batch)
+    calls = Calls(system.networks["unet"], system.predictions, whole, system.warm, system.device)
+    return calls.run(partial(system.edit_with, settings), system.task.batch)
 
 
 def timed(system: System, what: str) -> tuple[float, Tensor]:

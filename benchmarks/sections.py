@@ -22,8 +22,8 @@ class Section(Protocol):
         """Fills in the defaults, and ends the program with one line if something cannot be."""
 
     def measure(self, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-        """All that is measured so far, after each figure, as `args.budget` allows; RuntimeError, ValueError or OSError
-        where one fails."""
+        """All that is measured so far, after each figure and before the first, as `args.budget` allows; RuntimeError,
+        ValueError or OSError where one fails."""
 
     def tables(self, content: dict[str, Any]) -> str:
         """The Markdown of a run's JSON, also of one that was cut short."""

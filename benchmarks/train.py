@@ -65,6 +65,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One run per precision and batch size, or with limits the largest batches: those so far after each figure."""
     content: dict[str, Any] = {"runs": [], "fits": []}
+    yield content
     with weights(args) as files:
         base = Task(*files, args.device, "", 0, args.resolution, args.steps, args.ema, args.compile)
         for dtype, limit in product(args.dtype, args.limit_gib):

@@ -26,7 +26,7 @@ def test_it_asks_for_what_the_sections_take(quick, tmp_path):
     python.chmod(0o755)
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COMMANDS": str(commands), "OUT": str(tmp_path / "out")}
     subprocess.run(["bash", str(SCRIPT)], env=os.environ | variables | {"QUICK": quick}, check=True, timeout=60)
-    *measured, (table, *files) = (one.strip().splitlines() for one in commands.read_text().split("--\n")[:-1])
+    *measured, (table, *_) = (one.strip().splitlines() for one in commands.read_text().split("--\n")[:-1])
     assert table == "table"
     parsed = []
     for section, *arguments in measured:
