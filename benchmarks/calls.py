@@ -14,21 +14,22 @@ from benchmarks.worker import Numbers, synchronize
 class Calls:
     """Counts the calls of a network's methods while `run` runs; a kind is a method with arguments of some shapes.
 
-    Unless `whole`, one call of each kind is computed and timed, and the others get its result again: what the edit
-    would take follows from their number, before the minutes of a whole one are spent. A kind that is not in `warm` yet
-    is computed once more before it is timed.
+    One call of each kind is computed and timed, and the others get its result again: what the edit would take follows
+    from their number, before the minutes of a whole one are spent. A kind that is not in `warm` yet is computed once
+    more before it is timed.
     """
 
-    def __init__(self, network: nn.Module, methods: tuple[str, ...], whole: bool, warm: set, device: torch.device):
-        self.network, self.whole, self.warm, self.device = network, whole, warm, device
+    def __init__(self, network: nn.Module, methods: tuple[str, ...], warm: set, device: torch.device):
+        self.network, self.warm, self.device = network, warm, device
         self.methods = {name: getattr(network, name) for name in methods if hasattr(network, name)}
         self.counts: dict[Hashable, int] = {}
         self.outputs: dict[Hashable, Any] = {}
         self.seconds: dict[Hashable, float] = {}
+        self.computed = 0.0  # seconds of all calls
 
     def run(self, edit: Callable[[], object], batch: int) -> Numbers:
-        """Seconds of the edit; its evaluations of the network per picture, of which a guided call is two; and `calls`:
-        how many of each kind and, unless the edit was `whole`, the seconds of one, beside the `rest` of the edit."""
+        """Seconds of the edit; its evaluations of the network per picture, of which a guided call is two; `calls`, how
+        many of each kind and the seconds of one; and the `rest` of the edit."""
         own = dict(vars(self.network))
         for name, method in self.methods.items():
             setattr(self.network, name, partial(self.call, name, method))
@@ -40,14 +41,10 @@ class Calls:
             vars(self.network).update(own)
         noise = {kind: out if isinstance(out, Tensor) else out[0] for kind, out in self.outputs.items()}
         evaluations = sum(count * (len(noise[kind]) // batch) for kind, count in self.counts.items())
-        if self.whole:
-            return {"seconds": wall, "evaluations": evaluations, "calls": [[count] for count in self.counts.values()]}
         calls = [[count, self.seconds[kind]] for kind, count in self.counts.items()]
         rest = wall - self.computed
         seconds = rest + sum(count * one for count, one in calls)
         return {"seconds": seconds, "evaluations": evaluations, "calls": calls, "rest": rest}
-
-    computed = 0.0  # seconds of all calls
 
     def timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
         synchronize(self.device)
@@ -59,12 +56,9 @@ class Calls:
     def call(self, name: str, method: Callable, *args: Any, **keywords: Any) -> Any:
         kind = name, *(tuple(x.shape) if isinstance(x, Tensor) else None for x in (*args, *keywords.values()))
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        call = partial(method, *args, **keywords)
-        if self.whole:
-            self.outputs[kind] = call()
-        elif kind not in self.outputs:
+        if kind not in self.outputs:
             for _ in range(1 if kind in self.warm else 2):
-                self.seconds[kind], self.outputs[kind] = self.timed(call)
+                self.seconds[kind], self.outputs[kind] = self.timed(partial(method, *args, **keywords))
                 self.computed += self.seconds[kind]
             self.warm.add(kind)
         return self.outputs[kind]

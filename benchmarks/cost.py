@@ -140,7 +140,8 @@ def tables(content: dict[str, Any]) -> str:
 
 
 def table(run: dict[str, Any], device: str) -> str:
-    """An edit's seconds by computation and from a whole one, and how many of it the first takes."""
+    """An edit's seconds by computation and from a whole one, and how many of it the first edit takes, which is computed
+    too where there is no whole one."""
     task, reference = run["task"], next(iter(run["edits"]))
     rows = []
     for name, one in run["edits"].items():
@@ -151,8 +152,9 @@ def table(run: dict[str, Any], device: str) -> str:
         rows[-1].append(" + ".join(f"{n} × {spread(call)}" for n, call in zip(counts, calls, strict=True)))
         rows[-1].append(spread([numbers["rest"] for numbers in one["computed"]]))
         for how in ("computed", "whole"):
-            values, of = ([n["seconds"] for n in edit[how]] for edit in (one, run["edits"][reference]))
-            rows[-1] += [spread(values), median_of(ratios(of, values), ".3g")]
+            of = run["edits"][reference]
+            values, theirs = ([n["seconds"] for n in found] for found in (one[how], of[how] or of["computed"]))
+            rows[-1] += [spread(values), median_of(ratios(theirs, values), ".3g")]
     title = f"{task['dtype']}, {task['resolution']}², PLMS with {task['steps']} steps, {device}"
     starts = ", ".join(f"{name} {start:.3g} s" for name, start in run["starts"].items())
     share = f"{reference}, times this"
