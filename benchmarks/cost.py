@@ -22,6 +22,7 @@ from benchmarks.budget import Budget
 from benchmarks.edit_worker import Task
 from benchmarks.report import markdown, median_of, ratios, spread
 from benchmarks.worker import Worker, workers
+from pbe.editing.settings import SETTINGS
 
 FEW = {"sampler": "dpm_solver", "spacing": "trailing", "steps": 20}
 DISTILLED = {"sampler": "lcm", "spacing": "lcm", "steps": 4, "guidance": 1.0}
@@ -41,18 +42,7 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilled, 4 steps, tiny decoder": ("pbe", DISTILLED | {"decoder": "tiny"}),
 }
 
-
-def known(settings):
-    from pbe.editing.settings import EditSettings
-
-    try:
-        EditSettings(**settings)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-EDITS = {name: one for name, one in EDITS.items() if known(one[1])}
+EDITS = {name: one for name, one in EDITS.items() if one[1].keys() <= SETTINGS.keys()}  # not what is yet to come
 SYSTEMS = [*dict.fromkeys(system for system, _ in EDITS.values())]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"systems": [name for name in SYSTEMS if name != "openvino"], "dtype": ["float16"]},

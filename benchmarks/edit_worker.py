@@ -145,6 +145,8 @@ class Ours(System):
     def edit_with(self, settings: Mapping[str, Any]) -> Tensor:
         from pbe.editing.edit import edit
 
+        if settings.get("decoder") == "tiny" and self.model.tiny_decoder is None:
+            self.model.tiny_decoder = tiny_decoder(self.device, self.dtype)
         photo, repaint, exemplar = pictures(self.task)
         results = edit(
             self.model,
@@ -160,6 +162,16 @@ class Ours(System):
             **settings,
         )
         return torch.from_numpy(np.stack([np.asarray(result) for result in results])).permute(0, 3, 1, 2)
+
+
+def tiny_decoder(device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """One of random weights, which is as fast as any, in the form that a prepared model gives it."""
+    from pbe.acceleration.packing import relayout
+    from pbe.models.tiny_autoencoder import TinyConfig, TinyDecoder
+
+    decoder = TinyDecoder(TinyConfig()).to(device, dtype)
+    relayout(decoder, device, dtype, packed=True)
+    return decoder
 
 
 class Diffusers(System):
