@@ -96,8 +96,8 @@ def check_files(p: argparse.ArgumentParser, files: Iterable[str]) -> None:
 
 
 def check_common(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program if a count is below 1, --minutes is not above 0, or --out could not be
-    written hours later. Makes --out's folder."""
+    """Ends the program if a count is below 1, --minutes not above 0, or --out could not be written hours later. Makes
+    --out's folder."""
     for name in COUNTS:
         values = getattr(args, name, None)
         for value in values if isinstance(values, list) else [values]:

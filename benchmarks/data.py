@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
 
 from benchmarks.arguments import make_parser
+from benchmarks.budget import say
 from benchmarks.report import markdown
 from pbe.data.augment import augment_exemplar
 from pbe.data.example import Example, make_generator
@@ -58,6 +59,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     recipes: dict[str, dict[str, float]] = {}
     for (name, config), _ in zip(VARIANTS.items(), args.budget.rounds(len(VARIANTS), "recipes"), strict=False):
         recipes[name] = asdict(measure_recipe(records, config, args.pairs))
+        say(f"{name}: {recipes[name]['ours']:.3g} examples a second")
         yield {"recipes": recipes}
 
 

@@ -111,16 +111,16 @@ def measure_group(
     with ExitStack() as stack:
         for last in [*[False] * (args.starts - 1), True]:
             workers = (stack.enter_context(closing(Worker(name, task, folder))) for name, folder in folders.items())
-            running = [*workers] if args.together else []
+            starting = iter([*workers]) if args.together else workers  # or each when the one before is there
             if "TFLOP" not in run:  # while they start
                 run["TFLOP"] = flops_of(task, args.systems)
-            for worker in [*running] or workers:
+            running = []
+            for worker in starting:
                 run["systems"][worker.name]["starts"].append(worker.started)
+                running.append(worker)
                 yield
                 if not last:
                     worker.close()
-                elif not args.together:
-                    running.append(worker)
         if "TFLOP/s of matmul" not in run:
             run["TFLOP/s of matmul"] = running[0].ask("matmul")["TFLOP/s"]
         expected = 0.0  # seconds of an edit, from its parts
