@@ -42,7 +42,7 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilled, 4 steps, tiny decoder": ("pbe", DISTILLED | {"decoder": "tiny"}),
 }
 
-EDITS = {name: one for name, one in EDITS.items() if one[1].keys() <= SETTINGS.keys()}  # not what is yet to come
+EDITS = {name: one for name, one in EDITS.items() if one[1].keys() <= SETTINGS.keys()}  # those that this version has
 SYSTEMS = [*dict.fromkeys(system for system, _ in EDITS.values())]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"systems": [name for name in SYSTEMS if name != "openvino"], "dtype": ["float16"]},

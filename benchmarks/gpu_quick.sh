@@ -63,6 +63,6 @@ edits() { # SECONDS NAME BATCH PAIRS SYSTEMS…
     edits 65 edit-16 "${batches[1]}" 1 "${plain[@]}"
     measure 80 train train --dtype bfloat16 --batch 4 16 --pairs 1 "${train[@]}" --systems pbe diffusers
     edits 25 small-card "${batches[0]}" 1 "pbe$card" "diffusers$card"
-    edits 75 compiled-16 "${batches[1]}" 1 "${compiled[@]}"
+    edits 65 compiled-16 "${batches[1]}" 1 "${compiled[@]}"
     "$python" -m benchmarks table "$out"/*.json >"$out/tables.md"
 } 2>&1 | tee "$out/log.txt"
