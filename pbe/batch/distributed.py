@@ -126,7 +126,8 @@ def row_runner(
     compile: Compile | None = None,
     redo: bool = False,
 ) -> Callable[[torch.device], Callable[[int], Outcome]]:
-    """What loads the model by `load_editor` on a device and runs the jobs with it, for `divide`."""
+    """What loads the model by `load_editor` on a device and runs the jobs with it, for `divide`; raises as they do."""
+    check_memory(low_memory, compile)
 
     def set_up(device: torch.device) -> Callable[[int], Outcome]:
         model = load_editor(checkpoint, device, dtype, low_memory, compile)
@@ -135,21 +136,3 @@ def row_runner(
         return lambda index: run(jobs[index])
 
     return set_up
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    checkpoint: Path,
-    device: str = "auto",
-    dtype: str = "auto",
-    low_memory: bool = False,
-    compile: Compile | None = None,
-    devices: int = 1,
-    num_nodes: int = 1,
-    redo: bool = False,
-    progress: bool = True,
-) -> list[Outcome] | None:
-    """Runs every job once, divided as by `divide`; raises as it and `load_editor` do."""
-    check_memory(low_memory, compile)
-    set_up = row_runner(jobs, checkpoint, dtype, low_memory, compile, redo)
-    return divide(len(jobs), set_up, device, devices, num_nodes, progress)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import Parser, add_model, load_for
+from pbe.io.signals import handling
 
 
 def parser(prog: str | None = None) -> Parser:
@@ -49,23 +48,10 @@ def credentials(auth: str | None, no_auth: bool, is_open: bool) -> tuple[str, st
     return user.strip(), password
 
 
-@contextmanager
-def interrupted_once() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP interrupts like Ctrl+C; a second one, which `timeout` sends, does not end the ending."""
-
-    def interrupt(number: int, _: object) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number in before:
-        if before[number] is not signal.SIG_IGN:  # as for the background jobs of a shell, and by nohup
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def interrupt(number: int, _: object) -> NoReturn:
+    """Ctrl+C, at another signal too; a second one, which `timeout` sends, does not end the ending."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @one_line_errors
@@ -83,7 +69,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         raise ValueError("--compile whole makes CUDA graphs, which one thread alone can replay: use --compile regions")
     auth = credentials(args.auth, args.no_auth, not is_loopback(args.host))
     model = load_for(args)
-    with interrupted_once(), files_of_page() as files, warnings_on_page():
+    ends = handling(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with ends, files_of_page() as files, warnings_on_page():
         page = build_page(model, identify(args.ckpt, model.dtype), quick_settings(args.ckpt))
         address = serve(page, args.host, args.port, auth, tuple(args.allow_host), files)
         print(f"serving at {address} (Ctrl+C ends it)", flush=True)

@@ -9,7 +9,7 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 # What the library raises for a user's files and values, and for a missing extra.
-EXPECTED = (ValueError, OSError, MemoryError, RecursionError, ImportError)
+EXPECTED = (ValueError, OSError, MemoryError, RecursionError, ImportError, FloatingPointError)
 
 MAX_CHARACTERS = 2_000  # of a message or a printed value
 # What moves a terminal's cursor or reverses its text, and what no encoding can write.
@@ -19,6 +19,8 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udff
 def printable(value: object) -> str:
     """A value, which may come from a file, as one line for a terminal: control characters are escaped."""
     text = str(value)
+    if re.match(r"Caught \w+ in DataLoader worker", text):  # the worker's whole traceback, and the error at its end
+        text = text.strip().splitlines()[-1].partition(": ")[2]
     if len(text) > MAX_CHARACTERS:
         text = f"{text[:MAX_CHARACTERS]}… ({len(text) - MAX_CHARACTERS:,} more characters)"
     return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import sys
 from pathlib import Path
 
+from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import Parser
 
 EPILOG = """\
@@ -34,6 +34,7 @@ def parser(prog: str | None = None) -> Parser:
     return p
 
 
+@one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Trains; returns the exit code."""
     args = parser(prog).parse_intermixed_args(separate(sys.argv[1:] if argv is None else argv))
@@ -43,15 +44,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
     try:
         skipped = train(load_config(args.settings), args.resume if isinstance(args.resume, bool) else Path(args.resume))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
     except Terminated as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
     if skipped:
         counts = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in skipped.items())
         print(f"pictures that could not be used and were replaced by others: {counts}")
@@ -65,11 +60,3 @@ def separate(argv: list[str]) -> list[str]:
     if follows and re.search(r"^[\w.]+=|\.ya?ml$", follows[0]):
         return [*argv[:at], *argv[at + 1 :], "--resume"]
     return argv
-
-
-def message_of(error: Exception) -> str:
-    """The message of an error; of one in a data worker, which holds the worker's traceback, its last line."""
-    message = str(error)
-    if re.match(r"Caught \w+ in DataLoader worker", message):
-        message = message.strip().splitlines()[-1].partition(": ")[2]
-    return message

@@ -96,8 +96,7 @@ def lightning_errors() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without Lightning's advertisements, untrue warnings, and what other packages deprecate among themselves."""
-    handlers = [handler for name in ("lightning", "lightning.pytorch") for handler in logging.getLogger(name).handlers]
-    for handler in handlers:
+    for handler in (*logging.getLogger("lightning").handlers, *logging.getLogger("lightning.pytorch").handlers):
         handler.addFilter(is_not_advertisement)
     with warnings.catch_warnings():
         for message in UNTRUE_HERE:
@@ -238,7 +237,7 @@ def make_trainer(config: Run, folder: Path, metrics: TrainingMetrics, stop: Stop
     shards = str(config.trainer.get("strategy", "")).startswith(("fsdp", "deepspeed"))  # which write files of their own
     try:
         return Trainer(
-            **config.trainer,
+            **{**config.trainer, "enable_progress_bar": False},  # Lightning's own
             callbacks=callbacks,
             logger=loggers,
             plugins=[] if shards else [AtomicCheckpointIO()],

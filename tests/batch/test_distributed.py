@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pbe.acceleration import offloading
-from pbe.batch.distributed import DividedWork, predict, row_runner, run_jobs, share_of
+from pbe.batch.distributed import DividedWork, divide, predict, row_runner, share_of
 from pbe.batch.job import Job
 from pbe.batch.provenance import Weights, read_provenance
 from pbe.batch.run import Outcome, run_row
@@ -35,17 +35,17 @@ def test_shares_hold_every_job_once_and_have_one_length(num_jobs, world_size):
 
 def test_one_device_by_name_is_not_several():
     with pytest.raises(ValueError, match="device='cuda:1' cannot be several devices"):
-        run_jobs([], Path("model.ckpt"), device="cuda:1", devices=2)
+        divide(0, row_runner([], Path("model.ckpt")), device="cuda:1", devices=2)
 
 
 def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ValueError, match="device='cuda' is not there: torch sees 0 of type cuda"):
-        run_jobs([], Path("model.ckpt"), device="cuda", devices=2)
+        divide(0, row_runner([], Path("model.ckpt")), device="cuda", devices=2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     for device in ("auto", "cuda"):
         with pytest.raises(ValueError, match="devices=2, but torch sees 1 of type cuda here"):
-            run_jobs([], Path("model.ckpt"), device=device, devices=2)
+            divide(0, row_runner([], Path("model.ckpt")), device=device, devices=2)
 
 
 def test_share_goes_on_after_an_error(rows, monkeypatch):
@@ -135,5 +135,6 @@ def test_each_process_compiles(rows, tiny_checkpoint, monkeypatch):
         return load_editor(checkpoint, device, dtype)
 
     monkeypatch.setattr("pbe.batch.distributed.load_editor", load)
-    assert run_jobs([], tiny_checkpoint, "cpu", "float32", compile="regions", progress=False) == []
+    set_up = row_runner([], tiny_checkpoint, "float32", compile="regions")
+    assert divide(0, set_up, "cpu", progress=False) == []
     assert asked == [("cpu", "float32", False, "regions")]

@@ -8,25 +8,17 @@ from typing import Any
 
 from lightning import LightningModule
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30  # where the output is a file
 
 
-class StepsBar(ProgressBar):
+class StepsBar(Callback):
     """Shows the optimiser steps taken and those of the whole run, the time that remains, and the loss."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.enabled = True
         self.bar = tqdm(disable=True)
-
-    def disable(self) -> None:
-        self.enabled = False
-
-    def enable(self) -> None:
-        self.enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
@@ -37,18 +29,15 @@ class StepsBar(ProgressBar):
             smoothing=0,
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES,
-            disable=not self.enabled,
+            disable=not trainer.is_global_zero,
         )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step > self.bar.n:
             self.bar.set_postfix(loss=f"{trainer.progress_bar_metrics['loss']:.4f}", refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         self.bar.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
+    on_exception = on_train_end

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
+
+from pbe.io.signals import handling
 
 
 class Terminated(Exception):
@@ -32,18 +33,10 @@ class StopSignals:
         self.received: int | None = None
         self.training = False
 
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Takes the signals for as long as the block lasts; in the main thread alone, where Python allows it."""
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            signals = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if SLURMEnvironment.detect() else [])]
-            before = {signum: signal.signal(signum, self.receive) for signum in signals}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+    def handled(self) -> AbstractContextManager[None]:
+        """Takes the signals for as long as the block lasts."""
+        slurm = [signal.SIGUSR1] if SLURMEnvironment.detect() else []
+        return handling(self.receive, signal.SIGTERM, signal.SIGINT, *slurm)
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
         if not self.training:
