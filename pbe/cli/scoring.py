@@ -111,7 +111,7 @@ def write_scores(
     folders: Mapping[str, Path],
     settings: Mapping[str, Any],
 ) -> int:
-    from pbe.evaluation.report import make_report, table, write_report
+    from pbe.evaluation.report import make_report, markdown, write_report
     from pbe.evaluation.scoring import score_results
 
     found = []
@@ -120,7 +120,7 @@ def write_scores(
             found.append(score_results(test_set, folder, judges, system, args.batch_size, args.workers, bar.update))
     report = make_report(test_set, found, judges, args.real and args.real.resolve().name, settings)
     write_report(report, test_set, folders, args.out, args.pictures)
-    print(table(report))
+    print(markdown(report))
     print(args.out / "report.html")
     return 0
 

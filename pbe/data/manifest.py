@@ -134,10 +134,13 @@ class Manifest:
             lines.append(line)
         if not rows:
             raise ValueError(f"{path} has no rows")
-        images_of = [row.image for row in rows]
-        self._check_boxes(rows, lines)
-        self._images = self._find_images(images_of, Path(images) if images else None)
-        usable = self._choose(rows, number_photos(images_of))
+        self._boxes = np.array([row.box for row in rows])  # (N, 4) as given
+        self._sizes = np.array([row.size for row in rows]).astype(np.int64)  # (N, 2) as given; zeros: not given
+        self._in_pixels = bool(np.nanmax(self._boxes, initial=0) > LARGEST_FRACTION)
+        self._check_boxes(lines)
+        names = [row.image for row in rows]
+        self._images = self._find_images(names, Path(images) if images else None)
+        usable = self._choose(names)
         self._texts = {name: PackedStrings([getattr(row, name) for row in rows]) for name in TEXTS}
         records: dict[Any, list[int]] = {}
         for i in np.flatnonzero(usable).tolist():
@@ -150,24 +153,19 @@ class Manifest:
         self._ends = np.cumsum([0, *map(len, records.values())])
         self.photos = number_photos([os.path.normpath(rows[group[0]].image) for group in records.values()])
 
-    def _check_boxes(self, rows: list[_Row], lines: list[int]) -> None:
-        """Keeps the boxes, as fractions as far as the rows say the size. ValueError for a box that cannot be."""
-        self._boxes = np.array([row.box for row in rows])  # (N, 4)
-        self._sizes = np.array([row.size for row in rows]).astype(np.int64)  # (N, 2)
-        in_pixels = bool(np.nanmax(self._boxes, initial=0) > LARGEST_FRACTION)
-        has_size, has_box = self._sizes.all(axis=1), ~np.isnan(self._boxes[:, 0])
-        if in_pixels:
-            self._boxes[has_size] /= np.tile(self._sizes[has_size, ::-1], 2)
-        self._in_pixels = has_box & ~has_size & in_pixels
-        sound = ~has_box | (self._boxes[:, 2:] > self._boxes[:, :2]).all(axis=1)
-        known = has_box & ~self._in_pixels
-        self._boxes[known], sound_inside = clip_boxes(self._boxes[known])
-        sound[known] &= sound_inside
-        if not sound.all():
-            first = np.flatnonzero(~sound)[0]
+    def _fractions(self, boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (n, 4) as given, in pictures of `sizes` (n, 2), as fractions; and which are sound (`clip_boxes`)."""
+        with np.errstate(divide="ignore", invalid="ignore"):  # where the size is not known
+            return clip_boxes(boxes / np.tile(sizes[:, ::-1], 2) if self._in_pixels else boxes)
+
+    def _check_boxes(self, lines: list[int]) -> None:
+        """ValueError for a box that cannot be, as far as the rows alone say."""
+        wrong = ~(self._boxes[:, 2:] > self._boxes[:, :2]).all(axis=1)
+        wrong |= ~self._fractions(self._boxes, self._sizes)[1] & (self._sizes.all(axis=1) | (not self._in_pixels))
+        for i in np.flatnonzero(wrong & ~np.isnan(self._boxes[:, 0])):
             raise ValueError(
-                f"{self.name}, line {lines[first]}: box {rows[first].box} is not inside the picture with x0 < x1 and "
-                f"y0 < y1 (taken as {'pixels' if in_pixels else 'fractions'}: see docs/data.md)"
+                f"{self.name}, line {lines[i]}: box {self._boxes[i].tolist()} is not inside the picture with x0 < x1 "
+                f"and y0 < y1 (taken as {'pixels' if self._in_pixels else 'fractions'}: see docs/data.md)"
             )
 
     def _find_images(self, images: list[str], given: Path | None) -> Path:
@@ -180,40 +178,37 @@ class Manifest:
             f"none of the pictures of {self.name}, such as {images[0]}, is in {' or '.join(map(str, folders))}"
         )
 
-    def _choose(self, rows: list[_Row], photos: np.ndarray) -> np.ndarray:
+    def _choose(self, images: list[str]) -> np.ndarray:
         """Which rows (N,) may have a box within the area, by the pictures' own sizes where no others are given.
 
         Pictures that cannot be read, and those with no box inside, stay: whoever reads them is told. Warns
         (DataWarning) where they are many, and where the boxes are hardly in pixels.
         """
-        boxes, sizes, problems = self._boxes.copy(), self._sizes.copy(), np.zeros(len(rows), dtype="U10")
-        measured = np.flatnonzero(self._in_pixels).tolist()
-        names = list(dict.fromkeys(rows[i].image for i in measured))
+        sizes, problems = self._sizes.copy(), np.zeros(len(images), dtype="U10")
+        measured = ~np.isnan(self._boxes[:, 0]) & ~sizes.all(axis=1) & self._in_pixels
+        names = dict.fromkeys(images[i] for i in np.flatnonzero(measured))
         cache = self._folder / f".{Path(self.name).name}.sizes.json"
-        found = dict(zip(names, read_sizes(self._images, names, cache) if names else (), strict=True))
-        for i in measured:
-            size = found[rows[i].image]
+        found = dict(zip(names, read_sizes(self._images, list(names), cache) if names else (), strict=True))
+        for i in np.flatnonzero(measured):
+            size = found[images[i]]
             if isinstance(size, str):
                 problems[i] = size
             else:
                 sizes[i] = size
-        inside = self._in_pixels & (problems == "")
-        boxes[inside] /= np.tile(sizes[inside, ::-1], 2)
-        boxes, sound = clip_boxes(boxes)
-        problems[inside & ~sound] = "outside"
-        problems[sound & (problems == "") & ~in_area(boxes, self._area)] = "no box"
-        good = np.bincount(photos, problems == "") > 0
-        self._warn_of_skipped(rows, problems, photos, good)
-        given = np.array([row.box for row in rows])
-        self._warn_of_unit(given, sizes, problems == "outside")
-        return (problems != "no box") & ((problems != "outside") | ~good[photos])
+        boxes, sound = self._fractions(self._boxes, sizes)
+        problems[measured & ~sound & (problems == "")] = "outside"
+        problems[sound & ~in_area(boxes, self._area)] = "no box"
+        photos = number_photos(images)
+        bad = np.bincount(photos, problems == "") == 0  # photos without a row that may be used
+        firsts = np.unique(photos, return_index=True)[1][bad]
+        if len(firsts) > MOST_SKIPPED * len(bad):
+            self._warn_of_skipped(problems[firsts], [images[i] for i in firsts], len(bad))
+        if self._in_pixels:
+            self._warn_of_unit(sizes, problems == "outside")
+        return (problems != "no box") & ((problems != "outside") | bad[photos])
 
-    def _warn_of_skipped(self, rows: list[_Row], problems: np.ndarray, photos: np.ndarray, good: np.ndarray) -> None:
-        """Names the reasons where too many pictures have no row without a problem."""
-        skipped, firsts = np.unique(np.where(good[photos], -1, photos), return_index=True)
-        firsts = firsts[skipped >= 0]
-        if len(firsts) <= MOST_SKIPPED * len(good):
-            return
+    def _warn_of_skipped(self, problems: np.ndarray, images: list[str], of: int) -> None:
+        """Tells why pictures cannot be used."""
         least, most = (f"{100 * share:g}" for share in self._area)
         texts = {
             "no box": f"have no box of {least} to {most} % of their area",
@@ -221,23 +216,21 @@ class Manifest:
             "missing": "are missing",
             "unreadable": "cannot be read",
         }
-        counts = [(text, firsts[problems[firsts] == problem]) for problem, text in texts.items()]
-        reasons = "; ".join(f"{len(of)} {text}, such as {rows[of[0]].image}" for text, of in counts if len(of))
+        places = {text: np.flatnonzero(problems == problem) for problem, text in texts.items()}
+        reasons = "; ".join(f"{len(at)} {text}, such as {images[at[0]]}" for text, at in places.items() if len(at))
         warnings.warn(
-            f"{self.name}: {len(firsts)} of {len(good)} pictures cannot be used: {reasons}", DataWarning, stacklevel=4
+            f"{self.name}: {len(images)} of {of} pictures cannot be used: {reasons}", DataWarning, stacklevel=4
         )
 
-    def _warn_of_unit(self, boxes: np.ndarray, sizes: np.ndarray, outside: np.ndarray) -> None:
-        """Says so where boxes (N, 4) in pictures of `sizes` (N, 2) are probably in another unit than pixels."""
-        known = sizes.all(axis=1) & ~np.isnan(boxes[:, 0])
-        largest = boxes[known].max(initial=0)
-        unit = next((unit for unit in OTHER_UNITS if largest <= unit), None)
-        if unit is None or largest <= LARGEST_FRACTION:
-            return
+    def _warn_of_unit(self, sizes: np.ndarray, outside: np.ndarray) -> None:
+        """Says so where the boxes are probably in another unit than pixels."""
+        known = sizes.all(axis=1) & ~np.isnan(self._boxes[:, 0])
+        largest, sizes = self._boxes[known].max(initial=0), sizes[known]
+        unit = next((unit for unit in OTHER_UNITS if largest <= unit), math.inf)
         # How probable it is that right and lower edges, anywhere in their pictures, all are this near to the corner.
-        log_chance = np.log(np.minimum(1, unit / sizes[known])).sum()
-        if log_chance < math.log(0.01) or (outside[known].mean() > 0.05 and largest > unit / 2):
-            height, width = sizes[known].max(axis=0)
+        log_chance = np.log(np.minimum(1, unit / sizes)).sum()
+        if log_chance < math.log(0.01) or (unit / 2 < largest <= unit < math.inf and outside[known].mean() > 0.05):
+            height, width = sizes.max(axis=0)
             warnings.warn(
                 f"{self.name}: the boxes are probably not in pixels but in {OTHER_UNITS[unit]}: none of their numbers "
                 f"is above {largest:g}, in pictures of up to {width}x{height}; give pixels, or fractions from 0 to 1",
@@ -275,16 +268,15 @@ class Manifest:
             read = MaskFile(mask).read()
             check_shape(mask, read.size, size)
             return read.box()[0], read
-        if self._sizes[row].all():
-            height, width = self._sizes[row].tolist()
+        height, width = self._sizes[row].tolist()
+        if height:
             check_shape(image, size, (height, width))
-        box = self._boxes[row : row + 1]
-        clipped, sound = clip_boxes(box / np.tile(size[::-1], 2) if self._in_pixels[row] else box)
-        if not sound.all():
+        (box,), (sound,) = self._fractions(self._boxes[[row]], np.array([(height, width) if height else size]))
+        if not sound:
             raise UnusablePicture(
-                "no box", f"{image} is {size[1]}x{size[0]}; its box {box[0].tolist()} is not inside it"
+                "no box", f"{image} is {size[1]}x{size[0]}; its box {self._boxes[row].tolist()} is not inside it"
             )
-        return clipped[0], MaskFile(mask) if mask else None
+        return box, MaskFile(mask) if mask else None
 
     def _path(self, row: int, name: str) -> Path | None:
         text = self._texts[name][row]

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import platform
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -19,7 +18,8 @@ from PIL import Image
 
 import pbe
 from pbe.evaluation.cocoee import read_rgb
-from pbe.evaluation.html import jpeg_uri, number, render, titles
+from pbe.evaluation.html import jpeg_uri, notes, number, render, titles
+from pbe.evaluation.markdown import table
 from pbe.evaluation.published import COLUMNS, PUBLISHED
 from pbe.evaluation.scoring import TITLES, Judges, Score, SystemScores
 from pbe.evaluation.test_set import Item, TestSet, result_files
@@ -149,44 +149,16 @@ def strip(item: Item, results: Sequence[Path]) -> str:
 # --- text -------------------------------------------------------------------------------------------------
 
 
-def table(report: Mapping[str, Any]) -> str:
-    """The scores as text: one row per system, with the intervals below."""
-    columns = [["", *(text for one in report["systems"] for text in (one["system"], ""))]]
-    found = cells_of(report)
-    for key, head in titles(report).items():
-        columns.append([head, *(text for one in found for text in one.get(key, ("", "")))])
-    widths = [max(map(len, cells)) for _, *cells in columns]
-    heads = [
-        textwrap.wrap(head.replace(" ↑", "\xa0↑").replace(" ↓", "\xa0↓"), max(width, 12), break_long_words=False)
-        for (head, *_), width in zip(columns, widths, strict=True)
-    ]
-    widths = [max([width, *map(len, head)]) for width, head in zip(widths, heads, strict=True)]
-    height = max(map(len, heads))
-    heads = [[""] * (height - len(head)) + head for head in heads]
-    lines = [*zip(*heads, strict=True), *zip(*(cells for _, *cells in columns), strict=True)]
-    text = ["  ".join([f"{line[0]:{widths[0]}}", *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-    if any(backbone["surrogate"] for backbone in report["judges"]["backbones"]):
-        text.append("Do not compare the surrogate's scores with published ones.")
-    return "\n".join(text).replace("\xa0", " ")
-
-
 def markdown(report: Mapping[str, Any]) -> str:
-    """The scores as a table of Markdown: one row per system, each score with its interval."""
+    """The scores as a table of Markdown, and what a reader must know of them: one row per system, each score with its
+    interval, and with the number of items if it is not over all."""
     heads = titles(report)
-    lines = [["", *heads.values()], ["---"] * (len(heads) + 1)]
-    for one, cells in zip(report["systems"], cells_of(report), strict=True):
-        lines.append([one["system"].replace("|", "\\|"), *(" ".join(cells.get(key, ())) for key in heads)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def cells_of(report: Mapping[str, Any]) -> list[dict[str, tuple[str, str]]]:
-    """By system and key: a score, and its interval with the number of items if it is not over all."""
-    systems = []
+    rows = []
     for one in report["systems"]:
-        cells = {}
+        cells = dict.fromkeys(heads, "")
         for score in one["scores"]:
             value, low, high = (number(score[name]) for name in ("value", "low", "high"))
             count = f" n={score['count']}" if score["count"] < report["test_set"]["items"] else ""
-            cells[score["key"]] = (value, f"[{low}, {high}]{count}")
-        systems.append(cells)
-    return systems
+            cells[score["key"]] = f"{value} ({low} to {high}){count}"
+        rows.append([one["system"], *cells.values()])
+    return "\n".join([table(["system", *heads.values()], rows), "", *(f"- {note}" for note in notes(report))])

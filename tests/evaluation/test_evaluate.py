@@ -390,7 +390,7 @@ def test_score_gives_what_run_gave(test_set, judge, scored, coco, tmp_path, caps
     assert (
         main(["score", "--results", *results, "--test-set", str(test_set), "--out", str(tmp_path / "s"), *judging]) == 0
     )
-    assert "\nours & others  " in capsys.readouterr().out
+    assert "\n| ours & others |" in capsys.readouterr().out
     found, expected = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "s", out))
     assert [system.pop("system") for system in found["systems"]] == ["ours & others", "composited"]
     for system in expected["systems"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from pbe import __version__
 from pbe.evaluation.bootstrap import Bootstrap
+from pbe.evaluation.markdown import table
 from pbe.io.atomic import write_text
 from pbe.io.json_text import parse_json, shown
 
@@ -251,7 +251,7 @@ def markdown(report: dict[str, Any]) -> str:
         ranks = sorted(found["mean_rank"].items(), key=lambda one: one[1]["value"])
         rows = [[name, f"{x['value']:.2f}", f"{x['low']:.2f} to {x['high']:.2f}"] for name, x in ranks]
         lines += ["", f"## By {question}: {found['rankings']} rankings", ""]
-        lines += [*_table(["system", "mean rank ↓", level], rows), ""]
+        lines += [table(["system", "mean rank ↓", level], rows), ""]
         rows = [
             [
                 f"{x['system']} over {x['over']}",
@@ -262,7 +262,7 @@ def markdown(report: dict[str, Any]) -> str:
             ]
             for x in found["preference"]
         ]
-        lines += [*_table(["preferred", "rankings", level, "participants", "sign test p"], rows), ""]
+        lines += [table(["preferred", "rankings", level, "participants", "sign test p"], rows), ""]
         by_place = ", ".join(f"{chr(65 + i)} {mean:.2f}" for i, mean in enumerate(found["mean_rank_by_place"]))
         expected = (len(ranks) + 1) / 2
         lines.append(f"Mean rank by place on the page: {by_place}; without any preference for a place {expected:.2f}.")
@@ -273,20 +273,6 @@ def markdown(report: dict[str, Any]) -> str:
         "participant once. Neither is corrected for the number of comparisons.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[re.sub(r"([\\|<*`\[])", r"\\\1", text) for text in row] for row in (head, *rows)]  # names are no markup
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    aligned = [
-        [
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in cells
-    ]
-    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return ["| " + " | ".join(row) + " |" for row in (aligned[0], rule, *aligned[1:])]
 
 
 def write_study_report(report: dict[str, Any], out: str | Path) -> None:
