@@ -6,12 +6,13 @@ or stands in an entry `pbe` that files written by this library carry, or in the 
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.key_map import count
-from pbe.io.fields import Range, check, describe
+from pbe.io.fields import Range, check, field_types
+from pbe.io.json_text import shown
 from pbe.models.adm import ADMConfig
 from pbe.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
@@ -23,6 +24,7 @@ from pbe.models.vae import VAEConfig
 ModelSizes = PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConfig
 
 MAX_HINT = 1 << 16  # of heads, or of pixels along a side
+Count = Annotated[int, Range(1, MAX_HINT)]
 CLIP_HEAD_WIDTH = 64  # in every CLIP that OpenAI released
 DISTILLED = {
     "sampler": Literal["lcm", "tcd"],
@@ -35,29 +37,21 @@ DISTILLED = {
 class Hints:
     """What the shapes cannot tell; None stands for the original's constant. `CheckpointError` for impossible values."""
 
-    unet_heads: int | None = None
-    vision_heads: int | None = None
-    text_heads: int | None = None
-    mapper_heads: int | None = None
-    adm_head_channels: int | None = None
+    unet_heads: Count | None = None
+    vision_heads: Count | None = None
+    text_heads: Count | None = None
+    mapper_heads: Count | None = None
+    adm_head_channels: Count | None = None
     exemplar_tokens: Literal["class", "all"] | None = None
-    latent_scale: float | None = None
-    resolution: int | None = None
-    distilled: Distilled | None = None
+    latent_scale: Annotated[float, Range(0, MAX_HINT, above=True)] | None = None
+    resolution: Count | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name == "distilled":
-                continue  # checked by `read_distilled`
-            if name == "exemplar_tokens":
-                fits, expected = value in ("class", "all"), "'class' or 'all'"
-            elif name == "latent_scale":
-                fits, expected = is_number(value) and 0 < value <= MAX_HINT, f"a positive number up to {MAX_HINT}"
-            else:
-                fits = type(value) is int and 0 < value <= MAX_HINT
-                expected = f"a positive whole number up to {MAX_HINT}"
-            if value is not None and not fits:
-                raise CheckpointError(f"{name}={shown(value)} is not {expected}")
+        try:
+            for name, annotation in field_types(Hints).items():
+                check(name, getattr(self, name), annotation)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "Hints":
@@ -110,13 +104,6 @@ def read_distilled(value: object) -> Distilled | None:
 
 def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def shown(value: object) -> str:
-    """A value from a file, for a message: what is neither short nor flat is named by its type alone."""
-    numbers = isinstance(value, list) and all(map(is_number, value))
-    text = repr(value) if numbers or value is None or isinstance(value, str | int | float) else ""
-    return text if 0 < len(text) <= 100 else f"a {type(value).__name__}"
 
 
 class Shapes(dict[str, tuple[int, ...]]):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from pbe.checkpoints.formats.opening import CheckpointError
-from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry, shown
+from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry
 from pbe.checkpoints.key_map import mismatches, shorten
 from pbe.checkpoints.loading import RecognisedCheckpoint, build
 from pbe.checkpoints.meta_device import build_on_meta
+from pbe.io.json_text import shown
 from pbe.models.clip import CLIPConfig
 from pbe.models.exemplar import ExemplarConfig, ExemplarEncoder
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig

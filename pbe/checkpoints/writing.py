@@ -14,7 +14,7 @@ from torch import Tensor
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.key_map import KeyMap
 from pbe.checkpoints.layouts import diffusers_image_encoder, diffusers_unet, diffusers_vae
-from pbe.io.atomic import replacing
+from pbe.io.atomic import replacing, warn_once
 from pbe.models.clip import CLIP_MEAN, CLIP_STD, CLIPVisionConfig
 from pbe.models.paint_by_example import PaintByExampleConfig
 from pbe.models.unet import UNetConfig
@@ -65,7 +65,13 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappin
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError(f"writing {path} needs the extra safetensors: pip install safetensors") from error
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it: save_file makes private files
     save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    try:
+        path.chmod(mode)
+    except OSError as error:  # CIFS, FUSE
+        warn_once(f"files keep the permissions that their file system gives: chmod fails ({error.strerror})")
 
 
 def compact(tensor: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from pbe.data.records import PackedStrings, Record, Source, UnusablePicture
 REASONS = ("missing", "unreadable", "no box")
 MAX_ATTEMPTS = 100  # this many unusable pictures in a row are an error
 MAX_WARNINGS = 20  # per process; the counts go on
-MOST_SKIPPED = 0.1  # share of the pictures, once they are 200, that may be skipped without a warning of how many
 _MAX_WORKERS = 256
 _EXAMPLE, _STEP, _REPLACEMENT = range(3)  # what a hash is for
 
@@ -112,18 +111,11 @@ class ExampleDataset(Dataset[Example]):
         worker = get_worker_info()
         self._skipped[worker.id % _MAX_WORKERS if worker else 0, REASONS.index(problem.reason)] += 1
         self._failed += 1
-        if self._tried >= 200 and self._failed > MOST_SKIPPED * self._tried and "" not in self._warned:
-            self._warned.add("")
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items() if count)
-            warnings.warn(
-                f"{self.source.name}: more than a tenth of the pictures cannot be used: {counts}",
-                UnusablePictureWarning,
-                stacklevel=3,
-            )
         if str(problem) in self._warned or len(self._warned) == MAX_WARNINGS:
             return
         self._warned.add(str(problem))
-        last = "; further ones are only counted" if len(self._warned) == MAX_WARNINGS else ""
+        so_far = f"; further ones are only counted, after {self._failed} of {self._tried} pictures"
+        last = so_far if len(self._warned) == MAX_WARNINGS else ""
         # stacklevel: the caller of `stages`
         warnings.warn(f"{problem}; another picture takes its place{last}", UnusablePictureWarning, stacklevel=3)
 

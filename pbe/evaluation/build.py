@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from pbe.images.windows import Box
 from pbe.io.atomic import replacing
 
 BATCH = 64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,20 +149,21 @@ def build_test_set(
     return len(items)
 
 
-@contextmanager
-def _left_out(name: str | Path) -> Iterator[None]:
-    """Warns of a picture that cannot be read, where the error would end the block."""
+def _usable(name: str | Path, read: Callable[[], T]) -> T | None:
+    """What `read` gives; None, with a warning, where it cannot read a picture."""
     try:
         with usable(name):
-            yield
+            return read()
     except UnusablePicture as problem:
-        warnings.warn(f"{problem}; it is left out", DataWarning, stacklevel=4)
+        warnings.warn(f"{problem}; it is left out", DataWarning, stacklevel=3)
+        return None
 
 
-def _read_record(source: Source, i: int) -> Record | None:
-    with _left_out(f"{source.name}[{i}]"):
-        return source[i]
-    return None
+def _records(source: Source) -> Iterator[tuple[int, Record]]:
+    """The records that can be read, one after the other, with their numbers."""
+    for i in range(len(source)):
+        if (record := _usable(f"{source.name}[{i}]", partial(source.__getitem__, i))) is not None:
+            yield i, record
 
 
 # --- images ----------------------------------------------------------------------------------------------
@@ -169,22 +171,20 @@ def _read_record(source: Source, i: int) -> Record | None:
 
 def _ids(source: Source) -> dict[int, int]:
     """An id for each readable record: the number in its file's name, if all have one of their own, else 1, 2, …"""
-    records = {i: record for i in range(len(source)) if (record := _read_record(source, i)) is not None}
-    stems = {i: record.image.stem for i, record in records.items()}
+    stems = {i: record.image.stem for i, record in _records(source)}
     if all(stem.isascii() and stem.isdigit() and len(stem) <= 12 for stem in stems.values()):
         numbers = {i: int(stem) for i, stem in stems.items()}
         if len(set(numbers.values())) == len(numbers):
             return numbers
-    return {i: i + 1 for i in records}
+    return {i: i + 1 for i in stems}
 
 
 def _choose(record: Record, id_: int, config: BuildConfig, rng: np.random.Generator) -> _Chosen | None:
     """One of the record's boxes with a square around it of which it takes a share within the area; None without."""
-    labels, size = _labels(record), None
-    with _left_out(record.image):
-        size = height, width = upright_size(record.image)
+    labels, size = _labels(record), _usable(record.image, partial(upright_size, record.image))
     if size is None:
         return None
+    height, width = size
     for i in rng.permutation(len(record.boxes)).tolist():
         box = object_box(record, size, i)
         side = min(width, height)
@@ -209,9 +209,8 @@ def _labels(record: Record) -> tuple[str, ...]:
 def _by_label(source: Source, config: BuildConfig, rng: np.random.Generator) -> dict[str, list[_Object]]:
     """The objects that may be exemplars, by category, at most `candidates` of each."""
     found: dict[str, list[_Object]] = {}
-    for i in range(len(source)):
-        record = _read_record(source, i)
-        for k, label in enumerate(_labels(record) if record else ()):
+    for i, record in _records(source):
+        for k, label in enumerate(_labels(record)):
             found.setdefault(label, []).append(_Object(i, k))
     for label in sorted(found):
         if len(found[label]) > config.candidates:
@@ -222,9 +221,7 @@ def _by_label(source: Source, config: BuildConfig, rng: np.random.Generator) -> 
 
 def _patch(record: Record, i: int, config: BuildConfig) -> tuple[Image.Image, Box] | None:
     """An object with some surroundings, and its box; None where its picture cannot be read."""
-    image = None
-    with _left_out(record.image):
-        image = read_rgb(record.image)
+    image = _usable(record.image, partial(read_rgb, record.image))
     if image is None:
         return None
     size = image.height, image.width
@@ -295,10 +292,9 @@ def _write(
     crop.save(out / "Ref_3500" / f"{name}_ref.png")
     mask.save(out / "Mask_bbox_3500" / f"{name}_mask.png")
     if exemplar.masks is not None:
-        shown = np.zeros(0)
-        with _left_out(f"the mask of {exemplar.image}"):
-            drawn = exemplar.masks[exemplar_box].draw(upright_size(exemplar.image))
-            shown = drawn[box.grown(config.grow, drawn.shape).slices]
+        draw = partial(exemplar.masks[exemplar_box].draw, upright_size(exemplar.image))
+        drawn = _usable(f"the mask of {exemplar.image}", draw)
+        shown = np.zeros(0) if drawn is None else drawn[box.grown(config.grow, drawn.shape).slices]
         if shown.any():  # else the mask is not of this box
             (out / EXEMPLAR_MASKS).mkdir(exist_ok=True)
             Image.fromarray(shown).save(out / EXEMPLAR_MASKS / f"{name}_ref_mask.png")

@@ -37,18 +37,8 @@ def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
         raise OSError(f"{path} is a pipe, a socket or a device; it is not replaced")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        mode = part.stat().st_mode  # as the umask has it; some libraries make private files
-        part.unlink()
         yield part
-        for file in [part] if part.is_file() else filter(Path.is_file, part.rglob("*")):
-            try:
-                file.chmod(mode)
-            except OSError as error:  # CIFS, FUSE
-                warn_once(f"files keep the permissions that their file system gives: chmod fails ({error.strerror})")
-        if path.is_dir() and not part.is_dir():
-            raise IsADirectoryError(f"{path} is a folder; a file does not replace it")
-        if path.is_dir():  # a folder cannot be replaced in one step
+        if path.is_dir() and part.is_dir():  # a folder cannot be replaced in one step
             os.replace(path, old)
         os.replace(part, path)
     except Exception as error:

@@ -614,14 +614,15 @@ def test_sizes_are_kept_beside_the_manifest(folder, monkeypatch):
     picture(folder / "b.jpg", 160, 120)
     Manifest(path)
     assert read == ["b.jpg"]
-    for broken in (b"", b"[1]", b"[" * 50_000, b'{"version": 1}', b'{"version": 1, "sizes": {"a": [1, 2, "3", 4]}}'):
+    entry = f'{{"{folder}/a.jpg": [{(folder / "a.jpg").stat().st_size}, '
+    for broken in (b"", b"[1]", b"[" * 50_000, b'{"version": 1}', entry.encode() + b'1, 2, "3"]}', b'{"a": [0]}'):
         kept.write_bytes(broken)
         assert len(Manifest(path)) == 2
         assert kept.read_bytes() != broken
     picture(folder / "b.jpg")
-    monkeypatch.setattr("pbe.data.picture_sizes.replacing", raise_oserror)
+    monkeypatch.setattr("pbe.data.picture_sizes.write_text", raise_oserror)
     assert [record.boxes.tolist() for record in Manifest(path)] == first
-    assert json.loads(content)["version"] == 1
+    assert json.loads(content)[str(folder / "a.jpg")][2:] == [60, 80]
 
 
 def raise_oserror(*_, **__):

@@ -158,11 +158,12 @@ def test_file_systems_without_permissions(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "chmod", chmod)
     atomic.warn_once.cache_clear()
+    pytest.importorskip("safetensors")
     with warnings.catch_warnings(record=True) as caught:
-        for name in ("a", "b", "c"):
+        for name in ("a.ckpt", "b.safetensors", "c.safetensors"):
             warnings.simplefilter("always")
-            write(tmp_path / name, "text")
-    assert names(tmp_path) == ["a", "b", "c"]
+            save_checkpoint({"w": torch.ones(2)}, tmp_path / name, {})
+    assert names(tmp_path) == ["a.ckpt", "b.safetensors", "c.safetensors"]
     (warning,) = caught
     assert "chmod" in str(warning.message)
 

@@ -25,6 +25,7 @@ from pbe.checkpoints.formats.lazy_tensors import (
     StoredTensors,
 )
 from pbe.checkpoints.formats.pickles import MAX_DIMENSIONS, Placeholder, StorageRef, TensorRef, read_pickle
+from pbe.io.json_text import parse_json
 
 MAX_PICKLE_BYTES = 1 << 24  # the largest real data.pkl is a few megabytes
 # What may come of a file: tensors of a few times its bytes, but not of a small one that is compressed, or names the
@@ -171,7 +172,10 @@ def read_safetensors(path: Path) -> Checkpoint:
             "copy or download the file again"
         ) from error
     if "pbe" in extras:
-        extras["pbe"] = parse_json(extras["pbe"], f"the metadata entry 'pbe' of {path}")
+        try:
+            extras["pbe"] = parse_json(extras["pbe"])
+        except ValueError as error:
+            raise CheckpointError(f"the metadata entry 'pbe' of {path} is not valid JSON ({error})") from None
 
     file = MappedFile(path)
     data = 8 + int.from_bytes(file.memory[:8], "little")
@@ -195,14 +199,6 @@ def read_safetensors(path: Path) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"{path} is a safetensors file that holds no tensors")
     return _checked(Checkpoint(path, "safetensors file", tensors, extras))
-
-
-def parse_json(text: str | bytes, where: str) -> Any:
-    """The value of a JSON text; `where` names it in the error."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON ({error})") from error
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:

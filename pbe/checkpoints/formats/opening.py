@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pbe.checkpoints.formats.containers import parse_json, read_legacy, read_safetensors, read_zip
+from pbe.checkpoints.formats.containers import read_legacy, read_safetensors, read_zip
 from pbe.checkpoints.formats.lazy_tensors import Checkpoint, CheckpointError, StoredTensors
+from pbe.io.json_text import parse_json
 
 __all__ = ["Checkpoint", "CheckpointError", "find_checkpoint", "open_checkpoint", "read_state_dict"]
 
@@ -186,7 +187,10 @@ def _read_shards(index: Path) -> Checkpoint:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; expected it beside the weights")
-    value = parse_json(path.read_bytes(), str(path))
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
     return value

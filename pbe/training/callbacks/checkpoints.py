@@ -255,9 +255,7 @@ def prepare_folder(folder: Path) -> None:
     """Makes a run's folder. Raises `OSError` if it cannot be written."""
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        trial = folder / f".{os.getpid()}.trial"
-        trial.write_bytes(b"x")
-        trial.unlink()
+        (folder / ".lock").touch()
     except OSError as error:
         raise OSError(f"the run's folder {folder} cannot be written: {error.strerror or error}") from error
 
