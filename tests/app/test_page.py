@@ -2,9 +2,7 @@
 
 import base64
 import io
-import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -362,44 +360,6 @@ def test_an_image_that_was_deleted_is_a_message(tmp_path):
 
 
 # --- starting ---------------------------------------------------------------------------------------------
-
-
-def test_the_command_serves_asks_no_other_machine_and_leaves_no_files(tiny_checkpoint, files, tmp_path):
-    program = (
-        "import signal, socket, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-        "look_up = socket.getaddrinfo\n"
-        "def said(host, *args, **kwargs):\n"
-        "    print('asks', host, flush=True)\n"
-        "    return look_up(host, *args, **kwargs)\n"
-        "socket.getaddrinfo = said\n"
-        "from pbe.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    command = [sys.executable, "-c", program, "app", "--ckpt", str(tiny_checkpoint), "--device", "cpu"]
-    (tmp_path / "temporary").mkdir()
-    env = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
-    del env["GRADIO_ANALYTICS_ENABLED"]
-    server = subprocess.Popen(
-        [*command, "--port", str(free_port())], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
-    )
-    lines = []
-    try:
-        for line in server.stdout:
-            lines.append(line)
-            if line.startswith("serving at "):
-                break
-        call(Client(lines[-1].split()[2], verbose=False), files)
-        assert any(path.name == "image-7.png" for path in (tmp_path / "temporary").rglob("*"))
-        server.send_signal(signal.SIGINT)
-        lines += server.communicate(timeout=60)[0].splitlines()
-    finally:
-        server.kill()
-    assert server.returncode == 0
-    asked = {line.split()[1] for line in lines if line.startswith("asks ")}
-    assert "127.0.0.1" in asked  # the listening itself
-    assert asked <= {"127.0.0.1", "localhost"}
-    assert not [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
 
 
 def test_examples_are_shown_only_where_they_are(model, monkeypatch, tmp_path):

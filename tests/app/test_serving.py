@@ -25,7 +25,8 @@ from gradio_client import Client, handle_file  # noqa: E402
 
 from pbe.app import guard, serving, uploads  # noqa: E402
 from pbe.app.page import build_page  # noqa: E402
-from pbe.cli.app import credentials, main  # noqa: E402
+from pbe.cli.app import credentials, interrupt, main  # noqa: E402
+from pbe.io.signals import handling  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -400,73 +401,105 @@ def test_one_edit_at_a_time_also_after_a_cancel(address, files, monkeypatch):
 # --- the end ----------------------------------------------------------------------------------------------
 
 
-def start(checkpoint: Path, temporary: Path, *flags: str, program: str = "") -> tuple[subprocess.Popen, str]:
-    """A page in a process of its own, and its address."""
-    program = program or "import sys; from pbe.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, "app", "--ckpt", str(checkpoint), "--device", "cpu", *flags]
-    temporary.mkdir(exist_ok=True)
+# The command, which says which hosts it looks up; background jobs of a shell ignore Ctrl+C.
+COMMAND = """
+import signal, socket, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+look_up = socket.getaddrinfo
+def said(host, *args, **kwargs):
+    print("asks", host, flush=True)
+    return look_up(host, *args, **kwargs)
+socket.getaddrinfo = said
+from pbe.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(checkpoint: Path, temporary: Path) -> tuple[subprocess.Popen, str, str]:
+    """A page in a process of its own, what it has printed, and its address."""
+    environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    del environment["GRADIO_ANALYTICS_ENABLED"]  # the page asks for no telemetry by itself
     process = subprocess.Popen(
-        [*command, "--port", str(free_port())],
+        [
+            sys.executable,
+            "-c",
+            COMMAND,
+            "app",
+            "--ckpt",
+            str(checkpoint),
+            "--device",
+            "cpu",
+            "--port",
+            str(free_port()),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"},
+        env=environment,
     )
-    line = process.stdout.readline()
-    assert line.startswith("serving at "), line + process.stdout.read()
-    return process, line.split()[2]
+    printed = ""
+    while not (found := re.search(r"^serving at (\S+)", printed, re.MULTILINE)):
+        line = process.stdout.readline()
+        assert line, printed
+        printed += line
+    return process, printed, found[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
-def test_a_signal_ends_the_page_and_its_edits_and_deletes_their_files(tiny_checkpoint, files, tmp_path, number):
-    server, address = start(tiny_checkpoint, tmp_path / "temporary")
+SIGNALS = [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGHUP))]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_page_cleans_up_before_and_behind_itself_and_asks_no_other_machine(tiny_checkpoint, files, tmp_path, number):
+    """One process, since its start takes seconds: it removes what dead pages left, and at a signal, which also ends
+    its edits, its own files."""
+    temporary, host = tmp_path / "temporary", socket.gethostname()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = temporary / f"pbe-page-{host}-{dead.pid}-a"
+    (left / "files").mkdir(parents=True)
+    (left / "files" / "image-7.png").write_bytes(b"an edit")
+    kept = [f"pbe-page-{host}-{os.getpid()}-alive", f"pbe-page-{host}-x", "pbe-page-elsewhere-999999999-a", "other-9-a"]
+    for name in kept:
+        (temporary / name).mkdir()
+    server, printed, address = start(tiny_checkpoint, temporary)
     try:
+        assert not left.exists()
         client = Client(address, verbose=False)
         submit(client, files, steps=4).result(timeout=60)
-        assert list((tmp_path / "temporary").rglob("image-7.png"))
+        assert list(temporary.rglob("image-7.png"))
         job = submit(client, files, steps=200, num_images=8)
         wait_for(lambda: job.status().progress_data)
         server.send_signal(number)
         server.send_signal(number)  # as `timeout` does
-        output = server.communicate(timeout=30)[0]
+        printed += server.communicate(timeout=30)[0]
     finally:
         server.kill()
-    assert server.returncode == 0, output
-    assert "Traceback" not in output
-    assert not [path for path in (tmp_path / "temporary").rglob("*") if path.is_file() or path.name.startswith("pbe")]
-
-
-def test_a_page_deletes_what_dead_ones_left(tiny_checkpoint, files, tmp_path):
-    temporary = tmp_path / "temporary"
-    dead, address = start(tiny_checkpoint, temporary)
-    submit(Client(address, verbose=False), files).result(timeout=60)
-    dead.kill()
-    dead.wait()
-    (left,) = temporary.glob("pbe-*")
-    host = socket.gethostname()
-    kept = [
-        f"pbe-page-{host}-{os.getpid()}-alive",
-        f"pbe-page-{host}-x",
-        "pbe-page-elsewhere-999999999-a",
-        "other-999999999-a",
-    ]
-    for name in kept:
-        (temporary / name).mkdir()
-    server, _ = start(tiny_checkpoint, temporary)
-    try:
-        assert not left.exists()
-        server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=30)
-    finally:
-        server.kill()
+    assert server.returncode == 0, printed
+    assert "Traceback" not in printed
+    assert not [path for path in temporary.rglob("*") if path.is_file()]
     assert {path.name for path in temporary.iterdir()} - {"gradio"} == set(kept)  # Gradio's own folder is empty
+    assert {"127.0.0.1"} <= set(re.findall(r"^asks (\S+)", printed, re.MULTILINE)) <= {"127.0.0.1", "localhost"}
+
+
+def test_a_signal_interrupts_once():
+    seen = []
+    with handling(interrupt, signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with handling(lambda number, _: seen.append(number), signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with handling(interrupt, signal.SIGHUP):  # ignored, as by nohup: it stays so
+            os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert seen == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
 @pytest.mark.slow
 def test_the_memory_stays_over_200_edits(tiny_checkpoint, files, tmp_path):
     """Of what edit 20 has, in MB; a leak of one picture or network per edit would be more."""
-    server, address = start(tiny_checkpoint, tmp_path / "temporary")
+    (tmp_path / "temporary").mkdir()
+    server, _, address = start(tiny_checkpoint, tmp_path / "temporary")
     taken = {}
     try:
         client = Client(address, verbose=False)
