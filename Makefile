@@ -28,6 +28,7 @@ slow: $(TEST)
 SECONDS ?= 60
 fuzz: $(TEST)
 	$(BIN)/python -m tests.fuzz.checkpoints --seconds $(SECONDS)
+	$(BIN)/python -m tests.fuzz.models --seconds $(SECONDS)
 	$(BIN)/python -m tests.fuzz.pictures --seconds $(SECONDS)
 	$(BIN)/python -m tests.fuzz.rows --seconds $(SECONDS)
 

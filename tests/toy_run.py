@@ -149,7 +149,7 @@ def same(a, b):
     return a == b
 
 
-def assert_same_run(run: Path, whole: Path, end: int = 24) -> None:
+def assert_same_run(run: Path, whole: Path, end: int) -> None:
     for name in ("train/loss", "train/loss_t500-749", "val/loss", "val/exemplar_gain", "lr"):
         assert metrics(run, name) == metrics(whole, name), name
     last, expected = checkpoint(run, end), checkpoint(whole, end)

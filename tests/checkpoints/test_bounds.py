@@ -3,19 +3,21 @@
 import json
 import os
 import pickle
-import resource
 import socket
 import struct
-import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
+
+pytest.importorskip("hypothesis")
+
+from fuzz.pickled import a_state, a_tensor, text, torch_zip
+from fuzz.running import bounded
 
 from pbe.checkpoints.adapters import load_lora
 from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
@@ -24,49 +26,6 @@ from pbe.checkpoints.seeding import seeded_state
 from pbe.cli.checkpoint import main
 from pbe.evaluation.quality_score import convert_mixture, load_mixture
 from pbe.models.paint_by_example import PaintByExample
-
-HEAD = b"\x80\x02"
-
-
-def text(value: str) -> bytes:
-    data = value.encode("utf-8", "surrogatepass")
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def torch_zip(path: Path, program: bytes, storages: dict[str, bytes] | None = None) -> Path:
-    """A zip as `torch.save` writes it, compressed, around the opcodes of a pickle."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        archive.writestr("archive/data.pkl", HEAD + program + b".")
-        for key, data in (storages or {"0": bytes(16)}).items():
-            archive.writestr(f"archive/data/{key}", data)
-    assert path.stat().st_size < 1 << 20
-    return path
-
-
-def a_tensor(shape: tuple[int, ...], key: str = "0", numel: int = 4, dtype: str = "FloatStorage") -> bytes:
-    """The opcodes of a contiguous tensor."""
-    strides = [1]
-    for n in reversed(shape[1:]):
-        strides.insert(0, strides[0] * n)
-    size, stride = (
-        b"(" + b"".join(b"\x8a\x08" + struct.pack("<q", n) for n in numbers) + b"t"
-        for numbers in (shape, strides[: len(shape)])
-    )
-    storage = b"(" + text("storage") + f"ctorch\n{dtype}\n".encode() + text(key) + text("cpu")
-    storage += b"\x8a\x08" + struct.pack("<q", numel) + b"tQ"
-    return (
-        b"ctorch._utils\n_rebuild_tensor_v2\n("
-        + storage
-        + b"K\x00"
-        + size
-        + stride
-        + b"\x89ccollections\nOrderedDict\n)RtR"
-    )
-
-
-def a_state(tensors: dict[str, bytes], extras: bytes = b"") -> bytes:
-    """The opcodes of a Lightning dictionary; `extras` are further keys and values."""
-    return b"}(" + text("state_dict") + b"}(" + b"".join(text(n) + t for n, t in tensors.items()) + b"u" + extras + b"u"
 
 
 def zeros(config: object = TINY) -> dict[str, bytes]:
@@ -78,15 +37,6 @@ def zeros(config: object = TINY) -> dict[str, bytes]:
 
 def largest(config: object = TINY) -> int:
     return max(x.numel() for x in PaintByExample(config).state_dict().values())
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """The time of the processor and the memory that a block takes are within the rule."""
-    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    assert time.process_time() - start < 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # kilobytes
 
 
 def refused(path: Path, capsys: pytest.CaptureFixture, *arguments: str) -> str:

@@ -9,7 +9,6 @@ profiles of PNGs. All that reads a picture agrees on its size.
 import io
 import struct
 import sys
-import time
 import zlib
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,6 @@ from pbe.images.windows import Box
 from tests.fuzz import exif_blocks as blocks
 from tests.fuzz.running import changed, main
 
-SECONDS = 10.0  # of the processor, for one file
 FORMATS = {"png": "PNG", "jpg": "JPEG", "tif": "TIFF", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "jp2": "JPEG2000"}
 PIECES = [b"\xff" * 4, bytes(8), b"\x7f\xff\xff\xff", b"II*\0", b"Exif\0\0", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"IDAT"]
 
@@ -93,9 +91,9 @@ def files(draw: st.DrawFn) -> bytes:
 
 
 def check(data: object, folder: Path) -> None:
-    """Raises AssertionError where readers disagree or take too long, and whatever else they should not raise."""
+    """Raises AssertionError where readers disagree, and whatever else they should not raise."""
     assert isinstance(data, bytes)
-    path, start = folder / "fuzzed.png", time.process_time()
+    path = folder / "fuzzed.png"
     path.write_bytes(data)
     read_provenance(path)
     try:
@@ -128,8 +126,6 @@ def check(data: object, folder: Path) -> None:
             assert read_picture(folder / f"saved.{suffix}").size == size
             with Image.open(folder / f"saved.{suffix}") as saved:
                 read_info(saved)
-    seconds = time.process_time() - start
-    assert seconds < SECONDS, f"{path} took {seconds:.1f} s"
 
 
 def read_exemplar_or_none(path: Path) -> None:

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import sys
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from pbe.data.manifest import ALIASES, COLUMNS, Manifest
 from pbe.io.rows import read_rows
 from tests.fuzz.running import changed, main
 
-SECONDS = 10.0  # of the processor, for one file
 NAMES = (*COLUMNS, *ALIASES, "x2", "y2", "reference", "XMin", " image ", "other", "\x1b[2J")
 PIECES = [
     b"[" * 3000,
@@ -115,9 +113,9 @@ def mutate(draw: st.DrawFn, value: Any) -> Any:
 
 
 def check(value: object, folder: Path) -> None:
-    """Raises AssertionError where reading takes too long or says nothing, and whatever else it should not raise."""
+    """Raises AssertionError where reading says nothing, and whatever else it should not raise."""
     assert isinstance(value, tuple)
-    path, start = folder / value[0], time.process_time()
+    path = folder / value[0]
     for name in ("a", "b"):
         if not (folder / f"{name}.png").exists():
             Image.new("RGB", (60, 40)).save(folder / f"{name}.png")
@@ -142,8 +140,6 @@ def check(value: object, folder: Path) -> None:
         except ValueError as error:
             if str(path) not in str(error):
                 raise
-    seconds = time.process_time() - start
-    assert seconds < SECONDS, f"{path} took {seconds:.1f} s"
 
 
 if __name__ == "__main__":
