@@ -145,7 +145,7 @@ def opcodes(value: Any) -> bytes:
         case float():
             return b"G" + struct.pack(">d", value)
         case int() if not isinstance(value, bool):
-            return whole(max(-(2**126), min(value, 2**126)))
+            return whole(value)
     return {None: b"N", True: b"\x88", False: b"\x89"}[value]
 
 

@@ -14,8 +14,8 @@ def text(value: str) -> bytes:
 
 
 def whole(value: int) -> bytes:
-    """A whole number of up to 16 bytes."""
-    return b"\x8a\x10" + value.to_bytes(16, "little", signed=True)
+    """A whole number, cut to 16 bytes."""
+    return b"\x8a\x10" + max(-(2**127), min(value, 2**127 - 1)).to_bytes(16, "little", signed=True)
 
 
 def torch_zip(path: Path, program: bytes, storages: Mapping[str, bytes] | None = None) -> Path:
