@@ -41,7 +41,7 @@ def drawn_mask(value: dict[str, str] | None, size: tuple[int, int]) -> np.ndarra
 
     ValueError for a value that the component does not make.
     """
-    if value is None:
+    if not value:
         return None
     try:
         if not value["mask"]:
@@ -51,7 +51,7 @@ def drawn_mask(value: dict[str, str] | None, size: tuple[int, int]) -> np.ndarra
             if max(layer.size) > MAX_SIDE or layer.mode != "RGBA":
                 raise ValueError(f"it is {layer.width}x{layer.height} in mode {layer.mode}")
             drawn = np.asarray(layer.getchannel("A")) >= 128
-    except (KeyError, AttributeError, *UNREADABLE, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"the mask that the browser sent is not one that this page draws: {error}") from error
     return np.asarray(_resized(drawn, (size[1], size[0]))) > 0 if drawn.any() else None
 

@@ -256,7 +256,7 @@ VALUES: dict[type[gr.blocks.Block], tuple[tuple[type, ...], str]] = {
     gr.Dropdown: ((str,), "a text"),
     gr.Dataset: ((int,), "an example's number"),
     gr.File: ((dict, NoneType), "a file, as gradio_client.handle_file gives it"),
-    gr.HTML: ((dict, NoneType), "a canvas's value"),
+    gr.HTML: ((dict, str, NoneType), "a canvas's value"),  # a text, which is empty, where it is hidden
     gr.Gallery: ((list, NoneType), "results"),
 }
 

@@ -20,12 +20,8 @@ if TYPE_CHECKING:
     from pbe.evaluation.test_set import TestSet
 
 OURS = "paint-by-example"
-FLAGS = {
-    "paint_by_example": "--ckpt",
-    "stable_diffusion": "--stable-diffusion",
-    "adm": "--adm",
-    "clip": "--clip",
-    "vocabulary": "--vocabulary",
+FLAGS = {kind: flag(kind) for kind in ("stable_diffusion", "adm", "clip", "vocabulary")} | {
+    "paint_by_example": "--ckpt"
 }
 SYSTEMS = """\
 systems, and the files that they need:
@@ -44,7 +40,8 @@ exit code: 0 all done, 1 some items could not be generated, 2 nothing could be d
 
 def add_files(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     g = p.add_argument_group("files of weights")
-    g.add_argument("--ckpt", type=Path, help="Paint by Example: a checkpoint, a folder of diffusers, or demo")
+    about = "Paint by Example: a checkpoint, a folder of diffusers, or demo"
+    g.add_argument("--ckpt", type=Path, dest="paint_by_example", metavar="FILE", help=about)
     g.add_argument("--stable-diffusion", type=Path, metavar="FILE", help="Stable Diffusion v1, such as sd-v1-4.ckpt")
     g.add_argument("--vocabulary", type=Path, metavar="FILE", help="CLIP's: bpe_simple_vocab_16e6.txt.gz")
     return g
@@ -143,7 +140,7 @@ def weights_of(args: argparse.Namespace, name: str) -> WeightFiles:
     """The files given for the system called `name`; ValueError that names the options of those it lacks."""
     from pbe.baselines import get_baseline
 
-    given = {kind: getattr(args, "ckpt" if kind == "paint_by_example" else kind) for kind in get_baseline(name).files}
+    given = {kind: getattr(args, kind) for kind in get_baseline(name).files}
     if name.startswith("blended") and args.blended_clip is not None:
         given["clip"] = args.blended_clip
     return weight_files(args, name, given)
@@ -210,12 +207,8 @@ def guidance_figure(args: argparse.Namespace) -> int:
     from pbe.baselines.guidance_figure import save_guidance_figure
 
     check_output(args)
-    files = {
-        "paint_by_example": args.ckpt,
-        "stable_diffusion": args.stable_diffusion,
-        "vocabulary": args.vocabulary,
-    }
-    weights = weight_files(args, "the figure", files)
+    kinds = ("paint_by_example", "stable_diffusion", "vocabulary")
+    weights = weight_files(args, "the figure", {kind: getattr(args, kind) for kind in kinds})
     with progress(args, len(args.seeds) * (len(args.texts) + 1), "painting") as bar:
         save_guidance_figure(
             args.out, args.image, args.mask, args.exemplar, args.texts, args.seeds, weights, args.steps, bar.update

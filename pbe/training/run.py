@@ -96,18 +96,13 @@ def lightning_errors() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without Lightning's advertisements, untrue warnings, and what other packages deprecate among themselves."""
-    for handler in (*logging.getLogger("lightning").handlers, *logging.getLogger("lightning.pytorch").handlers):
-        handler.addFilter(is_not_advertisement)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for message in UNTRUE_HERE:
             warnings.filterwarnings("ignore", message=message)
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module="lightning|torch")
         yield
-
-
-def is_not_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
 
 
 def is_first_process() -> bool:

@@ -324,7 +324,7 @@ def test_a_mask_comes_back_in_the_images_size():
     assert np.count_nonzero(back != mask) < 3142
 
 
-@pytest.mark.parametrize("value", [None, {"picture": "", "mask": ""}, to_value(Image.new("RGB", (30, 20)))])
+@pytest.mark.parametrize("value", [None, "", {"picture": "", "mask": ""}, to_value(Image.new("RGB", (30, 20)))])
 def test_no_mask_is_none(value):
     assert drawn_mask(value, (20, 30)) is None
 

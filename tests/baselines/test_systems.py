@@ -146,18 +146,15 @@ def test_the_report_says_how_each_system_was_run(ran, weights, judge):  # noqa: 
 
 def test_the_table_has_a_row_a_system(ran):
     found = json.loads((ran[0] / "report.json").read_text())
-    lines = report.table(found).splitlines()
-    for one in found["systems"]:
-        (k,) = (k for k, line in enumerate(lines) if line.startswith(f"{one['system']}  "))
-        values = lines[k].removeprefix(one["system"]).split()
-        assert len(values) == len(one["scores"])
-        for text, score in zip(values, one["scores"], strict=True):
-            assert float(text) == pytest.approx(score["value"], abs=5e-3)
-        assert lines[k + 1].count("[") == len(values)
-    head, rule, *rows = [line.split(" | ") for line in (ran[0] / "report.md").read_text().splitlines()]
+    text, _, notes = (ran[0] / "report.md").read_text().partition("\n\n")
+    assert all(line.startswith("- ") for line in notes.splitlines())
+    lines = text.splitlines()
+    assert len({len(line) for line in lines}) == 1  # it is aligned
+    head, rule, *rows = [line.split(" | ") for line in lines]
     assert len(head) == len(rule)
     for row, one in zip(rows, found["systems"], strict=True):
-        assert row[0] == f"| {one['system']}"
+        assert row[0].rstrip() == f"| {one['system']}"
+        assert all("(" in cell for cell in row[1:])  # its interval
         values = [float(text.split()[0]) for text in row[1:]]
         assert values == pytest.approx([score["value"] for score in one["scores"]], abs=5e-3)
     page = (ran[0] / "report.html").read_text()
@@ -172,7 +169,7 @@ def test_nothing_is_read_again_for_what_is_done(ran, capsys, monkeypatch):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("3 items: 0 generated, 3 were there, 0 failed") == len(NAMES)
-    assert report.table(json.loads((out / "report.json").read_text())) in printed
+    assert report.markdown(json.loads((out / "report.json").read_text())) in printed
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
