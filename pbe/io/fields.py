@@ -146,13 +146,17 @@ def _converted(value: Any, annotation: Any) -> Any:
 
 
 def _number(value: Any, kind: type[int] | type[float]) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError
+    if kind is int:
+        if not isinstance(value, Integral):
+            raise ValueError
+        return int(value)
     try:
-        number = kind(value)
+        number = float(value)
     except OverflowError:
         raise ValueError from None
-    if kind is float and not math.isfinite(number):
+    if not math.isfinite(number):
         raise ValueError
     return number
 
