@@ -54,7 +54,7 @@ TEXTS = ("image", "mask", "exemplar", "target", "label")
 COLUMNS = (*TEXTS, *CORNERS, "box", "width", "height")
 RENAMED = {"reference": "exemplar"}  # columns, new names by old ones
 LARGEST_FRACTION = 1.5  # more than a box in fractions may reach over the edge, less than any real box in pixels
-OTHER_UNITS = {100: "percent", 1000: "thousandths"}
+OTHER_UNITS: dict[float, str] = {100: "percent", 1000: "thousandths"}
 MOST_SKIPPED = 0.1  # share of the pictures that may be skipped without a warning
 MAX_SIDE = 2**31
 
