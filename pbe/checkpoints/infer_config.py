@@ -6,7 +6,7 @@ or stands in an entry `pbe` that files written by this library carry, or in the 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pbe.checkpoints.formats.opening import CheckpointError
@@ -45,13 +45,11 @@ class Hints:
     exemplar_tokens: Literal["class", "all"] | None = None
     latent_scale: Annotated[float, Range(0, MAX_HINT, above=True)] | None = None
     resolution: Count | None = None
+    distilled: Distilled | None = None
 
     def __post_init__(self) -> None:
-        try:
-            for name, annotation in field_types(Hints).items():
-                check(name, getattr(self, name), annotation)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
+        for name, annotation in field_types(Hints).items():
+            checked(name, getattr(self, name), annotation)
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "Hints":
@@ -94,12 +92,15 @@ def read_distilled(value: object) -> Distilled | None:
         return None
     if not isinstance(value, dict) or value.keys() != DISTILLED.keys():
         raise CheckpointError(f"distilled={shown(value)} is not a mapping of {', '.join(DISTILLED)}")
-    for name, kind in DISTILLED.items():
-        try:
-            value = {**value, name: check(name, value[name], kind)}
-        except ValueError:
-            raise CheckpointError(f"distilled.{name}={shown(value[name])} is not {describe(kind)}") from None
-    return Distilled(**value)
+    return Distilled(**{name: checked(f"distilled.{name}", value[name], kind) for name, kind in DISTILLED.items()})
+
+
+def checked(name: str, value: object, annotation: Any) -> Any:
+    """The value, as `pbe.io.fields.check` gives it; `CheckpointError` for another type or an impossible value."""
+    try:
+        return check(name, value, annotation)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

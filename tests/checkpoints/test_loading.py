@@ -191,6 +191,20 @@ DISTILLED = {"sampler": "lcm", "steps": 4, "guidance": 1.0}
         ({"latent_scale": [1]}, r"latent_scale must be a number above 0 .*, got \[1\]"),
         ({"latent_scale": float("nan")}, "latent_scale must be a number above 0 .*, got nan"),
         ({"exemplar_tokens": "some"}, "exemplar_tokens must be 'class' or 'all', got 'some'"),
+        ({"distilled": "lcm"}, "distilled='lcm' is not a mapping of sampler, steps, guidance"),
+        (
+            {"distilled": {"sampler": "lcm", "steps": 4}},
+            "distilled={'sampler': 'lcm', 'steps': 4} is not a mapping of sampler, steps, guidance",
+        ),
+        ({"distilled": {**DISTILLED, "sampler": "plms"}}, "distilled.sampler must be 'lcm' or 'tcd', got 'plms'"),
+        ({"distilled": {**DISTILLED, "sampler": ["lcm"]}}, r"distilled.sampler must be 'lcm' or 'tcd', got \['lcm'\]"),
+        ({"distilled": {**DISTILLED, "steps": True}}, "distilled.steps must be a whole number from 1 to 50, got True"),
+        ({"distilled": {**DISTILLED, "steps": 51}}, "distilled.steps must be a whole number from 1 to 50, got 51"),
+        (
+            {"distilled": {**DISTILLED, "guidance": float("nan")}},
+            "distilled.guidance must be a number from 0 .* got nan",
+        ),
+        ({"distilled": {**DISTILLED, "guidance": -1}}, "distilled.guidance must be a number from 0 .*, got -1"),
     ],
 )
 def test_an_impossible_entry_is_named(tmp_path, entry, message):
