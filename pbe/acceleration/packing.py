@@ -77,8 +77,12 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 def pack(module: nn.Module, dtype: torch.dtype) -> None:
     """Replaces the convolutions and linear layers inside, and gives their pages of a mapped file back."""
+    sizes = (layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear))
+    buffer = torch.empty(max(sizes, default=0), dtype=dtype)
 
     def packed(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+        stored = layer.weight.detach()
+        layer.weight = nn.Parameter(staged(stored, buffer), requires_grad=False)
         convert(layer, dtype)
         if isinstance(layer, nn.Linear):
             form: nn.Module = PackedLinear(layer)
@@ -86,11 +90,25 @@ def pack(module: nn.Module, dtype: torch.dtype) -> None:
             form = PackedPointwise(layer)
         else:
             form = PackedConv2d(layer)
-        release_mapped(layer.weight)
+        release_mapped(stored)
         return form
 
     swap(module, nn.Conv2d, packed)
     swap(module, nn.Linear, packed)
+
+
+def staged(weight: Tensor, buffer: Tensor) -> Tensor:
+    """The weight in the buffer's precision, written over the buffer; one of four dimensions channels-last.
+
+    oneDNN packs a kernel in another order by way of memory that is fresh for each layer, and the system takes longer to
+    give that than packing takes.
+    """
+    place = buffer[: weight.numel()]
+    if weight.ndim == 4:
+        out, into, height, width = weight.shape
+        # converted first: together with the change of order it takes longer
+        return place.view(out, height, width, into).permute(0, 3, 1, 2).copy_(weight.to(buffer.dtype))
+    return place.view(weight.shape).copy_(weight)
 
 
 def to_channels_last(module: nn.Module, dtype: torch.dtype) -> None:

@@ -11,8 +11,9 @@ from pbe.acceleration.layers import FusedSelfAttention, PhaseUpsample, swap
 from pbe.models.blocks import ResBlock, Signals, copies, of_kind, timestep_embedding
 from pbe.models.unet import TransformerBlock, UNet, Upsample
 
-# The input blocks from the first on, and the output blocks up to the last, that run where deep features are reused.
-SHALLOW = 2
+# The input blocks from the first on, and the output blocks up to the last, that run where deep features are reused:
+# DeepCache's choice, a seventh of the network's time. With 2 it is a third: N = 3 gains 1.7 times in place of 2.3.
+SHALLOW = 1
 
 
 class ShiftedBlock(nn.Module):
@@ -117,7 +118,7 @@ class PreparedUNet(UNet):
         them; one above them all is an index out of bounds.
 
         With `reuse` N only the closure's first of every N calls runs the whole network. The others take the deep
-        features of that one (DeepCache, Ma et al. 2023, arXiv 2312.00858) and run `SHALLOW` blocks at either end: an
+        features of that one (DeepCache, Ma et al. 2023, arXiv 2312.00858) and run the outermost block at either end: an
         approximation, good where calls follow each other closely in t, for the same samples. Calls are counted, not
         steps: a sampler that evaluates twice in a step takes two of the N.
 
@@ -176,7 +177,7 @@ class PreparedUNet(UNet):
     def predict_from(
         self, unet_in: Tensor, shifts: Tensor, context: Tensor, deep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As `predict`, and the deep features (K, C, h', w') that the last `SHALLOW` output blocks start from.
+        """As `predict`, and the deep features (K, C, h', w') that the outermost output block starts from.
 
         With `deep`, those of another call, neither they nor the blocks below are computed.
         """

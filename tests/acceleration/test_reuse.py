@@ -9,14 +9,16 @@ import torch
 from conftest import TINY
 from golden_file import noise
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import pbe
 from pbe.acceleration import prepare_for_inference
 from pbe.acceleration.compiled import compile_networks
 from pbe.acceleration.unet import SHALLOW
+from pbe.checkpoints.meta_device import build_on_meta
 from pbe.checkpoints.seeding import seeded_state
 from pbe.models.blocks import Signals, timestep_embedding
-from pbe.models.paint_by_example import Condition, PaintByExample
+from pbe.models.paint_by_example import Condition, PaintByExample, PaintByExampleConfig
 from pbe.models.unet import UNetConfig
 from pbe.sampling import NoiseSchedule, get_sampler, guided_eps
 
@@ -77,7 +79,7 @@ def by_hand(unet, reuse):
 
 def runs_of(prepared) -> list[str]:
     """A list to which each call adds "whole" or "light"; asserts that it runs all of the network's blocks, or `SHALLOW`
-    at either end."""
+    of them at either end."""
     unet, seen, runs = prepared.unet, [], []
     blocks = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
     for i, block in enumerate(blocks):
@@ -139,6 +141,19 @@ def test_each_sample_of_a_batch_is_what_it_is_alone():
     (exact,) = pbe.edit(prepared, PHOTO, BOX, EXEMPLAR, **{**options, "seed": 6, "reuse": 1})
     assert np.abs(two[1] - second).max() < 1e-3
     assert np.abs(second - exact).max() > 1e-3  # it is an approximation, and does something
+
+
+def test_at_full_size_a_light_call_is_a_twelfth_of_the_arithmetic():
+    """Of a call with both halves of guidance at 512 pixels; nothing is computed."""
+    unet = prepare_for_inference(build_on_meta(PaintByExample, PaintByExampleConfig())).unet
+    unet_in, context = torch.empty(1, 9, 64, 64, device="meta"), torch.empty(2, 1, 768, device="meta")
+    shifts, folded = unet.shifts(torch.empty(1, device="meta"), torch.float32), unet.folded(context)
+    deep, flops = None, []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            _, deep = unet.predict_from(unet_in, shifts, folded, deep)
+        flops.append(counter.get_total_flops() / 1e12)
+    assert flops == pytest.approx([1.426, 0.122], abs=1e-3)
 
 
 # --- when -------------------------------------------------------------------------------------------------------------
