@@ -12,7 +12,7 @@ from pbe.models.blocks import ResBlock, Signals, copies, of_kind, timestep_embed
 from pbe.models.unet import TransformerBlock, UNet, Upsample
 
 # The input blocks from the first on, and the output blocks up to the last, that run where deep features are reused:
-# DeepCache's choice, a seventh of the network's time. With 2 it is a third: N = 3 gains 1.7 times in place of 2.3.
+# DeepCache's choice, a tenth to a seventh of the time. With 2, in bfloat16, N = 3 gains 1.7 times rather than 2.35.
 SHALLOW = 1
 
 
