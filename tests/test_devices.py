@@ -221,14 +221,15 @@ def test_a_gpu_computes_what_a_cpu_does(dtype, monkeypatch):
 
 @needs_gpu
 @pytest.mark.slow
+@pytest.mark.parametrize("reuse", [1, 2])
 @torch.no_grad()
-def test_predictions_of_a_cuda_graph_last():
-    """A replay writes over the last one's; multistep samplers keep four."""
+def test_predictions_of_a_cuda_graph_last(reuse):
+    """A replay writes over the last one's; multistep samplers keep four, and deep features are used again."""
     plain = prepare_for_inference(seeded_model().to(DEVICE, torch.float16), consume=True)
     model = prepare_for_inference(seeded_model().to(DEVICE, torch.float16), consume=True, compile="whole")
     context, t = noise("context", 2, 1, 64).to(DEVICE, torch.float16), torch.tensor([441], device=DEVICE)
     inputs = [noise(f"x{i}", 1, 9, 8, 8).to(DEVICE, torch.float16) for i in range(5)]
-    predict, expected = model.unet.bind(context, [441]), plain.unet.bind(context, [441])
+    predict, expected = (one.unet.bind(context, [441], reuse) for one in (model, plain))
     predictions = [predict(x, t) for x in inputs]  # the first ones are computed and recorded, the last are replayed
     assert all(relative(y, expected(x, t)) < 0.02 for x, y in zip(inputs, predictions, strict=True))
 
