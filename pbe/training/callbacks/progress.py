@@ -37,7 +37,8 @@ class StepsBar(Callback):
             self.bar.set_postfix(loss=f"{trainer.progress_bar_metrics['loss']:.4f}", refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
-    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self.bar.close()
 
-    on_exception = on_train_end
+    def on_exception(self, *_: Any) -> None:
+        self.bar.close()
