@@ -10,21 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pbe.acceleration import prepare_for_inference
+    from pbe.checkpoints.adapters import add_adapters, remove_adapters
     from pbe.checkpoints.loading import load_model
     from pbe.editing.edit import edit
     from pbe.editing.settings import EditSettings
     from pbe.models.paint_by_example import PaintByExample
 
 __version__ = "0.1.0"
-__all__ = ["EditSettings", "PaintByExample", "__version__", "edit", "load_model", "prepare_for_inference"]
+__all__ = [
+    "EditSettings",
+    "PaintByExample",
+    "__version__",
+    "add_adapters",
+    "edit",
+    "load_model",
+    "prepare_for_inference",
+    "remove_adapters",
+]
 
 # Imported on first use: torch takes seconds, and `pbe --help` needs none of it.
 _HOMES = {
     "EditSettings": "pbe.editing.settings",
     "PaintByExample": "pbe.models.paint_by_example",
+    "add_adapters": "pbe.checkpoints.adapters",
     "edit": "pbe.editing.edit",
     "load_model": "pbe.checkpoints.loading",
     "prepare_for_inference": "pbe.acceleration",
+    "remove_adapters": "pbe.checkpoints.adapters",
 }
 
 

@@ -1,47 +1,346 @@
-"""Files of low-rank adapters, as training with `training.lora` writes them: laid over a model that fits."""
+"""Files of adapters, our own and others', and models that are used with them.
 
+Each format is a table of names made from this library's own layers: kohya's underscores are ambiguous, so that no name
+is ever split at them.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
-from pbe.checkpoints.key_map import mismatches
-from pbe.models.lora import TARGETS, LoRAConfig, LoRALinear, adapt, check_plain, is_adapter, target_layers
+from pbe.checkpoints.formats.containers import parse_json
+from pbe.checkpoints.formats.lazy_tensors import release_mapped
+from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
+from pbe.checkpoints.infer_config import Hints, is_number, shown
+from pbe.checkpoints.key_map import KeyMap, shorten
+from pbe.checkpoints.layouts import diffusers_unet
+from pbe.models.adapters import FACTORS, Update
+from pbe.models.lora import TARGETS, LoRAConfig, check_plain, target_layers
+from pbe.models.paint_by_example import Distilled, PaintByExample
+from pbe.models.stable_diffusion import StableDiffusion
+from pbe.models.unet import UNet, UNetConfig
+
+AdapterLike = str | Path | tuple[str | Path, float]  # a file, or a file and its strength
+Model = TypeVar("Model", PaintByExample, StableDiffusion)
+
+UNET, FIRST_CONVOLUTION = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0"
+OF_TEXT = re.compile(r"lora_te\d?_.*|(base_model\.model\.)?text_encoder(_2)?\..*")
+OVER_ONE_TOKEN = re.compile(r".*\.attn2\.to_[qk]")
+MAX_PATTERNS = 1000
+FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formats
 
 
-def load_lora(model: nn.Module, path: str | Path, weight: float = 1.0) -> None:
-    """Lays the adapters of a file over a model; `weight` scales how much of them shows.
+class Format(NamedTuple):
+    """How a kind of files names what it holds of a layer: a template of the layer's name, a dot, and a suffix.
 
-    Raises `FileNotFoundError`; `CheckpointError` where the file does not hold adapters or they do not fit the model;
-    `ValueError` where the model has adapters already.
+    modules: templates in {ours}, the layer's name here; {path}, diffusers' for it; {kohya}, with underscores for dots;
+    {processor}, as attention processors once had it. suffixes: what each is, by the names of `pbe.models.adapters`. Of
+    several the first is what is written.
     """
-    checkpoint = open_checkpoint(path)
-    settings = checkpoint.entry.get("lora")
+
+    modules: tuple[str, ...]
+    suffixes: Mapping[str, str]
+
+    def table(self, paths: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        """By name in the file, the layer and what the tensor is of it; `paths` are diffusers' names by ours."""
+        names = {ours: {"ours": ours, "path": path, **variants(path)} for ours, path in paths.items()}
+        return {
+            f"{module.format(**names[ours])}.{suffix}": (ours, role)
+            for module in self.modules
+            for suffix, role in self.suffixes.items()
+            for ours in names
+        }
+
+
+def variants(path: str) -> dict[str, str]:
+    """Other spellings of diffusers' name for a layer."""
+    processor = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", path)
+    return {"kohya": path.replace(".", "_"), "processor": processor}
+
+
+PEFT = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up", "lora_magnitude_vector": "magnitude"}
+PEFT_ONCE = {
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_A.default.weight": "lora_down",
+    "lora_B.default.weight": "lora_up",
+    "lora.down.weight": "lora_down",
+    "lora.up.weight": "lora_up",
+    "alpha": "alpha",
+}
+KOHYA = {name if name[:4] != "lora" else f"{name}.weight": name for name in FACTORS}
+FORMATS = {
+    "kohya": Format(("lora_unet_{kohya}", "lycoris_{kohya}"), {**KOHYA, "alpha": "alpha", "dora_scale": "magnitude"}),
+    "peft": Format(("base_model.model.{path}", "base_model.model.unet.{path}"), {**PEFT, **PEFT_ONCE}),
+    "diffusers": Format(("unet.{path}", "{path}"), {**PEFT, **PEFT_ONCE}),
+    "diffusers-old": Format(("unet.{processor}", "{processor}"), {"down.weight": "lora_down", "up.weight": "lora_up"}),
+    "pbe": Format(("{ours}",), {"lora_down": "lora_down", "lora_up": "lora_up"}),
+}
+
+
+SUFFIXES = tuple(f".{name}" for format in FORMATS.values() for name in format.suffixes if name != "alpha")
+
+
+def holds_adapters(file: Checkpoint) -> bool:
+    """Whether any tensor has a name as adapters have."""
+    return any(name.endswith(SUFFIXES) for name in file.names())
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The UNet's layers that adapters can change, by name."""
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear | nn.Conv2d)}
+    return {name: layer for name, layer in layers.items() if name.startswith(UNET)}
+
+
+def diffusers_paths(config: UNetConfig, layers: Iterable[str]) -> dict[str, str]:
+    """diffusers' names of these layers of a UNet, by ours."""
+    rules = diffusers_unet(len(config.channel_mult), config.num_res_blocks, config.attention_levels)
+    mappings = KeyMap(rules).to_theirs(layers)
+    return {mapping.sources[0]: theirs.removeprefix("unet.") for theirs, mapping in mappings.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A file of adapters for a UNet: what it changes, by the name of the layer.
+
+    text: how many tensors of a text encoder it also holds. distilled: what it makes of a model, see `Distilled`.
+    """
+
+    path: Path
+    format: str
+    updates: dict[str, Update]
+    text: int
+    metadata: dict[str, Any]
+    distilled: Distilled | None = None
+
+
+def open_adapter(path: str | Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """A file of adapters, or PEFT's or diffusers' folder, and the settings that PEFT keeps beside the tensors."""
+    path = Path(path)
+    if path.is_dir():
+        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        if not files:
+            raise CheckpointError(f"{path} is a folder without adapters; expected one of {', '.join(FOLDER_FILES)}")
+        path = files[0]
+    file = open_checkpoint(path)
+    beside, header = path.with_name("adapter_config.json"), file.extras.get("lora_adapter_metadata")
+    if path.stem == "adapter_model" and beside.is_file():
+        settings = parse_json(beside.read_bytes(), str(beside))
+    elif header is not None:
+        settings = parse_json(str(header), f"the metadata entry 'lora_adapter_metadata' of {path}")
+    else:
+        return file, {}
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} does not hold adapters (its entry 'pbe' has no 'lora')")
-    # The file's expressions are not run: one can backtrack for ever. Its tensors say which layers are adapted.
-    targets = settings.get("targets", TARGETS)
+        raise CheckpointError(f"{path}: its PEFT settings are {shown(settings)}; expected a JSON object")
+    return file, {name.removeprefix("unet."): value for name, value in settings.items()}
+
+
+def read_adapter(path: str | Path, model: nn.Module) -> Adapter:
+    """The adapters in a file or folder for a model, which may be on the meta device: checked, and not multiplied yet.
+
+    Raises `FileNotFoundError`; `CheckpointError` where the file has tensors that are not known or do not fit the model.
+    """
+    file, settings = open_adapter(path)
+    layers, config = layers_of(model), model.get_submodule(UNET[:-1]).config
+    assert isinstance(config, UNetConfig)
+    paths = diffusers_paths(config, layers)
+    names = [name for name in file.names() if not OF_TEXT.fullmatch(name)]
+    tables = {name: format.table(paths) for name, format in FORMATS.items()}
+    format = max(FORMATS, key=lambda one: sum(name in tables[one] for name in names))
+    if unknown := [name for name in names if name not in tables[format]]:
+        kind = f"looks like adapters in {format} names, but has" if len(unknown) < len(names) else "holds no adapters:"
+        raise CheckpointError(f"{path} {kind} {len(unknown)} tensors of no layer of the model: {shorten(unknown)}")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name in names:
+        layer, role = tables[format][name]
+        if role in parts.setdefault(layer, {}):
+            raise CheckpointError(f"{path} names {role} of {layer} twice: {name}")
+        parts[layer][role] = file.tensor(name)
+    if not parts:
+        raise CheckpointError(f"{path} holds {len(file.names())} tensors of a text encoder, and none of the UNet")
+    faults, updates = [], {}
     try:
+        settings = settings or own_settings(file, model, parts)
+        if settings.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"peft_type is {shown(settings['peft_type'])}; only LORA's files are read")
+        distilled = Hints.from_entry(file.entry).distilled
+        for name, part in parts.items():
+            shape = tuple(layers[name].weight.shape)
+            updates[name] = update = make_update(part, paths[name], len(shape), format, settings)
+            try:
+                update.check(shape, 4 if name == FIRST_CONVOLUTION else 0)
+            except ValueError as error:
+                faults.append(f"{name}: {error}")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if faults:
+        raise CheckpointError(f"{path} does not fit the model in {len(faults)} layers: {shorten(faults, 4)}")
+    metadata = {name: value for name, value in file.extras.items() if name != "lora_adapter_metadata"} | settings
+    return Adapter(file.path, format, updates, len(file.names()) - len(names), metadata, distilled)
+
+
+def own_settings(file: Checkpoint, model: nn.Module, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Rank and alpha in the words of PEFT, of a file that training wrote; empty for anyone else's.
+
+    Its expressions are not run: one can backtrack for ever. Its tensors say which layers are adapted.
+    """
+    if "lora" not in file.entry:
+        return {}
+    try:
+        settings = file.entry["lora"]
+        targets = settings.get("targets", TARGETS)
         config = LoRAConfig(**{**settings, "targets": TARGETS})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its entry 'lora' has unknown or impossible values: {error}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"its entry 'lora' has unknown or impossible values: {error}") from None
+    if any(len(part["lora_down"]) != config.rank for part in parts.values() if "lora_down" in part):
+        raise ValueError(f"its entry 'lora' says rank {config.rank}, which its tensors do not have")
+    if targets == TARGETS and (missing := [name for name in target_layers(model, config) if name not in parts]):
+        raise ValueError(f"it lacks the adapters of {len(missing)} layers: {shorten(missing)}")
+    return {"r": config.rank, "lora_alpha": config.alpha}
+
+
+def make_update(part: Mapping[str, Tensor], path: str, ndim: int, format: str, settings: Mapping[str, Any]) -> Update:
+    """The update of a weight of `ndim` dimensions, of the layer that diffusers calls `path`, from its tensors by role
+    and PEFT's settings beside them."""
+    alpha, rslora = alpha_pattern(settings, path), settings.get("use_rslora") is True
+    if "alpha" in part:
+        if part["alpha"].numel() != 1:
+            raise ValueError(f"alpha of {path} has the shape {tuple(part['alpha'].shape)}; expected one number")
+        alpha, rslora = part["alpha"].item(), False
+    if alpha is not None and not (is_number(alpha) and math.isfinite(alpha)):
+        raise ValueError(f"alpha of {path} is {shown(alpha)}; expected a finite number")
+    magnitude = part.get("magnitude")
+    if magnitude is not None and format != "kohya":  # there the axis follows from the shape; PEFT's is the output's
+        magnitude = magnitude.reshape(-1, *[1] * (ndim - 1))
+    return Update({name: x for name, x in part.items() if name in FACTORS}, alpha, rslora, magnitude)
+
+
+def alpha_pattern(settings: Mapping[str, Any], path: str) -> Any:
+    """The alpha that PEFT's settings give a layer, None where they say nothing.
+
+    Patterns are expressions for the end of the name; only those that are plain names are read, and none is run.
+    """
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
+        raise ValueError(f"alpha_pattern is {shown(patterns)}; expected numbers of at most {MAX_PATTERNS} layers")
+    for pattern, alpha in patterns.items():
+        name = pattern.removeprefix("^").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", name):
+            raise ValueError(f"alpha_pattern has {shown(pattern)}, which is not a layer's name")
+        if path == name or (path.endswith(f".{name}") and pattern[0] != "^"):
+            return alpha
+    return settings.get("lora_alpha")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Using them
+
+
+class Applied(NamedTuple):
+    """What a model with adapters keeps: the adapters and their strengths, and what it was without them."""
+
+    adapters: tuple[tuple[Adapter, float], ...]
+    weights: dict[str, nn.Parameter]  # by the layer's name
+    config: Any
+
+
+def applied(model: nn.Module) -> Applied | None:
+    """What `add_adapters` has done to a model."""
+    return getattr(model, "_applied_adapters", None)
+
+
+def like(parameter: nn.Parameter, other: nn.Parameter) -> nn.Parameter:
+    """The parameter where the other one is, and in its precision: a model may have been moved since."""
+    return nn.Parameter(parameter.detach().to(other), parameter.requires_grad)
+
+
+def with_strength(given: AdapterLike) -> tuple[str | Path, float]:
+    """A file and its strength, 1 if not given; ValueError for one that is not a finite number."""
+    path, strength = given if isinstance(given, tuple) else (given, 1.0)
+    if not (is_number(strength) and math.isfinite(strength)):
+        raise ValueError(f"the strength of {path} must be a finite number, got {strength!r}")
+    return path, float(strength)
+
+
+def open_with_strength(model: PaintByExample | StableDiffusion, given: AdapterLike) -> tuple[Adapter, float]:
+    """An adapter's part that has an effect on a model, and its strength; warns of what has none."""
+    path, strength = with_strength(given)
+    adapter = read_adapter(path, model)
+    left_out = {"tensors of a text encoder": adapter.text}
+    if isinstance(model, PaintByExample) and model.config.exemplar.tokens == "class":
+        updates = {name: x for name, x in adapter.updates.items() if not OVER_ONE_TOKEN.fullmatch(name)}
+        left_out["queries and keys of attention over one token"] = len(adapter.updates) - len(updates)
+        adapter = replace(adapter, updates=updates)
+    if counted := " and ".join(f"{count} {what}" for what, count in left_out.items() if count):
+        warnings.warn(f"{path}: {counted} have no effect here and are left out", stacklevel=3)
+    return adapter, strength
+
+
+@torch.no_grad()
+def add_adapters(model: Model, *adapters: AdapterLike, dtype: torch.dtype | None = None) -> Model:
+    """Adds adapters to a model, beside those that it has; returns the model.
+
+    Each is a file, or PEFT's folder, in any format of `FORMATS`, or such a path and its strength (1 if not given; 0
+    shows nothing, negative values the opposite). A layer's weight becomes W + Σ strength · difference, summed in
+    float32 from the weight as it was, so that an edit takes the time that it took; `remove_adapters` puts the old
+    weights back, which stay where they are, mapped from their file if they were. `dtype` is that of the changed weights
+    (default: as they were). A model that was prepared for inference, or is under training, cannot take any.
+
+    What has no effect is left out with a warning: a text encoder's, and while the context has one token its attention's
+    queries and keys.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `read_adapter`, and where a weight overflows its precision. The model is
+            then as before.
+        ValueError: for a strength that is not a finite number, and for another kind of model.
+    """
+    if not isinstance(model, PaintByExample | StableDiffusion) or type(model.unet) is not UNet:
+        raise ValueError(f"a {type(model).__name__} takes no adapters: add them to a model as it was loaded")
     check_plain(model)
-    found = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names()}
-    adapted = {name.rpartition(".")[0] for name in found if is_adapter(name)}
-    if targets == TARGETS:
-        adapted.update(target_layers(model, config))
-    layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear) and name in adapted}
-    expected = {}
-    for name, layer in layers.items():
-        expected[f"{name}.lora_down"] = (config.rank, layer.in_features)
-        expected[f"{name}.lora_up"] = (layer.out_features, config.rank)
-    if faults := mismatches(found, expected):
-        raise CheckpointError(f"{path} does not fit the model: it {'; '.join(faults)}")
-    adapt(model, layers, config, torch.Generator())
-    with torch.no_grad():
-        for name in expected:
-            model.get_parameter(name).copy_(checkpoint.tensor(name))
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.scale *= weight
+    before = applied(model) or Applied((), {}, model.config)
+    everything = (*before.adapters, *(open_with_strength(model, one) for one in adapters))
+    layers, old, new = layers_of(model), {}, {}
+    for name in dict.fromkeys(name for adapter, _ in everything for name in adapter.updates):
+        weight = layers[name].weight
+        old[name] = base = like(before.weights.get(name, weight), weight)
+        total = base.to(torch.promote_types(base.dtype, torch.float32))
+        for adapter, strength in everything:
+            if name in adapter.updates and strength:
+                total = total + strength * adapter.updates[name].difference(base)
+        total = total.to(dtype or base.dtype)
+        if not total.isfinite().all():
+            paths = ", ".join(str(adapter.path) for adapter, _ in everything)
+            raise CheckpointError(f"{paths}: with these adapters {name}.weight is not finite in {total.dtype}")
+        new[name] = nn.Parameter(total, base.requires_grad)
+        release_mapped(base)
+    for name, parameter in new.items():
+        layers[name].weight = parameter
+    distilled = [adapter.distilled for adapter, strength in everything if adapter.distilled and strength]
+    if distilled and isinstance(model, PaintByExample):
+        model.config = replace(before.config, distilled=distilled[-1])
+    model._applied_adapters = Applied(everything, old, before.config)  # type: ignore[assignment]  # not a module
+    return model
+
+
+def remove_adapters(model: Model) -> Model:
+    """Puts the weights back that the model had before `add_adapters`, to the bit; returns the model."""
+    if state := applied(model):
+        for name, parameter in state.weights.items():
+            layer = model.get_submodule(name)
+            layer.weight = like(parameter, layer.weight)
+        model.config = state.config
+        del model._applied_adapters
+    return model

@@ -1,29 +1,39 @@
 """From a file to a model: recognise, infer sizes, build on the meta device, fill tensor by tensor."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.adapters import AdapterLike, add_adapters, holds_adapters
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, Shapes
 from pbe.checkpoints.key_map import KeyMap, TensorMapping, mismatches, shorten
 from pbe.checkpoints.layouts import LAYOUTS, Layout, Model, find_layout
 from pbe.checkpoints.meta_device import build_on_meta
+from pbe.models.paint_by_example import PaintByExample
+from pbe.models.stable_diffusion import StableDiffusion
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Model:
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    adapters: Sequence[AdapterLike] = (),
+) -> Model:
     """The model that a checkpoint holds, in evaluation mode.
 
     `path` is a file or folder in any layout that `pbe.checkpoints.layouts` lists: the class follows from it; or "demo",
     the small Paint by Example that is part of this package.
     `device` "auto" is CUDA, else MPS, else the CPU. `dtype` "auto" is what edits fast there (`choose_dtype`): to train
     the model, or to save it, ask for "float32". "stored" leaves each tensor as it is in the file, whose layers may
-    differ, for `prepare_for_inference` to convert.
+    differ, for `prepare_for_inference` to convert. `adapters` are files of them, or pairs of a file and its strength
+    (`pbe.add_adapters`).
 
     What is not converted is memory-mapped on the CPU, not read: keep the file where it is while the model is in use.
     Otherwise tensors are converted one by one, so that the file's contents never stand in memory beside the model.
@@ -38,6 +48,10 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
     model = build(checkpoint)
     state = {name: checkpoint.tensor(name, device, converted) for name in checkpoint.mappings}
     model.load_state_dict(state, assign=True)
+    if adapters:
+        if not isinstance(model, PaintByExample | StableDiffusion):
+            raise ValueError(f"{path} is {checkpoint.layout.name}, which takes no adapters")
+        add_adapters(model, *adapters)
     return model.eval()
 
 
@@ -97,9 +111,9 @@ def open_recognised(path: str | Path) -> RecognisedCheckpoint:
 def recognise(file: Checkpoint) -> RecognisedCheckpoint:
     """A checkpoint under our names; `CheckpointError` if its layout is not known."""
     path, names = file.path, list(file.names())
-    if "lora" in file.entry:
-        raise CheckpointError(f"{path} holds adapters alone; `pbe checkpoint merge-lora` adds them to a checkpoint")
     layout = find_layout(names)
+    if layout is None and holds_adapters(file):
+        raise CheckpointError(f"{path} holds adapters alone: give it beside a checkpoint (--adapter), not as one")
     if layout is None:
         if any(name.startswith("model_ema.") for name in names):
             raise CheckpointError(f"{path} holds averaged copies without the parameters that they average")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pbe.cli.errors import one_line_errors, printable
-from pbe.cli.flags import Parser
+from pbe.cli.flags import Parser, adapter
 
 if TYPE_CHECKING:  # torch is not imported for `--help`
     from torch import Tensor
@@ -63,9 +62,14 @@ def parser(prog: str | None = None) -> Parser:
     sub.add_argument("checkpoints", type=Path, nargs="+")
     sub.add_argument("--weights", type=float, nargs="+", required=True, help="one per checkpoint, adding up to 1")
 
-    help = "make adapters part of the weights they were trained on"
-    sub = add("merge-lora", partial(write, merge_adapters), help, "checkpoint", "adapter")
-    sub.add_argument("--weight", type=float, default=1.0, help="how much of the adapters shows (default 1)")
+    help = "make adapters, our own and others', part of a checkpoint's weights"
+    sub = add("merge-adapter", partial(write, merge_adapter), help, "checkpoint")
+    sub.add_argument("adapters", type=adapter, nargs="+", metavar="FILE[:STRENGTH]", help="strength: 1 if not given")
+    old = commands.add_parser("merge-lora")
+    old.add_argument("arguments", nargs="*")
+    for name in ("--weight", "--out"):
+        old.add_argument(name)
+    old.set_defaults(run=renamed, new="merge-adapter CHECKPOINT FILE[:STRENGTH]… --out FILE")
 
     help = "put another checkpoint's autoencoder in the place of this one's"
     sub = add("set-vae", partial(write, set_vae), help, "checkpoint")
@@ -200,21 +204,18 @@ def merge(args: argparse.Namespace) -> Contents:
     return surgery.merge(checkpoints, args.weights), surgery.entry_of(checkpoints[0])
 
 
-def merge_adapters(args: argparse.Namespace) -> Contents:
-    from pbe.checkpoints.adapters import load_lora
-    from pbe.checkpoints.formats.opening import open_checkpoint
-    from pbe.checkpoints.loading import hints_of, load_model, open_recognised
+def merge_adapter(args: argparse.Namespace) -> Contents:
+    from pbe.checkpoints.loading import load_model, open_recognised
     from pbe.checkpoints.surgery import entry_of
-    from pbe.models.lora import merge_lora
 
-    if not math.isfinite(args.weight):
-        raise ValueError(f"--weight must be a finite number, got {args.weight}")
+    model = load_model(args.checkpoint, "cpu", "stored", args.adapters)
+    distilled = getattr(model.config, "distilled", None)  # by the adapters too, of whatever they were trained on
     entry = entry_of(open_recognised(args.checkpoint))
-    model = load_model(args.checkpoint, device="cpu", dtype="float32")
-    load_lora(model, args.adapter, args.weight)
-    merge_lora(model)
-    distilled = hints_of(open_checkpoint(args.adapter)).distilled  # by the adapters, of whatever they were trained on
     return model.state_dict(), entry | ({"distilled": dataclasses.asdict(distilled)} if distilled else {})
+
+
+def renamed(args: argparse.Namespace) -> int:
+    raise ValueError(f"{args.command} is now {args.new}")
 
 
 def set_vae(args: argparse.Namespace) -> Contents:

@@ -103,6 +103,7 @@ def add_model(group: Group, default: Path | None = None) -> None:
         help="a checkpoint, a folder of diffusers, or demo, the small model that comes with this package"
         + (f" (default: {default})" if default else ""),
     )
+    add_adapter(group)
     add_device(group)
     add_dtype(group)
     group.add_argument(
@@ -115,6 +116,28 @@ def add_model(group: Group, default: Path | None = None) -> None:
         choices=("regions", "whole"),
         help="compile the networks, for many edits of one size: regions starts sooner, whole runs faster on cuda",
     )
+
+
+def add_adapter(group: Group) -> None:
+    """--adapter"""
+    group.add_argument(
+        "--adapter",
+        type=adapter,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="adapters (LoRA and its like) to use with the checkpoint, our own, kohya's, diffusers' or PEFT's, at a "
+        "strength (default 1); given several times, they add up",
+    )
+
+
+def adapter(text: str) -> tuple[Path, float]:
+    """A file of adapters and its strength, of FILE or FILE:STRENGTH."""
+    file, colon, number = text.rpartition(":")
+    try:
+        return (Path(file), float(number)) if colon else (Path(text), 1.0)
+    except ValueError:  # a colon of the name's own
+        return Path(text), 1.0
 
 
 def add_device(group: Group) -> None:
@@ -147,6 +170,6 @@ def load_for(args: argparse.Namespace) -> PaintByExample:
     """The model that the flags of `add_model` ask for, ready for editing."""
     from pbe.editing.loading import limit_threads, load_editor
 
-    model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile)
+    model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile, args.adapter)
     limit_threads(model)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from pbe.acceleration import Compile
+    from pbe.checkpoints.adapters import AdapterLike
     from pbe.models.paint_by_example import Distilled, PaintByExample
 
 SMALL_RESOLUTION = 128
@@ -21,8 +23,9 @@ def load_editor(
     dtype: str = "auto",
     low_memory: bool = False,
     compile: Compile | None = None,
+    adapters: Sequence[AdapterLike] = (),
 ) -> PaintByExample:
-    """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone.
+    """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone, with its adapters.
 
     With `low_memory` each network is on the device only while it computes.
 
@@ -31,6 +34,7 @@ def load_editor(
     """
     from pbe.acceleration import prepare_for_inference
     from pbe.acceleration.offloading import offload
+    from pbe.checkpoints.adapters import add_adapters
     from pbe.checkpoints.loading import choose_device, choose_dtype, load_model
     from pbe.models.paint_by_example import PaintByExample
 
@@ -41,20 +45,26 @@ def load_editor(
     model = load_model(checkpoint, home, "stored" if home.type == "cpu" else precision)
     if not isinstance(model, PaintByExample):
         raise ValueError(f"{checkpoint} holds {type(model).__name__}, editing needs Paint by Example")
+    if adapters:
+        add_adapters(model, *adapters, dtype=precision)
     if low_memory:
         model = offload(model, chosen)
     return prepare_for_inference(model, consume=True, dtype=precision, compile=compile)
 
 
-def distilled_for(checkpoint: str | Path) -> Distilled | None:
-    """What the model in a checkpoint was distilled for, which an edit's settings follow from before it is loaded.
+def distilled_for(checkpoint: str | Path, adapters: Sequence[AdapterLike] = ()) -> Distilled | None:
+    """What the model in a checkpoint, or the last distilled one of its adapters, was distilled for, which an edit's
+    settings follow from before it is loaded.
 
     Raises as `pbe.load_model` for a file that cannot be opened.
     """
+    from pbe.checkpoints.adapters import open_adapter, with_strength
     from pbe.checkpoints.formats.opening import open_checkpoint
     from pbe.checkpoints.loading import hints_of
 
-    return hints_of(open_checkpoint(checkpoint)).distilled
+    shown = [path for path, strength in map(with_strength, adapters) if strength]
+    files = [open_checkpoint(checkpoint), *(open_adapter(path)[0] for path in shown)]
+    return next((found for file in reversed(files) if (found := hints_of(file).distilled)), None)
 
 
 def check_memory(low_memory: bool, compile: Compile | None) -> None:

@@ -2,7 +2,7 @@
 
 An adapted layer computes W x + (alpha / rank) B A x. It keeps its own weight under the original key and adds
 `lora_down` (A) and `lora_up` (B), so that a model with adapters still holds the original checkpoint's keys. A file of
-adapters holds those tensors alone, a few megabytes (`pbe.checkpoints.adapters`).
+adapters holds those tensors alone, a few megabytes (`pbe.checkpoints.adapters`, which reads others' files too).
 """
 
 import math

@@ -43,7 +43,7 @@ class TrainingConfig:
     """The parts that learn."""
     lora: LoRAConfig | None = None
     """Adapters on the UNet's attention learn, and nothing else: `train` is then empty. Checkpoints hold the adapters
-    alone, for `pbe.checkpoints.adapters.load_lora` and `pbe checkpoint merge-lora`."""
+    alone, for `pbe.add_adapters`, `--adapter` and `pbe checkpoint merge-adapter`."""
     noise_draws: Annotated[int, Range(1)] = 1
     """How many timesteps, each with its noise, the UNet sees of each picture of a batch, which is encoded once: more of
     its samples in a given time, and more memory, where the encoders are a large part of a step."""

@@ -14,12 +14,7 @@ import pytest
 import torch
 from conftest import TINY
 
-pytest.importorskip("hypothesis")
-
-from fuzz.pickled import a_state, a_tensor, text, torch_zip
-from fuzz.running import bounded
-
-from pbe.checkpoints.adapters import load_lora
+from pbe.checkpoints.adapters import add_adapters
 from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, pbe_entry
 from pbe.checkpoints.seeding import seeded_state
@@ -184,7 +179,7 @@ def test_adapters_that_ask_for_too_much(tmp_path, settings):
     torch.save({"state_dict": state, "pbe": {"lora": settings}}, tmp_path / "adapter.ckpt")
     model = PaintByExample(TINY)
     with bounded(), pytest.raises(CheckpointError, match=r"adapter\.ckpt"):
-        load_lora(model, tmp_path / "adapter.ckpt")
+        add_adapters(model, tmp_path / "adapter.ckpt")
     assert model.state_dict().keys() == PaintByExample(TINY).state_dict().keys()
 
 
@@ -221,7 +216,7 @@ def test_what_is_not_a_file(tmp_path, capsys, kind):
             path.symlink_to("/dev/zero")
         case "folder":
             path.mkdir()
-    for command in (["inspect"], ["diff", str(path)], ["merge-lora", str(path), "--out", str(tmp_path / "y.ckpt")]):
+    for command in (["inspect"], ["diff", str(path)], ["merge-adapter", str(path), "--out", str(tmp_path / "y.ckpt")]):
         refused(path, capsys, *command)
     for function in (load_mixture, convert_mixture):
         with pytest.raises(FileNotFoundError, match=r"x\.ckpt"):

@@ -8,7 +8,7 @@ from conftest import TINY
 from golden_file import noise
 
 import pbe
-from pbe.checkpoints.adapters import load_lora
+from pbe.checkpoints.adapters import add_adapters
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.seeding import seeded_state
@@ -83,17 +83,14 @@ def test_saved_adapters_can_be_laid_over_the_model(tmp_path, suffix):
     model = adapted()
     path = tmp_path / f"adapter{suffix}"
     save_adapters(model.state_dict(), path, trained_on="noise")
-    other = make_model()
-    load_lora(other, path)
-    assert torch.equal(predict(other), predict(model))
-    # weight 0 shows nothing; weights act linearly on the merged matrices
-    for weight in (0.0, 0.5):
-        part = make_model()
-        load_lora(part, path, weight)
-        merge_lora(part)
-        full, plain = adapted(), make_model()
-        merge_lora(full)
-        with_all, without = full.state_dict(), plain.state_dict()
+    other = add_adapters(make_model(), path)
+    assert torch.allclose(predict(other), predict(model), atol=1e-4)
+    # strength 0 shows nothing; strengths act linearly on the merged matrices
+    full, plain = adapted(), make_model()
+    merge_lora(full)
+    with_all, without = full.state_dict(), plain.state_dict()
+    for weight in (0.0, 0.5, -1.0):
+        part = add_adapters(make_model(), (path, weight))
         for name, tensor in part.state_dict().items():
             between = without[name] + weight * (with_all[name] - without[name])
             assert torch.allclose(tensor, between, atol=1e-5), name
@@ -104,22 +101,22 @@ def test_what_adapters_distil_for_the_merged_model_says(tmp_path, capsys):
     torch.save({"state_dict": seeded_state(TINY, 0), "pbe": pbe_entry(TINY)}, tmp_path / "model.ckpt")
     paths = [str(tmp_path / name) for name in ("model.ckpt", "adapter.safetensors", "merged.ckpt")]
     save_adapters(adapted().state_dict(), tmp_path / "adapter.safetensors", distilled=asdict(distilled))
-    assert main(["merge-lora", paths[0], paths[1], "--out", paths[2]]) == 0
+    assert main(["merge-adapter", paths[0], paths[1], "--out", paths[2]]) == 0
     assert pbe.load_model(paths[2], device="cpu").config == replace(TINY, distilled=distilled)
     save_adapters(adapted().state_dict(), tmp_path / "odd.ckpt", distilled={"sampler": "lcm"})
-    assert main(["merge-lora", paths[0], str(tmp_path / "odd.ckpt"), "--out", str(tmp_path / "no.ckpt")]) == 2
-    assert "'pbe' says distilled=a dict is not a mapping" in capsys.readouterr().err
+    assert main(["merge-adapter", paths[0], str(tmp_path / "odd.ckpt"), "--out", str(tmp_path / "no.ckpt")]) == 2
+    assert "odd.ckpt: distilled=a dict is not a mapping" in capsys.readouterr().err
 
 
 def test_the_tool_merges_adapters_into_a_checkpoint(tmp_path):
     torch.save({"state_dict": seeded_state(TINY, 0), "pbe": pbe_entry(TINY)}, tmp_path / "model.ckpt")
     save_adapters(adapted().state_dict(), tmp_path / "adapter.safetensors")
     paths = [str(tmp_path / name) for name in ("model.ckpt", "adapter.safetensors", "merged.ckpt")]
-    assert main(["merge-lora", paths[0], paths[1], "--out", paths[2]]) == 0
+    assert main(["merge-adapter", paths[0], paths[1], "--out", paths[2]]) == 0
     merged = pbe.load_model(paths[2], device="cpu")
     assert torch.allclose(predict(merged), predict(adapted()), atol=1e-4)
     assert merged.config == TINY
-    assert main(["merge-lora", paths[0], paths[0], "--out", str(tmp_path / "no.ckpt")]) == 2
+    assert main(["merge-adapter", paths[0], paths[0], "--out", str(tmp_path / "no.ckpt")]) == 2
     assert not (tmp_path / "no.ckpt").exists()
 
 
@@ -129,15 +126,18 @@ def test_adapters_that_do_not_fit(tmp_path):
     wrong = {n: t for n, t in model.state_dict().items() if "input_blocks.1.1" not in n}
     save_adapters(wrong, tmp_path / "wrong.ckpt")
     plain = make_model()
-    with pytest.raises(CheckpointError, match=r"input_blocks\.1\.1"):
-        load_lora(plain, tmp_path / "wrong.ckpt")
-    assert plain.state_dict().keys() == make_model().state_dict().keys()
-    load_lora(plain, tmp_path / "adapter.ckpt")
+    with pytest.raises(CheckpointError, match=r"wrong\.ckpt: it lacks .*input_blocks\.1\.1"):
+        add_adapters(plain, tmp_path / "wrong.ckpt")
+    assert all(torch.equal(x, plain.state_dict()[name]) for name, x in make_model().state_dict().items())
     with pytest.raises(ValueError, match="adapters already"):
-        load_lora(plain, tmp_path / "adapter.ckpt")
-    save_checkpoint({"x.lora_up": torch.zeros(1)}, tmp_path / "later.ckpt", {"lora": {"rank": 2, "dropout": 0.1}})
+        add_adapters(model, tmp_path / "adapter.ckpt")
+    later = {name: x for name, x in model.state_dict().items() if is_adapter(name)}
+    save_checkpoint(later, tmp_path / "later.ckpt", {"lora": {"rank": 2, "dropout": 0.1}})
     with pytest.raises(CheckpointError, match=r"later\.ckpt: its entry 'lora' .*'dropout'"):
-        load_lora(make_model(), tmp_path / "later.ckpt")
+        add_adapters(make_model(), tmp_path / "later.ckpt")
+    save_checkpoint(later, tmp_path / "rank.ckpt", {"lora": {"rank": 3}})
+    with pytest.raises(CheckpointError, match=r"rank\.ckpt: .*rank 3"):
+        add_adapters(make_model(), tmp_path / "rank.ckpt")
     with pytest.raises(ValueError, match="no linear layer"):
         add_lora(make_model(), LoRAConfig(targets=["nothing"]), torch.Generator())
     with pytest.raises(ValueError, match="rank"):

@@ -1,0 +1,333 @@
+"""Adapters of others, made by their own packages on the same random weights, change the predicted noise as there."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+
+import pbe
+from pbe.checkpoints.adapters import add_adapters, layers_of, read_adapter
+from pbe.checkpoints.formats.opening import CheckpointError
+from pbe.checkpoints.key_map import KeyMap
+from pbe.checkpoints.layouts import diffusers_unet
+from pbe.checkpoints.seeding import seeded_state
+from pbe.checkpoints.writing import unet_json
+from pbe.models.paint_by_example import PaintByExample
+
+diffusers = pytest.importorskip("diffusers")
+
+LAYERS = {
+    "linear": ["to_q", "to_k", "to_v", "to_out.0"],
+    "1x1": ["proj_in", "proj_out", "conv_shortcut"],
+    "3x3": ["conv1", "conv2", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in", "conv_out"],
+    "feed-forward": ["ff.net.0.proj", "ff.net.2"],
+    "time": ["time_emb_proj", "time_embedding.linear_1", "time_embedding.linear_2"],
+}
+ALL = [name for names in LAYERS.values() for name in names]
+
+
+STATE = seeded_state(TINY, 0)
+
+
+def make_model():
+    model = PaintByExample(TINY)
+    model.load_state_dict(STATE)
+    return model.eval()
+
+
+def make_unet():
+    """diffusers' network with the weights of `make_model`."""
+    unet, config = diffusers.UNet2DConditionModel.from_config(unet_json(TINY.unet, 8)), TINY.unet
+    names = [name for name in STATE if name.startswith("model.diffusion_model.")]
+    rules = diffusers_unet(len(config.channel_mult), config.num_res_blocks, config.attention_levels)
+    theirs = KeyMap(rules).to_theirs(names)
+    unet.load_state_dict({a.removeprefix("unet."): STATE[b.sources[0]].clone() for a, b in theirs.items()})
+    return unet.eval().requires_grad_(False)
+
+
+def draw(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def predict(model):
+    x, t, context = draw(2, 9, 8, 8), torch.tensor([3, 700]), draw(2, 1, 64, seed=1)
+    if isinstance(model, PaintByExample):
+        return model.unet(x, t, context)
+    return model(x, t, encoder_hidden_states=context, return_dict=False)[0]
+
+
+@cache
+def plain_prediction():
+    return predict(make_model())
+
+
+def assert_agree(model, unet):
+    ours, theirs, plain = predict(model), predict(unet), plain_prediction()
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert (ours - plain).abs().max() > 1e-2 * theirs.abs().max()
+
+
+def randomise(module, words, seed=0):
+    """Random values for the parameters whose names hold one of the words: adapters begin as nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if any(word in name for word in words):
+            fan_in = max(1, parameter[0].numel())
+            parameter.data = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+
+
+def peft_unet(seed=0, targets=ALL, adapter="default", unet=None, **settings):
+    """diffusers' network with an adapter by PEFT."""
+    peft = pytest.importorskip("peft")
+    unet = make_unet() if unet is None else unet
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6.0, "target_modules": targets, **settings})
+    unet.add_adapter(config, adapter)
+    randomise(unet, [f"lora_A.{adapter}", f"lora_B.{adapter}"], seed)
+    for name, parameter in unet.named_parameters():
+        if "magnitude" in name:
+            parameter.data = parameter.data * (1 + 0.3 * draw(*parameter.shape))
+    return unet
+
+
+PEFT_CASES = {
+    **{name: {"targets": targets} for name, targets in LAYERS.items()},
+    "all": {},
+    "alpha is the rank": {"lora_alpha": 4},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"attn1.to_q": 2, "conv1": 8}, "alpha_pattern": {"attn1.to_q": 5, "ff.net.2": 1.5}},
+    "DoRA": {"use_dora": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*queries and keys")
+@pytest.mark.parametrize("settings", PEFT_CASES.values(), ids=PEFT_CASES)
+def test_files_of_diffusers(tmp_path, settings):
+    peft = pytest.importorskip("peft")
+    unet = peft_unet(**settings)
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=peft.get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    assert_agree(add_adapters(make_model(), tmp_path / "pytorch_lora_weights.safetensors"), unet)
+
+
+@pytest.mark.filterwarnings("ignore:.*queries and keys")
+@pytest.mark.parametrize("name", ["all", "rslora", "patterns", "DoRA"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_folders_of_peft(tmp_path, name, safe):
+    peft = pytest.importorskip("peft")
+    unet = make_unet()
+    settings = {"r": 4, "lora_alpha": 6.0, "target_modules": ALL, **PEFT_CASES[name]}
+    wrapped = peft.get_peft_model(unet, peft.LoraConfig(**settings))
+    randomise(wrapped, ["lora_A", "lora_B"])
+    wrapped.save_pretrained(tmp_path, safe_serialization=safe)
+    assert_agree(add_adapters(make_model(), tmp_path), unet)
+
+
+@pytest.mark.filterwarnings("ignore:.*queries and keys")
+def test_several_add_up_with_their_strengths(tmp_path):
+    peft = pytest.importorskip("peft")
+    unet = peft_unet(seed=1, adapter="a")
+    peft_unet(seed=2, adapter="b", unet=unet, targets=LAYERS["linear"], r=2)
+    for name in "ab":
+        state = peft.get_peft_model_state_dict(unet, adapter_name=name)
+        metadata = unet.peft_config[name].to_dict()
+        diffusers.StableDiffusionPipeline.save_lora_weights(
+            tmp_path / name, unet_lora_layers=state, unet_lora_adapter_metadata=metadata
+        )
+    unet.set_adapters(["a", "b"], weights=[0.7, -0.4])
+    model = add_adapters(make_model(), (tmp_path / "a", 0.7), (tmp_path / "b", -0.4))
+    assert_agree(model, unet)
+    once_more = add_adapters(add_adapters(make_model(), (tmp_path / "a", 0.7)), (tmp_path / "b", -0.4))
+    assert torch.equal(predict(once_more), predict(model))
+
+
+LYCORIS_CASES = {
+    "LoRA": {"algo": "lora", "linear_alpha": 2},
+    "LoRA, tucker": {"algo": "lora", "use_tucker": True},
+    "LoHa": {"algo": "loha", "linear_alpha": 2},
+    "LoHa, tucker": {"algo": "loha", "use_tucker": True},
+    "LoKr": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 1, "factor": 4},
+    "LoKr, tucker": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 1, "factor": 4, "use_tucker": True},
+    "LoKr, both in factors": {"algo": "lokr", "linear_dim": 1, "linear_alpha": 1, "factor": 4, "decompose_both": True},
+    "LoKr, whole": {"algo": "lokr", "full_matrix": True, "linear_alpha": 2},
+    "rslora": {"algo": "lora", "linear_alpha": 2, "rs_lora": True},
+    "DoRA": {"algo": "lora", "dora_wd": True},
+    "DoRA by inputs": {"algo": "loha", "dora_wd": True, "wd_on_output": False},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*queries and keys")
+@pytest.mark.parametrize("settings", LYCORIS_CASES.values(), ids=LYCORIS_CASES)
+def test_files_of_lycoris(tmp_path, settings):
+    wrapper = pytest.importorskip("lycoris.wrapper")
+    unet = make_unet()
+    settings = {"linear_dim": 4, "linear_alpha": 4, **settings}
+    wrapper.LycorisNetwork.apply_preset({"target_module": ["UNet2DConditionModel"], "lora_prefix": "lora_unet"})
+    network = wrapper.create_lycoris(unet, 1.0, **settings)
+    network.apply_to()
+    randomise(network, ["lora_", "hada_", "lokr_"])
+    network.eval()
+    network.save_weights(tmp_path / "network.safetensors", torch.float32, {"ss_network_dim": "4"})
+    model = add_adapters(make_model(), tmp_path / "network.safetensors")
+    assert len(read_adapter(tmp_path / "network.safetensors", make_model()).updates) == len(layers_of(model))
+    assert_agree(model, unet)
+
+
+# --- what names and shapes may be -------------------------------------------------------------------------
+
+
+def save_kohya(path, paths, rank=2, seed=0, text=0, inputs=None, **extra):
+    """A file in kohya's names of random factors for diffusers' layers."""
+    unet, state = make_unet(), {}
+    for i, name in enumerate(paths):
+        weight = unet.get_submodule(name).weight
+        shape = list(weight.shape)
+        shape[1] = inputs or shape[1]
+        key = "lora_unet_" + name.replace(".", "_")
+        state[f"{key}.lora_down.weight"] = draw(rank, *shape[1:], seed=seed + i, scale=0.2)
+        state[f"{key}.lora_up.weight"] = draw(shape[0], rank, *[1] * (len(shape) - 2), seed=seed + 99 + i, scale=0.2)
+        state[f"{key}.alpha"] = torch.tensor(float(rank))
+    for i in range(text):
+        state[f"lora_te_text_model_encoder_layers_{i}_mlp_fc1.alpha"] = torch.tensor(1.0)
+    save_file({**state, **extra}, path, {"ss_network_dim": str(rank)})
+    return path
+
+
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0."
+
+
+def test_what_has_no_effect_is_counted_and_left_out(tmp_path):
+    names = [f"{ATTENTION}{name}" for name in ("attn1.to_q", "attn2.to_q", "attn2.to_k", "attn2.to_v")]
+    path = save_kohya(tmp_path / "a.safetensors", names, text=3)
+    with pytest.warns(UserWarning, match="3 tensors of a text encoder and 2 queries and keys"):
+        model = add_adapters(make_model(), path)
+    state = model.state_dict()
+    changed = {name for name, x in STATE.items() if not torch.equal(x, state[name])}
+    block = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0."
+    assert changed == {f"{block}attn1.to_q.weight", f"{block}attn2.to_v.weight"}
+
+
+def test_a_first_convolution_of_four_inputs_leaves_the_others(tmp_path):
+    model = add_adapters(make_model(), save_kohya(tmp_path / "a.safetensors", ["conv_in"], inputs=4))
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    old, new = STATE[name], model.state_dict()[name]
+    factors = load_file(tmp_path / "a.safetensors")
+    delta = factors["lora_unet_conv_in.lora_up.weight"].flatten(1) @ factors[
+        "lora_unet_conv_in.lora_down.weight"
+    ].flatten(1)
+    assert torch.equal(old[:, 4:], new[:, 4:])
+    assert torch.allclose(new[:, :4] - old[:, :4], delta.view(-1, 4, 3, 3), atol=1e-6)
+    other = save_kohya(tmp_path / "b.safetensors", ["conv_out"], inputs=4)
+    with pytest.raises(CheckpointError, match=r"b\.safetensors does not fit .*out\.2"):
+        add_adapters(make_model(), other)
+
+
+def test_old_names_of_attention_processors(tmp_path):
+    names = [f"{ATTENTION}attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    kohya = load_file(save_kohya(tmp_path / "kohya.safetensors", names))
+    old = {}
+    for name in names:
+        module = name.replace("attn1.", "attn1.processor.").replace("to_out.0", "to_out") + "_lora"
+        for part in ("down", "up"):
+            old[f"{module}.{part}.weight"] = kohya["lora_unet_" + name.replace(".", "_") + f".lora_{part}.weight"]
+    torch.save(old, tmp_path / "pytorch_lora_weights.bin")
+    save_file({f"unet.{name}": x for name, x in old.items()}, tmp_path / "old.safetensors")
+    expected = predict(add_adapters(make_model(), tmp_path / "kohya.safetensors"))
+    for file in ("pytorch_lora_weights.bin", "old.safetensors"):
+        assert torch.equal(predict(add_adapters(make_model(), tmp_path / file)), expected)
+
+
+KEY = "lora_unet_mid_block_resnets_0_time_emb_proj"  # 64 outputs, 128 inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_unet_down_blocks_9_conv.alpha": torch.ones(())}, "1 tensors of no layer .*down_blocks_9"),
+        ({f"{KEY}.lora_down.weight": torch.zeros(2, 127)}, r"lora_down \(2, 127\).*\(64, 128\)"),
+        ({f"{KEY}.lora_down.weight": torch.zeros(3, 128)}, r"lora_down \(3, 128\)"),
+        ({f"{KEY}.lora_down.weight": torch.zeros(2, 128, dtype=torch.int8)}, "int8"),
+        ({f"{KEY}.lora_down.weight": torch.zeros(0, 128), f"{KEY}.lora_up.weight": torch.zeros(64, 0)}, r"\(0, 128\)"),
+        (
+            {f"{KEY}.lora_down.weight": torch.zeros(200, 128), f"{KEY}.lora_up.weight": torch.zeros(64, 200)},
+            "rank is 200",
+        ),
+        ({f"{KEY}.alpha": torch.tensor(float("nan"))}, "alpha of .* nan"),
+        ({f"{KEY}.alpha": torch.ones(7)}, "alpha of .* one number"),
+        ({f"{KEY}.dora_scale": torch.ones(63, 1)}, r"magnitude is \(63, 1\)"),
+        ({f"{KEY}.hada_w1_a": torch.ones(2, 2)}, "make no LoRA, LoHa or LoKr"),
+        ({f"{KEY}.lora_up.weight": torch.full((64, 2), float("inf"))}, "not finite in torch.float32"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path, change, message):
+    path = save_kohya(tmp_path / "a.safetensors", ["mid_block.resnets.0.time_emb_proj"], **change)
+    model = make_model()
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors.*{message}"):
+        add_adapters(model, path)
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in STATE.items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        {"lora_alpha": "6"},
+        {"lora_alpha": 10**400},
+        {"alpha_pattern": [1]},
+        {"alpha_pattern": {"(a+)+b": 2}},
+        {"alpha_pattern": {"to_q": None}, "lora_alpha": [1]},
+        {"alpha_pattern": {str(i): 1 for i in range(2000)}},
+        {"peft_type": "LOHA"},
+    ],
+)
+def test_settings_of_peft_that_make_no_sense(tmp_path, settings):
+    state = {
+        f"base_model.model.conv_in.lora_{x}.weight": y for x, y in (("A", draw(2, 9, 3, 3)), ("B", draw(32, 2, 1, 1)))
+    }
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2}))
+    add_adapters(make_model(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=tmp_path.name):
+        add_adapters(make_model(), tmp_path)
+
+
+# --- using them -------------------------------------------------------------------------------------------
+
+
+def test_removing_gives_back_the_weights_to_the_bit(tiny_checkpoint, tmp_path):
+    path = save_kohya(tmp_path / "a.safetensors", [f"{ATTENTION}attn1.to_q", "mid_block.resnets.0.conv1"])
+    plain = pbe.load_model(tiny_checkpoint, "cpu")
+    before = {name: x.clone() for name, x in plain.state_dict().items()}
+    model = pbe.load_model(tiny_checkpoint, "cpu", adapters=[path, (path, -0.25)])
+    assert not torch.equal(predict(model), predict(plain))
+    assert torch.allclose(predict(model), predict(add_adapters(plain, (path, 0.75))), atol=1e-5)
+    for one in (model, plain):
+        pbe.remove_adapters(one)
+        assert all(torch.equal(x, before[name]) for name, x in one.state_dict().items())
+    nothing = add_adapters(model, (path, 0.0))
+    assert all(torch.equal(x, before[name]) for name, x in nothing.state_dict().items())
+    half = pbe.remove_adapters(add_adapters(pbe.load_model(tiny_checkpoint, "cpu"), path).half())
+    assert all(torch.equal(x, before[name].half()) for name, x in half.state_dict().items())
+
+
+def test_prepared_models_have_them_folded_in(tmp_path):
+    path = save_kohya(tmp_path / "a.safetensors", [f"{ATTENTION}attn2.to_v", "up_blocks.0.upsamplers.0.conv"])
+    model = add_adapters(make_model(), path)
+    prepared = pbe.prepare_for_inference(model)
+    assert (predict(prepared) - predict(model)).abs().max() < 1e-5 * predict(model).abs().max()
+    with pytest.raises(ValueError, match="PreparedModel takes no adapters"):
+        add_adapters(prepared, path)
+    with pytest.raises(ValueError, match=r"strength of .*a\.safetensors .* nan"):
+        add_adapters(model, (path, float("nan")))
+
+
+def test_a_file_of_adapters_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors holds adapters alone"):
+        pbe.load_model(save_kohya(tmp_path / "a.safetensors", ["conv_out"]))
