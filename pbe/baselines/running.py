@@ -89,9 +89,11 @@ def describe(name: str, weights: WeightFiles, settings: Mapping[str, Any]) -> di
     about: dict[str, Any] = {"system": name, **settings}
     if files := get_baseline(name).files:
         dtype = choose_dtype(weights.dtype, choose_device(weights.device))
-        found = {kind: identify(Path(weights.path(kind)), dtype) for kind in files}
+        found = {kind: identify(Path(weights.path(kind)), dtype, weights.adapters) for kind in files}
         about["weights"] = {kind: {"file": one.checkpoint, "crc32": one.crc32} for kind, one in found.items()}
         about["dtype"] = str(dtype).removeprefix("torch.")
+        if weights.adapters and "paint_by_example" in files:
+            about["adapters"] = list(found["paint_by_example"].adapters)
     return about
 
 

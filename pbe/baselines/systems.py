@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pbe.checkpoints.adapters import AdapterLike
 from pbe.checkpoints.loading import load_model
 from pbe.editing.loading import distilled_for
 from pbe.editing.settings import SETTINGS, EditSettings
@@ -148,6 +149,7 @@ class WeightFiles:
     vocabulary: str | Path | None = None
     device: str | torch.device = "auto"
     dtype: str | torch.dtype = "auto"
+    adapters: tuple[AdapterLike, ...] = ()  # of Paint by Example
 
     def path(self, name: str) -> str | Path:
         """The file called `name`; a ValueError that says what it is if it was not given."""
@@ -158,7 +160,8 @@ class WeightFiles:
 
     def load(self, name: str, kind: type[Network]) -> Network:
         """The network in the file called `name`. Raises as `path` and `load_model` do; ValueError for another kind."""
-        model = load_model(self.path(name), self.device, self.dtype)
+        adapters = self.adapters if name == "paint_by_example" else ()
+        model = load_model(self.path(name), self.device, self.dtype, adapters)
         if not isinstance(model, kind):
             raise ValueError(f"{self.path(name)} holds {type(model).__name__}, not {FILE_KINDS[name]}")
         return model
@@ -199,7 +202,7 @@ class Baseline:
         chosen = published | {name: given[name] for name in published if given.get(name) is not None}
         shared = {name: value for name, value in published.items() if name in SETTINGS}
         ours = "paint_by_example" in self.files
-        distilled = distilled_for(weights.path("paint_by_example")) if ours else None
+        distilled = distilled_for(weights.path("paint_by_example"), weights.adapters) if ours else None
         checked = EditSettings.from_texts({name: given.get(name) for name in shared}, distilled, EditSettings(**shared))
         chosen |= {name: checked.to_json().get(name) for name in shared}
         if "skipped" in chosen:

@@ -18,6 +18,7 @@ from pbe.acceleration import Compile
 from pbe.batch.job import Job
 from pbe.batch.provenance import identify
 from pbe.batch.run import Outcome, run_row
+from pbe.checkpoints.adapters import AdapterLike
 from pbe.checkpoints.loading import choose_device
 from pbe.editing.loading import check_memory, limit_threads, load_editor
 
@@ -125,14 +126,34 @@ def row_runner(
     low_memory: bool = False,
     compile: Compile | None = None,
     redo: bool = False,
+    adapters: Sequence[AdapterLike] = (),
 ) -> Callable[[torch.device], Callable[[int], Outcome]]:
     """What loads the model by `load_editor` on a device and runs the jobs with it, for `divide`; raises as they do."""
     check_memory(low_memory, compile)
 
     def set_up(device: torch.device) -> Callable[[int], Outcome]:
-        model = load_editor(checkpoint, device, dtype, low_memory, compile)
+        model = load_editor(checkpoint, device, dtype, low_memory, compile, adapters)
         limit_threads(model)
-        run = partial(run_row, lambda: model, weights=identify(checkpoint, model.dtype), redo=redo)
+        run = partial(run_row, lambda: model, weights=identify(checkpoint, model.dtype, adapters), redo=redo)
         return lambda index: run(jobs[index])
 
     return set_up
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    checkpoint: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    low_memory: bool = False,
+    compile: Compile | None = None,
+    devices: int = 1,
+    num_nodes: int = 1,
+    redo: bool = False,
+    progress: bool = True,
+    adapters: Sequence[AdapterLike] = (),
+) -> list[Outcome] | None:
+    """Runs every job once, divided as by `divide`; raises as it and `load_editor` do."""
+    check_memory(low_memory, compile)
+    set_up = row_runner(jobs, checkpoint, dtype, low_memory, compile, redo, adapters)
+    return divide(len(jobs), set_up, device, devices, num_nodes, progress)

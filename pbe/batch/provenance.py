@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,8 @@ from pbe.batch.job import Job
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from pbe.checkpoints.adapters import AdapterLike
 
 # What of a checkpoint tells it from another.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")  # in a folder
@@ -30,16 +32,28 @@ class Weights(NamedTuple):
     checkpoint: str  # the file's name
     crc32: str
     dtype: str
+    adapters: tuple[dict[str, Any], ...] = ()  # of each the file's name, crc32 and strength
 
 
-def identify(checkpoint: Path, dtype: torch.dtype) -> Weights:
-    """The weights in a checkpoint, a file or a folder, as a model of `dtype` uses them; FileNotFoundError without it.
+def identify(checkpoint: Path, dtype: torch.dtype, adapters: Sequence[AdapterLike] = ()) -> Weights:
+    """The weights in a checkpoint, a file or a folder, and its adapters, as a model of `dtype` uses them.
 
-    The checksum is over each file's size and evenly spaced samples of it, which takes no longer for large files.
+    FileNotFoundError where one of them is not there.
     """
+    from pbe.checkpoints.adapters import with_strength
     from pbe.checkpoints.formats.opening import find_checkpoint
 
     checkpoint = find_checkpoint(checkpoint)
+    files = [(Path(path), strength) for path, strength in map(with_strength, adapters)]
+    about = [{"file": path.name, "crc32": crc_of(path), "strength": strength} for path, strength in files]
+    return Weights(checkpoint.name, crc_of(checkpoint), str(dtype).removeprefix("torch."), tuple(about))
+
+
+def crc_of(checkpoint: Path) -> str:
+    """A checksum of a file or a folder of weights; FileNotFoundError without it.
+
+    It is over each file's size and evenly spaced samples of it, which takes no longer for large files.
+    """
     if not checkpoint.exists():
         raise FileNotFoundError(f"{checkpoint}: there is no such checkpoint")
     files = [checkpoint]
@@ -54,7 +68,7 @@ def identify(checkpoint: Path, dtype: torch.dtype) -> Weights:
             for start in sorted({i * max(size - SAMPLE_BYTES, 0) // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)}):
                 file.seek(start)
                 crc = zlib.crc32(file.read(SAMPLE_BYTES), crc)
-    return Weights(checkpoint.name, f"{crc:08x}", str(dtype).removeprefix("torch."))
+    return f"{crc:08x}"
 
 
 def checksums(job: Job) -> dict[str, str]:
@@ -72,6 +86,7 @@ def provenance_of(job: Job, weights: Weights, inputs: Mapping[str, str] | None =
         "checkpoint": weights.checkpoint,
         "checkpoint_crc32": weights.crc32,
         "dtype": weights.dtype,
+        **({"adapters": list(weights.adapters)} if weights.adapters else {}),
     }
 
 

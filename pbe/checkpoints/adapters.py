@@ -28,7 +28,7 @@ from pbe.models.stable_diffusion import StableDiffusion
 from pbe.models.unet import UNet, UNetConfig
 
 AdapterLike = str | Path | tuple[str | Path, float]  # a file, or a file and its strength
-Model = TypeVar("Model", PaintByExample, StableDiffusion)
+Model = TypeVar("Model", bound=PaintByExample | StableDiffusion)
 
 UNET, FIRST_CONVOLUTION = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0"
 OF_TEXT = re.compile(r"lora_te\d?_.*|(base_model\.model\.)?text_encoder(_2)?\..*")
@@ -253,7 +253,7 @@ class Applied(NamedTuple):
     """What a model with adapters keeps: the adapters and their strengths, and what it was without them."""
 
     adapters: tuple[tuple[Adapter, float], ...]
-    weights: dict[str, nn.Parameter]  # by the layer's name
+    weights: dict[str, Tensor]  # by the layer's name
     config: Any
 
 
@@ -262,9 +262,9 @@ def applied(model: nn.Module) -> Applied | None:
     return getattr(model, "_applied_adapters", None)
 
 
-def like(parameter: nn.Parameter, other: nn.Parameter) -> nn.Parameter:
-    """The parameter where the other one is, and in its precision: a model may have been moved since."""
-    return nn.Parameter(parameter.detach().to(other), parameter.requires_grad)
+def like(weight: Tensor, other: Tensor) -> nn.Parameter:
+    """The weight where the other one is, and in its precision: a model may have been moved since."""
+    return nn.Parameter(weight.detach().to(other), other.requires_grad)
 
 
 def with_strength(given: AdapterLike) -> tuple[str | Path, float]:
@@ -310,9 +310,11 @@ def add_adapters(model: Model, *adapters: AdapterLike, dtype: torch.dtype | None
     if not isinstance(model, PaintByExample | StableDiffusion) or type(model.unet) is not UNet:
         raise ValueError(f"a {type(model).__name__} takes no adapters: add them to a model as it was loaded")
     check_plain(model)
-    before = applied(model) or Applied((), {}, model.config)
+    before: Applied = applied(model) or Applied((), {}, model.config)
     everything = (*before.adapters, *(open_with_strength(model, one) for one in adapters))
-    layers, old, new = layers_of(model), {}, {}
+    layers = layers_of(model)
+    old: dict[str, Tensor] = {}
+    new: dict[str, nn.Parameter] = {}
     for name in dict.fromkeys(name for adapter, _ in everything for name in adapter.updates):
         weight = layers[name].weight
         old[name] = base = like(before.weights.get(name, weight), weight)
@@ -338,9 +340,9 @@ def add_adapters(model: Model, *adapters: AdapterLike, dtype: torch.dtype | None
 def remove_adapters(model: Model) -> Model:
     """Puts the weights back that the model had before `add_adapters`, to the bit; returns the model."""
     if state := applied(model):
-        for name, parameter in state.weights.items():
-            layer = model.get_submodule(name)
-            layer.weight = like(parameter, layer.weight)
+        layers = layers_of(model)
+        for name, weight in state.weights.items():
+            layers[name].weight = like(weight, layers[name].weight)
         model.config = state.config
         del model._applied_adapters
     return model

@@ -147,7 +147,9 @@ def edit_one(args: argparse.Namespace) -> int:
     batch_size = 4 if args.batch_size is None else args.batch_size
     for name, count in (("num_images", num_images), ("batch_size", batch_size)):
         check(flag(name), count, COUNT)
-    job = Job.from_row({name: getattr(args, name) for name in COLUMNS}, distilled=distilled_for(args.ckpt))
+    job = Job.from_row(
+        {name: getattr(args, name) for name in COLUMNS}, distilled=distilled_for(args.ckpt, args.adapter)
+    )
     jobs, grid_path = variants(args, job, num_images)
     inputs = read_inputs(job)
     weights, crc32 = weights_of(args), checksums(job)
@@ -185,7 +187,7 @@ def edit_batch(args: argparse.Namespace) -> int:
     if args.devices < 1 or args.num_nodes < 1:
         raise ValueError(f"--devices and --num-nodes must be at least 1, got {args.devices} and {args.num_nodes}")
     defaults = {name: getattr(args, name) for name in SETTINGS}
-    distilled = distilled_for(args.ckpt)
+    distilled = distilled_for(args.ckpt, args.adapter)
     EditSettings.from_texts(defaults, distilled)  # a wrong flag is not the rows' fault
     jobs, outcomes = read_jobs(args.batch, defaults, distilled)
     weights = weights_of(args)
@@ -204,6 +206,25 @@ def edit_batch(args: argparse.Namespace) -> int:
                 outcomes.append(run_row(load, job, weights, args.redo, callback=partial(show_step, bar)))
                 bar.update()
     return report(jobs, outcomes)
+
+
+def run_distributed(args: argparse.Namespace, jobs: Sequence[Job]) -> list[Outcome] | None:
+    """Runs the jobs in several processes; their outcomes in the first of them, None in the others."""
+    from pbe.batch.distributed import run_jobs
+
+    return run_jobs(
+        jobs,
+        args.ckpt,
+        args.device,
+        args.dtype,
+        args.low_memory,
+        args.compile,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        redo=args.redo,
+        progress=not args.quiet,
+        adapters=args.adapter,
+    )
 
 
 def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:
@@ -225,7 +246,7 @@ def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:
 def weights_of(args: argparse.Namespace) -> Weights:
     from pbe.checkpoints.loading import choose_device, choose_dtype
 
-    return identify(args.ckpt, choose_dtype(args.dtype, choose_device(args.device)))
+    return identify(args.ckpt, choose_dtype(args.dtype, choose_device(args.device)), args.adapter)
 
 
 def is_lossy(out: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pbe.cli.flags import add_device, add_dtype, add_force, add_renamed, add_settings, check_output, flag
+from pbe.cli.flags import add_adapter, add_device, add_dtype, add_force, add_renamed, add_settings, check_output, flag
 from pbe.cli.scoring import add_judges, add_test_set, load_judges, open_test_set, progress, write_scores
 from pbe.editing.settings import SAMPLING
 
@@ -40,8 +40,8 @@ exit code: 0 all done, 1 some items could not be generated, 2 nothing could be d
 
 def add_files(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     g = p.add_argument_group("files of weights")
-    about = "Paint by Example: a checkpoint, a folder of diffusers, or demo"
-    g.add_argument("--ckpt", type=Path, dest="paint_by_example", metavar="FILE", help=about)
+    g.add_argument("--ckpt", type=Path, help="Paint by Example: a checkpoint, a folder of diffusers, or demo")
+    add_adapter(g)
     g.add_argument("--stable-diffusion", type=Path, metavar="FILE", help="Stable Diffusion v1, such as sd-v1-4.ckpt")
     g.add_argument("--vocabulary", type=Path, metavar="FILE", help="CLIP's: bpe_simple_vocab_16e6.txt.gz")
     return g
@@ -131,6 +131,8 @@ def check_options(args: argparse.Namespace) -> None:
     for name in SAMPLING:
         if getattr(args, name) is not None and name not in settings:
             raise ValueError(f"{flag(name)} is not a setting of {' or '.join(names)}")
+    if args.adapter and OURS not in names:
+        raise ValueError(f"--adapter changes {OURS}, which --system does not name")
     for name in ("devices", "num_nodes"):
         if getattr(args, name) < 1:
             raise ValueError(f"{flag(name)} must be 1 or more, got {getattr(args, name)}")
@@ -154,7 +156,8 @@ def weight_files(args: argparse.Namespace, who: str, given: Mapping[str, Path | 
     missing = [f"{FILE_KINDS[kind]} by {FLAGS[kind]}" for kind, path in given.items() if path is None]
     if missing:
         raise ValueError(f"{who} needs {' and '.join(missing)}")
-    return WeightFiles(**given, device=args.device, dtype=args.dtype)
+    adapters = tuple(args.adapter) if "paint_by_example" in given else ()
+    return WeightFiles(**given, device=args.device, dtype=args.dtype, adapters=adapters)
 
 
 def generate(
@@ -197,7 +200,8 @@ def describe(one: SystemRun) -> dict[str, Any]:
     if not files:
         return dict(one.settings)
     weights = {kind: {"file": path.name, "sha256": sha256_of(path)} for kind, path in files.items()}
-    return {**one.settings, "dtype": one.about["dtype"], "weights": weights}
+    about = {name: value for name, value in one.about.items() if name in ("dtype", "adapters")}
+    return {**one.settings, **about, "weights": weights}
 
 
 # --- the figure -------------------------------------------------------------------------------------------

@@ -92,10 +92,10 @@ class Update:
             raise ValueError(f"its rank is {self.rank}, and the weight {shape} allows at most {largest}")
         on_meta = {name: torch.empty(x.shape, device="meta") for name, x in self.factors.items()}
         try:
-            found = tuple(replace(self, factors=on_meta).matrix("meta").shape)
+            found = list(replace(self, factors=on_meta).matrix("meta").shape)
         except RuntimeError:
-            found = ()
-        if found not in ((shape[0], n * flat) for n in (shape[1], inputs)):
+            found = []
+        if found not in [[shape[0], n * flat] for n in (shape[1], inputs)]:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in self.factors.items())
             raise ValueError(f"{shapes} for the weight {shape}")
         if (m := self.magnitude) is not None:

@@ -399,8 +399,8 @@ def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monk
     monkeypatch.setattr(app, "build_page", page)
     flags = ["--device", "cpu", "--dtype", "float32", "--low-memory", "--compile", "regions"]
     assert main(flags) == main(["--ckpt", str(tiny_checkpoint)]) == 2
-    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions"), DEMO]
-    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None), QUICK]
+    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions", []), DEMO]
+    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None, []), QUICK]
 
 
 def test_cuda_graphs_are_not_for_the_page_s_threads(monkeypatch, capsys):

@@ -20,6 +20,7 @@ from pbe.evaluation import report
 from pbe.evaluation.backbones import sha256_of
 from pbe.evaluation.test_set import TestSet, read_labels
 from pbe.images import grids
+from pbe.models.paint_by_example import PaintByExample
 from tests.baselines.test_baselines import smooth
 from tests.baselines.test_baselines import weights as tiny_weights  # noqa: F401  (a fixture)
 from tests.evaluation.test_evaluate import judge  # noqa: F401  (a fixture)
@@ -565,3 +566,17 @@ def test_a_distilled_model_runs_as_it_was_distilled_for(tiny_checkpoint, tmp_pat
     )
     ordinary = WeightFiles(paint_by_example=tiny_checkpoint)
     assert ours.choose_settings({}, ordinary) == dict(ours.settings)
+
+
+def test_paint_by_example_runs_with_adapters(tiny_checkpoint, tmp_path):
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    factors = {"lora_down": torch.ones(1, 64, 3, 3), "lora_up": torch.ones(64, 1, 1, 1)}
+    torch.save({f"{name}.{part}.weight": x for part, x in factors.items()}, tmp_path / "style.pt")
+    weights = WeightFiles(paint_by_example=tiny_checkpoint, device="cpu", adapters=((tmp_path / "style.pt", 0.5),))
+    about = running.describe("paint-by-example", weights, {})
+    assert [(one["file"], one["strength"]) for one in about["adapters"]] == [("style.pt", 0.5)]
+    plain = WeightFiles(paint_by_example=tiny_checkpoint, device="cpu")
+    assert "adapters" not in running.describe("paint-by-example", plain, {})
+    with_adapters, without = (one.load("paint_by_example", PaintByExample).state_dict() for one in (weights, plain))
+    changed = {name for name, x in without.items() if not torch.equal(x, with_adapters[name])}
+    assert changed == {"model.diffusion_model.middle_block.0.in_layers.2.weight"}

@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from pbe.checkpoints.key_map import KeyMap
 from pbe.checkpoints.layouts import diffusers_unet
 from pbe.checkpoints.seeding import seeded_state
 from pbe.checkpoints.writing import unet_json
+from pbe.cli.flags import adapter
+from pbe.editing.loading import load_editor
 from pbe.models.paint_by_example import PaintByExample
 
 diffusers = pytest.importorskip("diffusers")
@@ -326,6 +329,29 @@ def test_prepared_models_have_them_folded_in(tmp_path):
         add_adapters(prepared, path)
     with pytest.raises(ValueError, match=r"strength of .*a\.safetensors .* nan"):
         add_adapters(model, (path, float("nan")))
+
+
+def test_a_model_for_editing_alone_has_them_in_its_precision(tiny_checkpoint, tmp_path):
+    path = save_kohya(tmp_path / "a.safetensors", [f"{ATTENTION}ff.net.2"])
+    editor = load_editor(tiny_checkpoint, "cpu", "float32", adapters=[path])
+    model = pbe.load_model(tiny_checkpoint, "cpu", "float32", [path])
+    assert (predict(editor) - predict(model)).abs().max() < 1e-5 * predict(model).abs().max()
+    half = load_editor(tiny_checkpoint, "cpu", "bfloat16", adapters=[path])
+    assert {x.dtype for x in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:-0.5", ("a.safetensors", -0.5)),
+        ("C:/a", ("C:/a", 1.0)),
+        ("a:1:0", ("a:1", 0.0)),
+        ("3", ("3", 1.0)),
+    ],
+)
+def test_texts_of_a_file_and_its_strength(text, given):
+    assert adapter(text) == (Path(given[0]), given[1])
 
 
 def test_a_file_of_adapters_is_no_checkpoint(tmp_path):

@@ -123,6 +123,30 @@ def test_results_of_a_distilled_model_hold_what_was_used(cli, folder, distilled_
     assert "2 rows: 0 done, 2 done before" in capsys.readouterr().out
 
 
+def test_results_of_adapters_hold_which_and_how_strong(cli, folder, tiny_checkpoint, capsys):
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    factors = {"lora_down": torch.ones(1, 64, 3, 3), "lora_up": torch.ones(64, 1, 1, 1)}
+    torch.save({f"{name}.{part}.weight": x for part, x in factors.items()}, folder / "style.pt")
+    content = torch.load(folder / "style.pt") | {"pbe": {"distilled": {"sampler": "lcm", "steps": 2, "guidance": 1.0}}}
+    torch.save({"state_dict": torch.load(folder / "style.pt"), **content}, folder / "lcm.pt")
+    assert cli(out="plain.png", steps="2") == cli(out="style.png", steps="2", adapter="style.pt:-0.5") == 0
+    assert "adapters" not in read_provenance(folder / "plain.png")
+    crc32 = read_provenance(folder / "style.png")["adapters"][0]["crc32"]
+    assert read_provenance(folder / "style.png")["adapters"] == [{"file": "style.pt", "crc32": crc32, "strength": -0.5}]
+    assert (folder / "plain.png").read_bytes() != (folder / "style.png").read_bytes()
+
+    (folder / "rows.csv").write_text("image,mask,exemplar,out\nphoto.png,mask.png,dog.png,a.png\n")
+    both = {"batch": "rows.csv", "adapter": ["style.pt", "--adapter", "lcm.pt:0.2"], "steps": None}
+    assert cli(**both) == cli(**both) == 0
+    assert "1 done, 0 done before" in (out := capsys.readouterr().out)
+    assert "0 done, 1 done before" in out
+    stored = read_provenance(folder / "a.png")
+    assert [(one["file"], one["strength"]) for one in stored["adapters"]] == [("style.pt", 1.0), ("lcm.pt", 0.2)]
+    assert (stored["sampler"], stored["steps"]) == ("lcm", 2)
+    assert cli(adapter="none.pt") == 2
+    assert "none.pt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("resolution", "device", "chosen", "threads"),
     [(64, "cpu", None, 1), (128, "cpu", None, 1), (256, "cpu", None, 2), (64, "cuda", None, 2), (64, "cpu", "2", 2)],
