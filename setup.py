@@ -29,7 +29,9 @@ DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 # ruff and mypy are pinned, here and nowhere else: another version finds other things, or formats another way.
 # mypy reads typing_extensions, which no code imports when it runs.
 CHECKS = ["ruff==0.17.6", "mypy==2.4.1", "typing_extensions>=4.10"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", *CHECKS, *DOCS, *BENCH, *APP, *EVAL, *MASKS]
+# what writes the adapters that others use
+ADAPTERS = ["peft>=0.17", "lycoris-lora>=4.1"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", *ADAPTERS, *CHECKS, *DOCS, *BENCH, *APP, *EVAL, *MASKS]
 
 setup(
     name="pbe",
