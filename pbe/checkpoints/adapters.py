@@ -20,7 +20,7 @@ from pbe.checkpoints.formats.lazy_tensors import release_mapped
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, is_number, shown
 from pbe.checkpoints.key_map import KeyMap, shorten
-from pbe.checkpoints.layouts import diffusers_unet
+from pbe.checkpoints.layouts import diffusers_unet, find_layout
 from pbe.models.adapters import FACTORS, Update
 from pbe.models.lora import TARGETS, LoRAConfig, check_plain, target_layers
 from pbe.models.paint_by_example import Distilled, PaintByExample
@@ -36,16 +36,12 @@ OVER_ONE_TOKEN = re.compile(r".*\.attn2\.to_[qk]")
 MAX_PATTERNS = 1000
 FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Formats
-
 
 class Format(NamedTuple):
     """How a kind of files names what it holds of a layer: a template of the layer's name, a dot, and a suffix.
 
     modules: templates in {ours}, the layer's name here; {path}, diffusers' for it; {kohya}, with underscores for dots;
-    {processor}, as attention processors once had it. suffixes: what each is, by the names of `pbe.models.adapters`. Of
-    several the first is what is written.
+    {processor}, as attention processors once had it. suffixes: what each is, by the names of `pbe.models.adapters`.
     """
 
     modules: tuple[str, ...]
@@ -53,46 +49,39 @@ class Format(NamedTuple):
 
     def table(self, paths: Mapping[str, str]) -> dict[str, tuple[str, str]]:
         """By name in the file, the layer and what the tensor is of it; `paths` are diffusers' names by ours."""
-        names = {ours: {"ours": ours, "path": path, **variants(path)} for ours, path in paths.items()}
-        return {
-            f"{module.format(**names[ours])}.{suffix}": (ours, role)
-            for module in self.modules
-            for suffix, role in self.suffixes.items()
-            for ours in names
-        }
-
-
-def variants(path: str) -> dict[str, str]:
-    """Other spellings of diffusers' name for a layer."""
-    processor = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", path)
-    return {"kohya": path.replace(".", "_"), "processor": processor}
+        table: dict[str, tuple[str, str]] = {}
+        for ours, path in paths.items():
+            processor = re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora", path)
+            for template in self.modules:
+                module = template.format(ours=ours, path=path, kohya=path.replace(".", "_"), processor=processor)
+                table |= {f"{module}.{suffix}": (ours, role) for suffix, role in self.suffixes.items()}
+        return table
 
 
 PEFT = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up", "lora_magnitude_vector": "magnitude"}
-PEFT_ONCE = {
-    "lora_magnitude_vector.weight": "magnitude",
-    "lora_A.default.weight": "lora_down",
-    "lora_B.default.weight": "lora_up",
-    "lora.down.weight": "lora_down",
-    "lora.up.weight": "lora_up",
-    "alpha": "alpha",
-}
+ONCE = {"lora.down.weight": "lora_down", "lora.up.weight": "lora_up", "lora_magnitude_vector.weight": "magnitude"}
 KOHYA = {name if name[:4] != "lora" else f"{name}.weight": name for name in FACTORS}
 FORMATS = {
     "kohya": Format(("lora_unet_{kohya}", "lycoris_{kohya}"), {**KOHYA, "alpha": "alpha", "dora_scale": "magnitude"}),
-    "peft": Format(("base_model.model.{path}", "base_model.model.unet.{path}"), {**PEFT, **PEFT_ONCE}),
-    "diffusers": Format(("unet.{path}", "{path}"), {**PEFT, **PEFT_ONCE}),
+    "peft": Format(("base_model.model.{path}", "base_model.model.unet.{path}"), {**PEFT, **ONCE}),
+    "diffusers": Format(("unet.{path}", "{path}"), {**PEFT, **ONCE}),
     "diffusers-old": Format(("unet.{processor}", "{processor}"), {"down.weight": "lora_down", "up.weight": "lora_up"}),
     "pbe": Format(("{ours}",), {"lora_down": "lora_down", "lora_up": "lora_up"}),
 }
-
-
 SUFFIXES = tuple(f".{name}" for format in FORMATS.values() for name in format.suffixes if name != "alpha")
 
 
 def holds_adapters(file: Checkpoint) -> bool:
     """Whether any tensor has a name as adapters have."""
     return any(name.endswith(SUFFIXES) for name in file.names())
+
+
+def is_of_adapters(path: Path) -> bool:
+    """Whether a file or folder holds adapters rather than a model; raises as `open_checkpoint`."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in FOLDER_FILES)
+    file = open_checkpoint(path)
+    return find_layout(file.names()) is None and holds_adapters(file)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -217,9 +206,8 @@ def make_update(part: Mapping[str, Tensor], path: str, ndim: int, format: str, s
     and PEFT's settings beside them."""
     alpha, rslora = alpha_pattern(settings, path), settings.get("use_rslora") is True
     if "alpha" in part:
-        if part["alpha"].numel() != 1:
-            raise ValueError(f"alpha of {path} has the shape {tuple(part['alpha'].shape)}; expected one number")
-        alpha, rslora = part["alpha"].item(), False
+        alpha, rslora = part["alpha"].flatten()[:2].tolist(), False
+        alpha = alpha[0] if len(alpha) == 1 else alpha
     if alpha is not None and not (is_number(alpha) and math.isfinite(alpha)):
         raise ValueError(f"alpha of {path} is {shown(alpha)}; expected a finite number")
     magnitude = part.get("magnitude")
@@ -257,11 +245,6 @@ class Applied(NamedTuple):
     config: Any
 
 
-def applied(model: nn.Module) -> Applied | None:
-    """What `add_adapters` has done to a model."""
-    return getattr(model, "_applied_adapters", None)
-
-
 def like(weight: Tensor, other: Tensor) -> nn.Parameter:
     """The weight where the other one is, and in its precision: a model may have been moved since."""
     return nn.Parameter(weight.detach().to(other), other.requires_grad)
@@ -295,22 +278,17 @@ def add_adapters(model: Model, *adapters: AdapterLike, dtype: torch.dtype | None
 
     Each is a file, or PEFT's folder, in any format of `FORMATS`, or such a path and its strength (1 if not given; 0
     shows nothing, negative values the opposite). A layer's weight becomes W + Σ strength · difference, summed in
-    float32 from the weight as it was, so that an edit takes the time that it took; `remove_adapters` puts the old
-    weights back, which stay where they are, mapped from their file if they were. `dtype` is that of the changed weights
-    (default: as they were). A model that was prepared for inference, or is under training, cannot take any.
+    float32 from the weight as it was and in `dtype` (default: as it was), so that an edit takes the time that it took.
+    `remove_adapters` puts the old weights back, which stay mapped from their file if they were. What has no effect is
+    left out with a warning: a text encoder's, and while the context has one token its attention's queries and keys.
 
-    What has no effect is left out with a warning: a text encoder's, and while the context has one token its attention's
-    queries and keys.
-
-    Raises:
-        FileNotFoundError, CheckpointError: as `read_adapter`, and where a weight overflows its precision. The model is
-            then as before.
-        ValueError: for a strength that is not a finite number, and for another kind of model.
+    Raises, with the model as before: `FileNotFoundError` and `CheckpointError` as `read_adapter`, and where a weight
+    overflows its precision; `ValueError` for a strength that is not finite, and a prepared model or one in training.
     """
     if not isinstance(model, PaintByExample | StableDiffusion) or type(model.unet) is not UNet:
         raise ValueError(f"a {type(model).__name__} takes no adapters: add them to a model as it was loaded")
     check_plain(model)
-    before: Applied = applied(model) or Applied((), {}, model.config)
+    before: Applied = getattr(model, "_applied_adapters", None) or Applied((), {}, model.config)
     everything = (*before.adapters, *(open_with_strength(model, one) for one in adapters))
     layers = layers_of(model)
     old: dict[str, Tensor] = {}
@@ -339,7 +317,7 @@ def add_adapters(model: Model, *adapters: AdapterLike, dtype: torch.dtype | None
 
 def remove_adapters(model: Model) -> Model:
     """Puts the weights back that the model had before `add_adapters`, to the bit; returns the model."""
-    if state := applied(model):
+    if state := getattr(model, "_applied_adapters", None):
         layers = layers_of(model)
         for name, weight in state.weights.items():
             layers[name].weight = like(weight, layers[name].weight)

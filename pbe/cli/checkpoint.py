@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pbe.cli.errors import one_line_errors, printable
-from pbe.cli.flags import Parser, adapter
+from pbe.cli.flags import Parser, Renamed, adapter
 
 if TYPE_CHECKING:  # torch is not imported for `--help`
     from torch import Tensor
@@ -37,7 +38,8 @@ def parser(prog: str | None = None) -> Parser:
             sub.add_argument("--force", action="store_true", help="replace an existing output")
         return sub
 
-    add("inspect", inspect, "say what a checkpoint holds", "checkpoint", out=None)
+    sub = add("inspect", inspect, "say what a checkpoint, or a file of adapters, holds", "checkpoint", out=None)
+    sub.add_argument("--ckpt", type=Path, help="the checkpoint that adapters are for (default: the released sizes)")
 
     help = "give Stable Diffusion v1 (or its inpainting model) Paint by Example's nine inputs"
     sub = add("expand", partial(write, expand), help, "checkpoint")
@@ -65,11 +67,8 @@ def parser(prog: str | None = None) -> Parser:
     help = "make adapters, our own and others', part of a checkpoint's weights"
     sub = add("merge-adapter", partial(write, merge_adapter), help, "checkpoint")
     sub.add_argument("adapters", type=adapter, nargs="+", metavar="FILE[:STRENGTH]", help="strength: 1 if not given")
-    old = commands.add_parser("merge-lora")
-    old.add_argument("arguments", nargs="*")
-    for name in ("--weight", "--out"):
-        old.add_argument(name)
-    old.set_defaults(run=renamed, new="merge-adapter CHECKPOINT FILE[:STRENGTH]… --out FILE")
+    new = "merge-adapter CHECKPOINT FILE[:STRENGTH]… --out FILE"
+    commands.add_parser("merge-lora").add_argument("arguments", nargs=argparse.REMAINDER, action=Renamed, new=new)
 
     help = "put another checkpoint's autoencoder in the place of this one's"
     sub = add("set-vae", partial(write, set_vae), help, "checkpoint")
@@ -112,9 +111,13 @@ def write(contents: Callable[[argparse.Namespace], Contents], args: argparse.Nam
 
 
 def inspect(args: argparse.Namespace) -> int:
+    from pbe.checkpoints.adapters import is_of_adapters
+    from pbe.checkpoints.formats.opening import find_checkpoint
     from pbe.checkpoints.loading import open_recognised
     from pbe.checkpoints.surgery import describe
 
+    if is_of_adapters(find_checkpoint(args.checkpoint)):
+        return inspect_adapters(args)
     facts = describe(open_recognised(args.checkpoint))
     config = facts["config"]
     print(printable(f"{facts['file']}: {facts['layout']} ({facts['kind']})"))
@@ -130,6 +133,32 @@ def inspect(args: argparse.Namespace) -> int:
         print(f"  {name}: {printable(value)}")
     for reason, n in facts["not loaded"].items():
         print(f"  not loaded: {n} tensors ({reason})")
+    return 0
+
+
+def inspect_adapters(args: argparse.Namespace) -> int:
+    from pbe.checkpoints.adapters import read_adapter
+    from pbe.checkpoints.infer_config import shown
+    from pbe.checkpoints.loading import build, open_recognised
+    from pbe.checkpoints.meta_device import build_on_meta
+    from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
+
+    model = build(open_recognised(args.ckpt)) if args.ckpt else build_on_meta(PaintByExample, PaintByExampleConfig())
+    found = read_adapter(args.checkpoint, model)
+    updates = found.updates.values()
+    print(printable(f"{found.path}: adapters in {found.format} names, for {len(updates)} layers of the UNet"))
+    facts: dict[str, list[Any]] = {
+        "kind": [x.kind if x.magnitude is None else f"{x.kind} under DoRA" for x in updates],
+        "rank": [x.rank or "none" for x in updates],
+        "alpha": ["the rank" if x.alpha is None else f"{x.alpha:g}" for x in updates],
+        "targets": [".".join([part for part in name.split(".") if not part.isdigit()][-2:]) for name in found.updates],
+    }
+    for name, values in facts.items():
+        print(f"  {name}: " + ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common()))
+    for key, value in found.metadata.items():
+        print(printable(f"  {key}: {shown(value)}"))
+    if found.text:
+        print(f"  not loaded: {found.text} tensors (a text encoder's)")
     return 0
 
 
@@ -212,10 +241,6 @@ def merge_adapter(args: argparse.Namespace) -> Contents:
     distilled = getattr(model.config, "distilled", None)  # by the adapters too, of whatever they were trained on
     entry = entry_of(open_recognised(args.checkpoint))
     return model.state_dict(), entry | ({"distilled": dataclasses.asdict(distilled)} if distilled else {})
-
-
-def renamed(args: argparse.Namespace) -> int:
-    raise ValueError(f"{args.command} is now {args.new}")
 
 
 def set_vae(args: argparse.Namespace) -> Contents:

@@ -40,14 +40,15 @@ class Parser(argparse.ArgumentParser):
 
 
 class Renamed(argparse.Action):
-    """A flag's old name, which is an error that says the new one."""
+    """A flag's or a command's old name, which is an error that says the new one."""
 
     def __init__(self, new: str, **options: Any):
         super().__init__(**options)
         self.new = new
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
-        parser.error(f"{self.option_strings[0]} is now {self.new}")
+        old = self.option_strings[0] if self.option_strings else parser.prog
+        parser.error(f"{old} is now {self.new}")
 
 
 def add_renamed(parser: argparse.ArgumentParser, names: Mapping[str, str]) -> None:

@@ -93,7 +93,7 @@ class Update:
         on_meta = {name: torch.empty(x.shape, device="meta") for name, x in self.factors.items()}
         try:
             found = list(replace(self, factors=on_meta).matrix("meta").shape)
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             found = []
         if found not in [[shape[0], n * flat] for n in (shape[1], inputs)]:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in self.factors.items())

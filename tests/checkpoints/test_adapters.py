@@ -16,6 +16,7 @@ from pbe.checkpoints.key_map import KeyMap
 from pbe.checkpoints.layouts import diffusers_unet
 from pbe.checkpoints.seeding import seeded_state
 from pbe.checkpoints.writing import unet_json
+from pbe.cli.checkpoint import main
 from pbe.cli.flags import adapter
 from pbe.editing.loading import load_editor
 from pbe.models.paint_by_example import PaintByExample
@@ -261,8 +262,9 @@ KEY = "lora_unet_mid_block_resnets_0_time_emb_proj"  # 64 outputs, 128 inputs
             {f"{KEY}.lora_down.weight": torch.zeros(200, 128), f"{KEY}.lora_up.weight": torch.zeros(64, 200)},
             "rank is 200",
         ),
+        ({f"{KEY}.lora_mid.weight": torch.zeros(2, 2)}, r"lora_mid \(2, 2\)"),
         ({f"{KEY}.alpha": torch.tensor(float("nan"))}, "alpha of .* nan"),
-        ({f"{KEY}.alpha": torch.ones(7)}, "alpha of .* one number"),
+        ({f"{KEY}.alpha": torch.ones(7)}, r"alpha of .* \[1.0, 1.0\]"),
         ({f"{KEY}.dora_scale": torch.ones(63, 1)}, r"magnitude is \(63, 1\)"),
         ({f"{KEY}.hada_w1_a": torch.ones(2, 2)}, "make no LoRA, LoHa or LoKr"),
         ({f"{KEY}.lora_up.weight": torch.full((64, 2), float("inf"))}, "not finite in torch.float32"),
@@ -332,7 +334,7 @@ def test_prepared_models_have_them_folded_in(tmp_path):
 
 
 def test_a_model_for_editing_alone_has_them_in_its_precision(tiny_checkpoint, tmp_path):
-    path = save_kohya(tmp_path / "a.safetensors", [f"{ATTENTION}ff.net.2"])
+    path = save_kohya(tmp_path / "a.safetensors", [f"{ATTENTION}attn1.to_q", "up_blocks.0.upsamplers.0.conv"])
     editor = load_editor(tiny_checkpoint, "cpu", "float32", adapters=[path])
     model = pbe.load_model(tiny_checkpoint, "cpu", "float32", [path])
     assert (predict(editor) - predict(model)).abs().max() < 1e-5 * predict(model).abs().max()
@@ -357,3 +359,27 @@ def test_texts_of_a_file_and_its_strength(text, given):
 def test_a_file_of_adapters_is_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"a\.safetensors holds adapters alone"):
         pbe.load_model(save_kohya(tmp_path / "a.safetensors", ["conv_out"]))
+
+
+def test_the_command_s_old_name_says_the_new_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["merge-lora", "model.ckpt", "a.ckpt", "--weight", "1", "--out", "out.ckpt"])
+    assert "merge-lora is now merge-adapter CHECKPOINT" in capsys.readouterr().err
+
+
+def test_inspect(tiny_checkpoint, tmp_path, capsys):
+    names = [f"{ATTENTION}attn1.to_q", f"{ATTENTION}attn1.to_k", "mid_block.resnets.0.conv1"]
+    path = save_kohya(tmp_path / "a.safetensors", names, text=2)
+    assert main(["inspect", str(path), "--ckpt", str(tiny_checkpoint)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("adapters in kohya names, for 3 layers of the UNet")
+    assert lines[1:4] == ["  kind: LoRA (3)", "  rank: 2 (3)", "  alpha: 2 (3)"]
+    assert set(lines[4].removeprefix("  targets: ").split(", ")) == {
+        "attn1.to_q (1)",
+        "attn1.to_k (1)",
+        "middle_block.in_layers (1)",
+    }
+    assert "  ss_network_dim: '2'" in lines
+    assert lines[-1] == "  not loaded: 2 tensors (a text encoder's)"
+    assert main(["inspect", str(path)]) == 2
+    assert "a.safetensors does not fit the model" in capsys.readouterr().err

@@ -233,7 +233,6 @@ def test_merge(model, tmp_path, capsys):
     [
         (["seed", "--seed", "-1", "--out", "out.ckpt"], "--seed must be between 0 and"),
         (["seed", "--seed", str(2**64), "--out", "out.ckpt"], f"got {2**64}"),
-        (["merge-lora", "model.ckpt", "a.ckpt", "--weight", "1", "--out", "out.ckpt"], "is now merge-adapter"),
         # before the checkpoint, which is not there, is opened
         (["expand", "none.ckpt", "--seed", "-1", "--out", "out.ckpt"], "--seed must be between 0 and"),
         (["slim", "none.ckpt", "--out", "out.zip"], "name must end in .safetensors, .ckpt"),
