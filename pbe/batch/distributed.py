@@ -138,22 +138,3 @@ def row_runner(
         return lambda index: run(jobs[index])
 
     return set_up
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    checkpoint: Path,
-    device: str = "auto",
-    dtype: str = "auto",
-    low_memory: bool = False,
-    compile: Compile | None = None,
-    devices: int = 1,
-    num_nodes: int = 1,
-    redo: bool = False,
-    progress: bool = True,
-    adapters: Sequence[AdapterLike] = (),
-) -> list[Outcome] | None:
-    """Runs every job once, divided as by `divide`; raises as it and `load_editor` do."""
-    check_memory(low_memory, compile)
-    set_up = row_runner(jobs, checkpoint, dtype, low_memory, compile, redo, adapters)
-    return divide(len(jobs), set_up, device, devices, num_nodes, progress)

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pbe.checkpoints.formats.containers import parse_json
 from pbe.checkpoints.formats.lazy_tensors import release_mapped
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
-from pbe.checkpoints.infer_config import Hints, is_number, shown
+from pbe.checkpoints.infer_config import Hints, is_number
 from pbe.checkpoints.key_map import KeyMap, shorten
 from pbe.checkpoints.layouts import diffusers_unet, find_layout
+from pbe.io.json_text import parse_json, shown
 from pbe.models.adapters import FACTORS, Update
 from pbe.models.lora import TARGETS, LoRAConfig, check_plain, target_layers
 from pbe.models.paint_by_example import Distilled, PaintByExample
@@ -127,11 +127,13 @@ def open_adapter(path: str | Path) -> tuple[Checkpoint, dict[str, Any]]:
     file = open_checkpoint(path)
     beside, header = path.with_name("adapter_config.json"), file.extras.get("lora_adapter_metadata")
     if path.stem == "adapter_model" and beside.is_file():
-        settings = parse_json(beside.read_bytes(), str(beside))
-    elif header is not None:
-        settings = parse_json(str(header), f"the metadata entry 'lora_adapter_metadata' of {path}")
-    else:
+        header = beside.read_bytes()
+    elif header is None:
         return file, {}
+    try:
+        settings = parse_json(header)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its PEFT settings are not valid JSON ({error})") from None
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path}: its PEFT settings are {shown(settings)}; expected a JSON object")
     return file, {name.removeprefix("unet."): value for name, value in settings.items()}

@@ -138,9 +138,9 @@ def inspect(args: argparse.Namespace) -> int:
 
 def inspect_adapters(args: argparse.Namespace) -> int:
     from pbe.checkpoints.adapters import read_adapter
-    from pbe.checkpoints.infer_config import shown
     from pbe.checkpoints.loading import build, open_recognised
     from pbe.checkpoints.meta_device import build_on_meta
+    from pbe.io.json_text import shown
     from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
 
     model = build(open_recognised(args.ckpt)) if args.ckpt else build_on_meta(PaintByExample, PaintByExampleConfig())

@@ -194,7 +194,7 @@ def edit_batch(args: argparse.Namespace) -> int:
     if args.devices * args.num_nodes > 1 and (args.redo or not all(is_done(job, weights) for job in jobs)):
         from pbe.batch.distributed import divide, row_runner
 
-        set_up = row_runner(jobs, args.ckpt, args.dtype, args.low_memory, args.compile, args.redo)
+        set_up = row_runner(jobs, args.ckpt, args.dtype, args.low_memory, args.compile, args.redo, args.adapter)
         shared = divide(len(jobs), set_up, args.device, args.devices, args.num_nodes, not args.quiet)
         if shared is None:  # the first process reports for all
             return 0
@@ -206,25 +206,6 @@ def edit_batch(args: argparse.Namespace) -> int:
                 outcomes.append(run_row(load, job, weights, args.redo, callback=partial(show_step, bar)))
                 bar.update()
     return report(jobs, outcomes)
-
-
-def run_distributed(args: argparse.Namespace, jobs: Sequence[Job]) -> list[Outcome] | None:
-    """Runs the jobs in several processes; their outcomes in the first of them, None in the others."""
-    from pbe.batch.distributed import run_jobs
-
-    return run_jobs(
-        jobs,
-        args.ckpt,
-        args.device,
-        args.dtype,
-        args.low_memory,
-        args.compile,
-        devices=args.devices,
-        num_nodes=args.num_nodes,
-        redo=args.redo,
-        progress=not args.quiet,
-        adapters=args.adapter,
-    )
 
 
 def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:

@@ -40,7 +40,8 @@ exit code: 0 all done, 1 some items could not be generated, 2 nothing could be d
 
 def add_files(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     g = p.add_argument_group("files of weights")
-    g.add_argument("--ckpt", type=Path, help="Paint by Example: a checkpoint, a folder of diffusers, or demo")
+    about = "Paint by Example: a checkpoint, a folder of diffusers, or demo"
+    g.add_argument("--ckpt", type=Path, dest="paint_by_example", metavar="FILE", help=about)
     add_adapter(g)
     g.add_argument("--stable-diffusion", type=Path, metavar="FILE", help="Stable Diffusion v1, such as sd-v1-4.ckpt")
     g.add_argument("--vocabulary", type=Path, metavar="FILE", help="CLIP's: bpe_simple_vocab_16e6.txt.gz")

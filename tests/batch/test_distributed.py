@@ -130,11 +130,12 @@ def test_networks_visit_the_device_under_lightning_too(rows, tiny_checkpoint, mo
 def test_each_process_compiles(rows, tiny_checkpoint, monkeypatch):
     asked = []
 
-    def load(checkpoint, device, dtype, low_memory, compile):
-        asked.append((str(device), dtype, low_memory, compile))
+    def load(checkpoint, device, dtype, low_memory, compile, adapters):
+        asked.append((str(device), dtype, low_memory, compile, adapters))
         return load_editor(checkpoint, device, dtype)
 
     monkeypatch.setattr("pbe.batch.distributed.load_editor", load)
-    set_up = row_runner([], tiny_checkpoint, "float32", compile="regions")
-    assert divide(0, set_up, "cpu", progress=False) == []
-    assert asked == [("cpu", "float32", False, "regions")]
+    set_up = row_runner([], tiny_checkpoint, "float32", compile="regions", adapters=[("a.pt", 0.5)])
+    with pytest.raises(FileNotFoundError, match=r"a\.pt"):  # its name and checksum are in the results
+        divide(0, set_up, "cpu", progress=False)
+    assert asked == [("cpu", "float32", False, "regions", [("a.pt", 0.5)])]

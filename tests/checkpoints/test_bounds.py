@@ -14,6 +14,11 @@ import pytest
 import torch
 from conftest import TINY
 
+pytest.importorskip("hypothesis")
+
+from fuzz.pickled import a_state, a_tensor, text, torch_zip
+from fuzz.running import bounded
+
 from pbe.checkpoints.adapters import add_adapters
 from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, pbe_entry

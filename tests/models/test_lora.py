@@ -105,7 +105,7 @@ def test_what_adapters_distil_for_the_merged_model_says(tmp_path, capsys):
     assert pbe.load_model(paths[2], device="cpu").config == replace(TINY, distilled=distilled)
     save_adapters(adapted().state_dict(), tmp_path / "odd.ckpt", distilled={"sampler": "lcm"})
     assert main(["merge-adapter", paths[0], str(tmp_path / "odd.ckpt"), "--out", str(tmp_path / "no.ckpt")]) == 2
-    assert "odd.ckpt: distilled=a dict is not a mapping" in capsys.readouterr().err
+    assert "odd.ckpt: distilled={'sampler': 'lcm'} is not a mapping" in capsys.readouterr().err
 
 
 def test_the_tool_merges_adapters_into_a_checkpoint(tmp_path):
