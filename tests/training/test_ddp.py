@@ -12,7 +12,7 @@ def test_two_processes_are_one(tmp_path):
     ddp = ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2")
     process = toy_run.start(toy, f"run={tmp_path / 'two'}", *settings, *ddp)
     toy_run.run(toy, f"run={tmp_path / 'one'}", *settings, "data.batch_size=4")
-    assert "Starting with 2 processes" in toy_run.finish(process)
+    assert "MEMBER: 2/2" in toy_run.finish(process)
 
     one, two = (toy_run.checkpoint(tmp_path / name, 1)["optimizer_states"][0]["state"] for name in ("one", "two"))
     gradients = [(one[i]["exp_avg"] / (1 - BETA_1), two[i]["exp_avg"] / (1 - BETA_1)) for i in one]
