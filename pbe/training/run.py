@@ -31,7 +31,7 @@ from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics
 from pbe.training.callbacks.progress import StepsBar
 from pbe.training.callbacks.samples import SampleGrids
 from pbe.training.callbacks.stopping import StopSignals
-from pbe.training.config import PaintByExampleRun, Run, save_config, to_dict
+from pbe.training.config import PaintByExampleRun, Run, VAERun, save_config, to_dict
 from pbe.training.initialization import loaded_vae, starting_model, starting_vae
 from pbe.training.module import PaintByExampleTraining
 from pbe.training.resuming import newest_checkpoint, read_entries, restoring
@@ -207,16 +207,18 @@ def open_data(config: Run) -> ExampleDataModule:
 def make_module(config: Run) -> TrainingTask:
     """The networks where training starts, and how they are trained."""
     about = {"trained_on": f"{config.data.source.kind} {config.data.source.path}", "config": to_dict(config)}
-    if isinstance(config, PaintByExampleRun):
-        model = starting_model(config.model, config.seed)
-        size = model.config
-        check_sizes(config.data, size.vae.downsampling, size.exemplar.vision.image_size, size.resolution)
-        return PaintByExampleTraining(model, config.training, config.optimizer, about, config.seed)
-    if config.init == "scratch":
-        vae = starting_vae(config.size, config.seed)
-    else:  # where the encoder trains, the latents are measured again
-        vae = loaded_vae(config.init, latent_scale=1.0 if config.training.train == "all" else None)
-    return VAETraining(vae, config.training, config.optimizer, about)
+    match config:
+        case PaintByExampleRun():
+            model = starting_model(config.model, config.seed)
+            size = model.config
+            check_sizes(config.data, size.vae.downsampling, size.exemplar.vision.image_size, size.resolution)
+            return PaintByExampleTraining(model, config.training, config.optimizer, about, config.seed)
+        case VAERun():
+            if config.init == "scratch":
+                vae = starting_vae(config.size, config.seed)
+            else:  # where the encoder trains, the latents are measured again
+                vae = loaded_vae(config.init, latent_scale=1.0 if config.training.train == "all" else None)
+            return VAETraining(vae, config.training, config.optimizer, about)
 
 
 def make_trainer(config: Run, folder: Path, metrics: TrainingMetrics, stop: StopSignals) -> Trainer:
