@@ -29,6 +29,7 @@ class PreparedModel(PaintByExample):
         self.first_stage_model = vae
         self.cond_stage_model = model.cond_stage_model
         self.proj_out, self.learnable_vector = model.proj_out, model.learnable_vector
+        self.tiny_decoder = model.tiny_decoder
 
     @property
     def unet(self) -> PreparedUNet:
@@ -107,7 +108,7 @@ def prepare_for_inference(
             delattr(model, name)
         release_unneeded(given, prepared)
         dtype = dtype or prepared.dtype
-        for network in (prepared.unet, prepared.vae):
+        for network in filter(None, (prepared.unet, prepared.vae, prepared.tiny_decoder)):
             relayout(network, prepared.device, dtype, packed=compile is None)
         convert(prepared, dtype)
     if compile is not None:

@@ -18,13 +18,14 @@ from pbe.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
 from pbe.models.paint_by_example import Distilled, PaintByExampleConfig
 from pbe.models.stable_diffusion import StableDiffusionConfig
+from pbe.models.tiny_autoencoder import TinyConfig
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
 
-ModelSizes = PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConfig
+ModelSizes = PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConfig | TinyConfig
 
 MAX_HINT = 1 << 16  # of heads, or of pixels along a side
-Count = Annotated[int, Range(1, MAX_HINT)]
+TINY_PREFIX = "tiny_decoder."  # of a Paint by Example's own
 CLIP_HEAD_WIDTH = 64  # in every CLIP that OpenAI released
 DISTILLED = {
     "sampler": Literal["lcm", "tcd"],
@@ -69,6 +70,8 @@ class Hints:
                 raise CheckpointError(f"{shown(tower)} for the sizes of a CLIP tower; expected a JSON object")
             if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
                 raise CheckpointError(f"hidden_act={shown(tower['hidden_act'])}; only 'quick_gelu' is supported")
+        if clip.get("act_fn", "relu") != "relu":  # an AutoencoderTiny's
+            raise CheckpointError(f"act_fn={shown(clip['act_fn'])}; only 'relu' is supported")
         sample_size, widths = unet.get("sample_size"), vae.get("block_out_channels", ())
         if not isinstance(widths, list | tuple) or len(widths) > 16:
             raise CheckpointError(f"block_out_channels={shown(widths)}; expected a list of one width per level")
@@ -201,6 +204,9 @@ def paint_by_example_config(shapes: Shapes, hints: Hints) -> PaintByExampleConfi
             tokens=hints.exemplar_tokens or ExemplarConfig.tokens,
         ),
         resolution=hints.resolution or PaintByExampleConfig.resolution,
+        tiny_decoder=tiny_config(shapes, hints, TINY_PREFIX)
+        if any(n.startswith(TINY_PREFIX) for n in shapes)
+        else None,
         distilled=hints.distilled,
     )
 
@@ -247,10 +253,26 @@ def adm_config(shapes: Shapes, hints: Hints) -> ADMConfig:
     )
 
 
+def tiny_config(shapes: Shapes, hints: Hints, prefix: str = "") -> TinyConfig:
+    """Sizes of the TAESD network, encoder or decoder, whose parameters' names begin with `prefix` and a number."""
+    found = map(re.compile(rf"{re.escape(prefix)}(\d+)\.weight").fullmatch, shapes)
+    convolutions = sorted(int(m[1]) for m in found if m)
+    first, last = (shapes[f"{prefix}{i}.weight"] for i in (convolutions[0], convolutions[-1]))  # (out, in, 3, 3)
+    num_resamplings = sum(f"{prefix}{i}.bias" not in shapes for i in convolutions)  # they alone have none
+    return TinyConfig(
+        channels=first[0],
+        latent_channels=first[1] if convolutions[0] == 1 else last[0],  # a decoder begins with its clamp
+        num_resamplings=num_resamplings,
+        num_blocks=(count(shapes, f"{prefix}*.conv.") - 1) // num_resamplings,
+    )
+
+
 def pbe_entry(config: ModelSizes) -> dict[str, Any]:
     """The entry that files written by this library carry, from which `Hints.from_entry` reads the sizes back."""
     if isinstance(config, ADMConfig):
         return {"adm_head_channels": config.head_channels, "resolution": config.resolution}
+    if isinstance(config, TinyConfig):
+        return {}
     if isinstance(config, CLIPConfig):
         return {"vision_heads": config.vision.num_heads, "text_heads": config.text.num_heads}
     entry = {

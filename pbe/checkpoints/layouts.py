@@ -6,17 +6,19 @@ lists is an error, and a name that is dropped on purpose is listed with its reas
 """
 
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 from pbe.checkpoints import infer_config
 from pbe.checkpoints.infer_config import Hints, ModelSizes, Shapes
-from pbe.checkpoints.key_map import KeyMap, Rule, count, renamed, same
+from pbe.checkpoints.key_map import MAX_LAYERS, KeyMap, Rule, count, renamed, same
 from pbe.models.adm import ADM
 from pbe.models.clip import CLIP
 from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion
+from pbe.models.tiny_autoencoder import TinyAutoencoder, TinyDecoder, TinyEncoder
 
-Model = PaintByExample | StableDiffusion | CLIP | ADM
+Model = PaintByExample | StableDiffusion | CLIP | ADM | TinyAutoencoder | TinyDecoder | TinyEncoder
 
 POSITION_IDS = {r".*\.position_ids": "0, 1, 2, …"}
 TEXT_TOWER = ("embeddings", "encoder", "final_layer_norm")
@@ -58,7 +60,7 @@ ORIGINAL_VAE = [
 ]
 
 PAINT_BY_EXAMPLE = KeyMap(
-    [*same("model.diffusion_model", "cond_stage_model", "proj_out", "learnable_vector"), *ORIGINAL_VAE],
+    [*same("model.diffusion_model", "cond_stage_model", "proj_out", "learnable_vector", "tiny_decoder"), *ORIGINAL_VAE],
     ORIGINAL_DROPPED,
 )
 
@@ -118,6 +120,17 @@ def openai_clip(names: Collection[str]) -> KeyMap:
 # OpenAI's guided diffusion: the state dict of the UNet alone
 
 GUIDED_DIFFUSION = KeyMap(same("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TAESD's sequences; diffusers does not count the decoder's clamp
+
+TAESD = KeyMap(same(*map(str, range(MAX_LAYERS))))
+AUTOENCODER_TINY = KeyMap(
+    [
+        *renamed({f"encoder.{i}": f"encoder.layers.{i}" for i in range(MAX_LAYERS)}),
+        *renamed({f"decoder.{i + 1}": f"decoder.layers.{i}" for i in range(MAX_LAYERS)}),
+    ]
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # diffusers folders; names begin with the component's folder
@@ -236,6 +249,7 @@ def diffusers_folder(names: Collection[str]) -> KeyMap:
         *diffusers_image_encoder(count(names, "image_encoder.mapper.blocks.*.")),
         *renamed({SD_TEXT_MODEL: "text_encoder.text_model"}),
         *unnamed_tower(SD_TEXT_MODEL, "text_encoder", TEXT_TOWER),
+        *same("tiny_decoder"),
     ]
     return KeyMap(rules, {**POSITION_IDS, r"safety_checker\..*": "no safety checker is built in"})
 
@@ -312,6 +326,15 @@ LAYOUTS = (
         ADM,
         infer_config.adm_config,
         GUIDED_DIFFUSION,
+    ),
+    Layout("TAESD, its decoder", ("1.weight", "3.conv"), TinyDecoder, infer_config.tiny_config, TAESD),
+    Layout("TAESD, its encoder", ("0.weight", "1.conv"), TinyEncoder, infer_config.tiny_config, TAESD),
+    Layout(
+        "TAESD, diffusers' AutoencoderTiny",
+        ("encoder.layers", "decoder.layers"),
+        TinyAutoencoder,
+        partial(infer_config.tiny_config, prefix="decoder."),
+        AUTOENCODER_TINY,
     ),
 )
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pbe.checkpoints.formats.opening import CheckpointError
-from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry
-from pbe.checkpoints.key_map import mismatches, shorten
+from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry, shown
+from pbe.checkpoints.key_map import MAX_LAYERS, mismatches, shorten
 from pbe.checkpoints.loading import RecognisedCheckpoint, build
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.io.json_text import shown
@@ -253,6 +253,8 @@ NETWORKS = {
     "cond_stage_model.transformer.text_model": "CLIP text",
     "vision_model": "CLIP vision",
     "text_model": "CLIP text",
+    "tiny_decoder": "tiny decoder",
+    **dict.fromkeys(("encoder", "decoder", *map(str, range(MAX_LAYERS))), "TAESD"),
     **dict.fromkeys(("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"), "ADM"),
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pbe.checkpoints.infer_config import pbe_entry
-from pbe.checkpoints.key_map import KeyMap
+from pbe.checkpoints.key_map import KeyMap, same
 from pbe.checkpoints.layouts import diffusers_image_encoder, diffusers_unet, diffusers_vae
 from pbe.io.atomic import replacing, warn_once
 from pbe.models.clip import CLIP_MEAN, CLIP_STD, CLIPVisionConfig
@@ -102,6 +102,7 @@ def save_diffusers(
         *diffusers_unet(len(unet.channel_mult), unet.num_res_blocks, unet.attention_levels),
         *diffusers_vae(len(vae.channel_mult), vae.num_res_blocks),
         *diffusers_image_encoder(config.exemplar.mapper_layers),
+        *same("tiny_decoder"),
     ]
     mappings = KeyMap(rules).to_theirs(tensors)
     with replacing(folder, overwrite) as part:
@@ -109,6 +110,8 @@ def save_diffusers(
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_text(json.dumps(content, indent=2) + "\n")
         for component, file in COMPONENT_FILES.items():
+            if f"{component}/config.json" not in configs:
+                continue
             weights = {
                 name.removeprefix(f"{component}."): compact(mapping.build(*map(tensors.__getitem__, mapping.sources)))
                 for name, mapping in mappings.items()
@@ -121,6 +124,7 @@ COMPONENT_FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "image_encoder": "model.safetensors",
+    "tiny_decoder": "diffusion_pytorch_model.safetensors",
 }
 
 
@@ -135,6 +139,7 @@ def diffusers_configs(config: PaintByExampleConfig) -> dict[str, dict[str, Any]]
     latent_size = config.resolution // config.vae.downsampling
     scheduler = f"{config.distilled.sampler.upper()}Scheduler" if config.distilled else "PNDMScheduler"
     return {
+        **({"tiny_decoder/config.json": {"_class_name": "TinyDecoder"}} if config.tiny_decoder else {}),
         "model_index.json": {
             "_class_name": "PaintByExamplePipeline",
             "_diffusers_version": "0.12.0",

@@ -74,6 +74,10 @@ def parser(prog: str | None = None) -> Parser:
     sub = add("set-vae", partial(write, set_vae), help, "checkpoint")
     sub.add_argument("vae", type=Path, help="a checkpoint that holds an autoencoder of the same sizes")
 
+    help = "put TAESD's decoder beside the autoencoder, in the place of its own tiny decoder if it has one"
+    sub = add("set-tiny-decoder", partial(write, set_tiny_decoder), help, "checkpoint")
+    sub.add_argument("tiny_decoder", type=Path, help="a taesd_decoder.pth, or a checkpoint of the task tiny-decoder")
+
     sub = add("seed", seed, "write random weights in the original layout, for trials and timings", out="a .ckpt file")
     sub.add_argument("--size", choices=("full", "small"), default="small", help="the released model's, or small")
     sub.add_argument("--seed", type=int, default=0)
@@ -252,6 +256,14 @@ def set_vae(args: argparse.Namespace) -> Contents:
     size, state = read_vae(args.vae)
     entry = {**surgery.entry_of(checkpoint), "latent_scale": size.latent_scale}
     return surgery.set_vae(checkpoint, state), entry
+
+
+def set_tiny_decoder(args: argparse.Namespace) -> Contents:
+    from pbe.checkpoints.loading import load_model, open_recognised
+    from pbe.checkpoints.surgery import entry_of
+
+    model = load_model(args.checkpoint, "cpu", "stored", args.tiny_decoder)
+    return model.state_dict(), entry_of(open_recognised(args.checkpoint))
 
 
 def seed(args: argparse.Namespace) -> int:

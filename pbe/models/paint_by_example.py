@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pbe.models.exemplar import ExemplarConfig, ExemplarEncoder
+from pbe.models.tiny_autoencoder import TinyConfig, TinyDecoder
 from pbe.models.unet import UNet, UNetConfig
 from pbe.models.vae import AutoencoderKL, VAEConfig, pad_to_multiple
 
@@ -26,7 +27,8 @@ class Distilled:
 class PaintByExampleConfig:
     """Sizes of `PaintByExample`; the defaults are those of the released model.
 
-    `resolution` is the side in pixels of the pictures it was trained on, `distilled` is None for an ordinary model.
+    `resolution` is the side in pixels of the pictures it was trained on, `distilled` is None for an ordinary model. A
+    `tiny_decoder` stands beside the autoencoder, for drafts and previews.
     """
 
     unet: UNetConfig = UNetConfig()
@@ -34,6 +36,12 @@ class PaintByExampleConfig:
     exemplar: ExemplarConfig = ExemplarConfig()
     resolution: int = 512
     distilled: Distilled | None = None
+    tiny_decoder: TinyConfig | None = None
+
+    def __post_init__(self) -> None:
+        kinds = [f"{c.latent_channels} channels at 1/{c.downsampling}" for c in (self.vae, self.tiny_decoder) if c]
+        if len({*kinds}) > 1:
+            raise ValueError(f"the tiny decoder takes latents of {kinds[1]} of a picture's size, not of {kinds[0]}")
 
 
 class Condition(NamedTuple):
@@ -61,6 +69,7 @@ class PaintByExample(nn.Module):
         self.proj_out = nn.Linear(width, context_dim)
         self.learnable_vector = nn.Parameter(torch.empty(1, 1, context_dim))
         nn.init.normal_(self.learnable_vector)
+        self.tiny_decoder = TinyDecoder(config.tiny_decoder) if config.tiny_decoder else None
 
     @property
     def unet(self) -> UNet:

@@ -124,6 +124,8 @@ def _open_folder(path: Path) -> Checkpoint:
     if (path / "model_index.json").is_file():
         index = _read_json(path / "model_index.json")
         components = [name for name in COMPONENTS if _is_listed(index, name)]
+        if components and (path / "tiny_decoder").is_dir():  # this library's own, which diffusers would warn of
+            components.append("tiny_decoder")
         if not components:
             raise CheckpointError(f"{path / 'model_index.json'} lists none of {', '.join(COMPONENTS)}")
         parts = {f"{name}.": _read_component(path / name) for name in components}
