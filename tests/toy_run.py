@@ -14,10 +14,10 @@ from PIL import Image
 
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.cli.train import main
-from pbe.models.vae import VAEConfig
+from pbe.models.vae import AutoencoderKL, VAEConfig
 from pbe.training.callbacks.checkpoints import list_checkpoints, step_of
 from pbe.training.config import load_config
-from pbe.training.initialization import VAE_PREFIX, starting_model, starting_vae
+from pbe.training.initialization import VAE_PREFIX, seeded, starting_model
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_PICTURES = 12
@@ -78,7 +78,7 @@ def write(folder: Path) -> Path:
             picture[16:48, 20:44] = rng.integers(0, 256, (3,))
             Image.fromarray(picture.astype(np.uint8)).save(folder / "images" / f"{i}.png")
             rows.writerow([f"{i}.png", 64, 64, 20, 16, 44, 48])
-    vae = starting_vae(VAEConfig(channels=32, channel_mult=(1, 1), num_res_blocks=1, latent_scale=1.0), seed=0)
+    vae = seeded(AutoencoderKL, VAEConfig(channels=32, channel_mult=(1, 1), num_res_blocks=1, latent_scale=1.0), seed=0)
     state = {VAE_PREFIX + name: tensor for name, tensor in vae.state_dict().items()}
     torch.save({"state_dict": state, "pbe": {"latent_scale": 0.5}}, folder / "vae.ckpt")
     config = {

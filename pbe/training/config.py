@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pbe.data import recipe_config
@@ -19,6 +19,7 @@ from pbe.training.callbacks.samples import SamplesConfig
 from pbe.training.initialization import ModelConfig, known_size
 from pbe.training.module import TrainingConfig
 from pbe.training.optimizer import OptimizerConfig
+from pbe.training.tiny_decoder import TinyDecoderConfig
 from pbe.training.vae import VAETrainingConfig
 
 # Settings that have another name now, of recipes too.
@@ -85,8 +86,18 @@ class VAERun(RunConfig):
             raise ValueError("training.train=decoder needs init=, a checkpoint whose encoder stays as it is")
 
 
-Run = PaintByExampleRun | VAERun
-TASKS: dict[str, type[Run]] = {"paint_by_example": PaintByExampleRun, "vae": VAERun}
+@dataclass
+class TinyDecoderRun(RunConfig):
+    """Distilling a tiny decoder from an autoencoder."""
+
+    task: Literal["tiny-decoder"] = "tiny-decoder"
+    vae: str = MISSING
+    """A checkpoint of the original layout, whose autoencoder's decoding is learned."""
+    training: TinyDecoderConfig = field(default_factory=TinyDecoderConfig)
+
+
+Run = PaintByExampleRun | VAERun | TinyDecoderRun
+TASKS: dict[str, type[Run]] = {"paint_by_example": PaintByExampleRun, "vae": VAERun, "tiny-decoder": TinyDecoderRun}
 
 
 def load_config(settings: Sequence[str]) -> Run:

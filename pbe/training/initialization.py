@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
 from pbe.models.unet import SpatialTransformer, UNet
 from pbe.models.vae import AutoencoderKL, VAEConfig
 
+Network = TypeVar("Network", bound=nn.Module)
 Part = Literal["unet", "mapper", "final_ln", "proj_out", "null_context", "clip"]
 
 # The parts of the model that can be trained or started again, by how their parameters' names begin. The autoencoder is
@@ -102,11 +103,11 @@ def known_size(config: ModelConfig) -> PaintByExampleConfig | None:
     return size if isinstance(size, PaintByExampleConfig) else None
 
 
-def starting_vae(size: VAEConfig, seed: int) -> AutoencoderKL:
-    """An autoencoder with seeded weights."""
-    vae = build_on_meta(AutoencoderKL, size)
-    vae.load_state_dict(dict(initial_weights(vae, torch.Generator().manual_seed(seed))), assign=True)
-    return vae
+def seeded(model_class: Callable[[Any], Network], size: Any, seed: int) -> Network:
+    """A network with seeded weights."""
+    network = build_on_meta(model_class, size)
+    network.load_state_dict(dict(initial_weights(network, torch.Generator().manual_seed(seed))), assign=True)
+    return network
 
 
 def loaded_vae(path: str | Path, latent_scale: float | None = None) -> AutoencoderKL:

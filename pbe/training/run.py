@@ -19,6 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from pbe.data.datamodule import ExampleDataModule, check_sizes
 from pbe.io.atomic import locked
 from pbe.io.suggest import did_you_mean
+from pbe.models.tiny_autoencoder import TinyDecoder
+from pbe.models.vae import AutoencoderKL
 from pbe.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,
@@ -31,11 +33,12 @@ from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics
 from pbe.training.callbacks.progress import StepsBar
 from pbe.training.callbacks.samples import SampleGrids
 from pbe.training.callbacks.stopping import StopSignals
-from pbe.training.config import PaintByExampleRun, Run, VAERun, save_config, to_dict
-from pbe.training.initialization import loaded_vae, starting_model, starting_vae
+from pbe.training.config import PaintByExampleRun, Run, TinyDecoderRun, VAERun, save_config, to_dict
+from pbe.training.initialization import loaded_vae, seeded, starting_model
 from pbe.training.module import PaintByExampleTraining
 from pbe.training.resuming import newest_checkpoint, read_entries, restoring
 from pbe.training.task import TrainingTask
+from pbe.training.tiny_decoder import TinyDecoderTraining
 from pbe.training.vae import VAETraining
 
 # arguments of lightning.Trainer that the config has no say in
@@ -215,10 +218,14 @@ def make_module(config: Run) -> TrainingTask:
             return PaintByExampleTraining(model, config.training, config.optimizer, about, config.seed)
         case VAERun():
             if config.init == "scratch":
-                vae = starting_vae(config.size, config.seed)
+                vae = seeded(AutoencoderKL, config.size, config.seed)
             else:  # where the encoder trains, the latents are measured again
                 vae = loaded_vae(config.init, latent_scale=1.0 if config.training.train == "all" else None)
             return VAETraining(vae, config.training, config.optimizer, about)
+        case TinyDecoderRun():
+            vae = loaded_vae(config.vae)
+            decoder = seeded(TinyDecoder, config.training.size(vae.config), config.seed)
+            return TinyDecoderTraining(decoder, vae, config.training, config.optimizer, about)
 
 
 def make_trainer(config: Run, folder: Path, metrics: TrainingMetrics, stop: StopSignals) -> Trainer:

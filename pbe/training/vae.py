@@ -34,15 +34,53 @@ class VAETrainingConfig:
         check_fields(self, "training")
 
 
-class VAETraining(TrainingTask):
-    """Trains an autoencoder on the images of batches of `Example`.
+class DecodingTask(TrainingTask):
+    """Trains what decodes an autoencoder's latents, on the images of batches of `Example`.
+
+    The loss is the sum of the pictures' `errors`, weighted by `weights` of the same names.
+    """
+
+    val_loss = "val/l1"
+    weights: dict[str, float]
+
+    def __init__(self, vae: AutoencoderKL, optimizer: OptimizerConfig, about: Mapping[str, Any] | None = None):
+        super().__init__(optimizer, about)
+        self.vae = vae
+
+    def errors(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Each picture's errors, (B,) by name, with the noise (B, z, h, w) of its latent."""
+        raise NotImplementedError
+
+    def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> tuple[Example, Tensor]:
+        generators = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
+        return batch, randn(latent_shape(batch.image, self.vae.config), generators)
+
+    def training_step(self, batch: tuple[Example, Tensor], batch_idx: int) -> dict[str, Any]:
+        example, noise = batch
+        errors = self.errors(example.image, noise)
+        losses = torch.stack([self.weights[name] * x for name, x in errors.items()]).sum(dim=0)
+        metrics = {name: x.detach() for name, x in {"loss": losses, **errors}.items()}
+        return self.step_result(losses.mean(), example.file, metrics)
+
+    def on_validation_epoch_start(self) -> None:
+        self.sums = torch.zeros(len(self.weights) + 1, dtype=torch.float64)
+
+    def validation_step(self, batch: tuple[Example, Tensor], batch_idx: int) -> None:
+        errors = self.errors(batch[0].image, batch[1])
+        self.sums += torch.tensor([*(errors[name].sum().item() for name in self.weights), len(batch[1])])
+
+    def on_validation_epoch_end(self) -> None:
+        *sums, n = sum_over_processes(self.trainer, self.sums).tolist()
+        self.log_validation({f"val/{name}": x / n for name, x in zip(self.weights, sums, strict=True)})
+
+
+class VAETraining(DecodingTask):
+    """Trains an autoencoder.
 
     Its checkpoints have the autoencoder's keys as they are in Paint by Example, and an entry `pbe` with `about` and
     with the `latent_scale` that brings its latents to unit variance, measured on the validation pictures where the
     encoder trains.
     """
-
-    val_loss = "val/l1"
 
     def __init__(
         self,
@@ -51,45 +89,23 @@ class VAETraining(TrainingTask):
         optimizer: OptimizerConfig,
         about: Mapping[str, Any] | None = None,
     ):
-        super().__init__(optimizer, about)
+        super().__init__(vae, optimizer, about)
         if config.train == "all" and vae.config.latent_scale != 1:
             raise ValueError(f"an autoencoder is trained with latent_scale 1, got {vae.config.latent_scale}")
         if config.train == "decoder":
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        self.vae, self.config = vae, config
+        self.config, self.weights = config, {"l1": 1.0, "kl": config.kl_weight}
 
-    def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> tuple[Example, Tensor]:
-        generators = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
-        return batch, randn(latent_shape(batch.image, self.vae.config), generators)
-
-    def errors(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Each picture's mean absolute error and divergence from N(0, 1), (B,) both."""
+    def errors(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Each picture's mean absolute error and divergence from N(0, 1)."""
         posterior = self.vae.encode(image)
         mean, std = posterior.mean.float(), posterior.std.float()
         reconstruction = self.vae.decode(mean + std * noise)[..., : image.shape[-2], : image.shape[-1]]
         kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log())
-        return (reconstruction.float() - image).abs().flatten(1).mean(dim=1), kl.flatten(1).mean(dim=1)
+        return {"l1": mean_absolute(reconstruction.float() - image), "kl": kl.flatten(1).mean(dim=1)}
 
-    def training_step(self, batch: tuple[Example, Tensor], batch_idx: int) -> dict[str, Any]:
-        example, noise = batch
-        l1, kl = self.errors(example.image, noise)
-        losses = l1 + self.config.kl_weight * kl
-        metrics = {"loss": losses.detach(), "l1": l1.detach(), "kl": kl.detach()}
-        return self.step_result(losses.mean(), example.file, metrics)
-
-    # --- validation ---------------------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)
-
-    def validation_step(self, batch: tuple[Example, Tensor], batch_idx: int) -> None:
-        l1, kl = self.errors(batch[0].image, batch[1])
-        self.sums += torch.tensor([l1.sum().item(), kl.sum().item(), len(l1)], dtype=torch.float64)
-
-    def on_validation_epoch_end(self) -> None:
-        l1, kl, n = sum_over_processes(self.trainer, self.sums).tolist()
-        self.log_validation({"val/l1": l1 / n, "val/kl": kl / n})
+    # --- the latents' scale -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def measure_scale(self) -> float:
@@ -120,3 +136,8 @@ class VAETraining(TrainingTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {"vae." + name.removeprefix(VAE_PREFIX): x for name, x in state.items()}
+
+
+def mean_absolute(difference: Tensor) -> Tensor:
+    """The mean absolute value (B,) of each picture's difference (B, ...)."""
+    return difference.abs().flatten(1).mean(dim=1)

@@ -15,6 +15,7 @@ from pbe.training.initialization import ModelConfig
 from pbe.training.module import TrainingConfig
 from pbe.training.optimizer import OptimizerConfig
 from pbe.training.run import check_trainer
+from pbe.training.tiny_decoder import TinyDecoderConfig
 from pbe.training.vae import VAETrainingConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -75,7 +76,16 @@ def test_ablation_ends_in_the_paper_s_recipe():
 
 
 @pytest.mark.parametrize(
-    "owner", [TrainingConfig, VAETrainingConfig, OptimizerConfig, ModelConfig, CheckpointConfig, SamplesConfig]
+    "owner",
+    [
+        TrainingConfig,
+        VAETrainingConfig,
+        TinyDecoderConfig,
+        OptimizerConfig,
+        ModelConfig,
+        CheckpointConfig,
+        SamplesConfig,
+    ],
 )
 def test_every_setting_is_documented_under_its_field(owner):
     assert field_docs(owner).keys() == {field.name for field in fields(owner)}
@@ -116,7 +126,7 @@ def test_later_settings_win(tmp_path):
         (["training.val_timesteps=null"], r"training\.val_timesteps is a list, written \[a, b\]; got None"),
         (["training.train=[unet,vae]"], r"training\.train\[1\]: Invalid value 'vae', expected one of"),
         (["model.size.unet.model_chanels=4"], r"model\.size\.unet\.model_chanels: Key"),
-        (["task=diffusion"], r"task=diffusion is not one of paint_by_example, vae"),
+        (["task=diffusion"], r"task=diffusion is not one of paint_by_example, vae, tiny-decoder"),
         (["task=vae", "data.val_size=1", "model.init=x"], r"model: Key 'model' not in 'VAERun'"),
         (["run=${nowhere}"], r"run: Interpolation key 'nowhere' not found"),
         (["optimizer.warmup_steps=-1"], r"optimizer\.warmup_steps must be .* at least 0, got -1"),
