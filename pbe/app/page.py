@@ -6,10 +6,8 @@ and only the masks drawn come back from there.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
@@ -23,9 +21,10 @@ import numpy as np
 from PIL import Image
 
 from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, drawn_mask, to_value
-from pbe.app.serving import waiting_client
+from pbe.app.serving import waiting_client, with_previews, workplace
 from pbe.app.uploads import MAX_RESULTS, EditFiles, save_edits, take
 from pbe.batch.provenance import Weights
+from pbe.editing.preview import Preview
 from pbe.editing.settings import QUICK, SETTINGS, EditSettings, settings_for
 from pbe.images.pillow import open_image
 from pbe.images.reading import read_mask, read_picture
@@ -43,6 +42,7 @@ EXAMPLE_FILES = (  # image, mask, exemplar
     ("china.jpg", "china_mask.png", "shuttle.png"),
 )
 HEIGHT = 520  # of image and results
+NOTHING_NEW = (gr.skip(),) * 4  # of the results while they are painted
 INTRODUCTION = """
 # Paint by Example
 Load an image, and draw a mask over what to replace. Load an exemplar: a picture of what to put there. Then paint.
@@ -94,16 +94,6 @@ def reuse_result(results: list[tuple[str, str]], chosen: int) -> tuple[object, .
     return show(results[chosen][0], "image")
 
 
-@contextmanager
-def workplace() -> Iterator[Path]:
-    """A folder for one edit; the library's errors become messages on the page, without the folder's name."""
-    with tempfile.TemporaryDirectory(prefix="pbe-") as folder:
-        try:
-            yield Path(folder)
-        except (ValueError, OSError, MemoryError) as error:
-            raise gr.Error(str(error).replace(f"{folder}/", ""), print_exception=False) from error
-
-
 @dataclass(frozen=True)
 class Editor:
     """The edits of the page and of its endpoint for programs, by one model."""
@@ -135,10 +125,12 @@ class Editor:
             shown = drawn_mask(crop, exemplar.size)
             box = None if shown is None else mask_bounding_box(shown)
             files, settings = EditFiles(Path(image.path), mask, Path(exemplar.path), box), self.changed(controls)
-            paths = self.save(files, settings, num_images, folder, progress)
+            save = partial(self.save, files, settings, num_images, folder, progress)
+            paths = yield from with_previews(save, lambda images: (*NOTHING_NEW, gr.Gallery(images, visible=True)))
             results = [(path, f"seed {settings.seed + i}") for i, path in enumerate(paths)]
             # Gradio has copied the files when this function goes on, and the folder can go.
-            yield gr.Gallery(results, selected_index=0), 0, gr.DownloadButton(value=paths[0]), gr.Row(visible=True)
+            row, preview = gr.Row(visible=True), gr.Gallery(visible=False)
+            yield gr.Gallery(results, selected_index=0), 0, gr.DownloadButton(value=paths[0]), row, preview
 
     def edit(
         self,
@@ -159,7 +151,13 @@ class Editor:
             yield self.save(files, self.changed(controls), num_images, folder, progress)
 
     def save(
-        self, files: EditFiles, settings: EditSettings, num_images: object, folder: Path, progress: gr.Progress
+        self,
+        files: EditFiles,
+        settings: EditSettings,
+        num_images: object,
+        folder: Path,
+        progress: gr.Progress,
+        preview: Preview | None = None,
     ) -> list[str]:
         """`save_edits`, as long as somebody waits for it."""
         check = waiting_client()
@@ -169,7 +167,7 @@ class Editor:
             progress(step, desc=desc)
 
         with self.lock:
-            return save_edits(self.model, self.weights, files, settings, num_images, folder, tell)
+            return save_edits(self.model, self.weights, files, settings, num_images, folder, tell, preview)
 
     def changed(self, controls: dict[str, object]) -> EditSettings:
         """The settings with the controls' values: 20.0 from a program is 20, None from an emptied field is an error."""
@@ -297,6 +295,9 @@ def build_page(model: PaintByExample, weights: Weights, settings: EditSettings =
                 with gr.Row():
                     start = gr.Button("Paint", variant="primary", size="lg", scale=3, elem_id="paint")
                     cancel = gr.Button("Cancel", size="lg", scale=1, min_width=80, elem_id="cancel")
+                preview = gr.Gallery(
+                    label="Being painted", visible=False, interactive=False, height=180, elem_id="preview"
+                )
                 controls = edit_controls(editor.changed({}))
             with gr.Column(scale=5, min_width=400):
                 results = result_view()
@@ -309,7 +310,7 @@ def build_page(model: PaintByExample, weights: Weights, settings: EditSettings =
         painting = start.click(
             editor.paint,
             [image.upload, image.canvas, exemplar.upload, exemplar.canvas],
-            results[:4],
+            [*results[:4], preview],
             inputs_kwargs=controls,
             api_visibility="private",
             show_progress_on=results.gallery,

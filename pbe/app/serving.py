@@ -10,16 +10,21 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import gradio as gr
 from gradio.context import LocalContext
+from PIL import Image
 from starlette.middleware import Middleware
 
 from pbe.app.guard import Guard
+from pbe.editing.preview import Preview
 from pbe.images.pillow import PictureWarning
 from pbe.io.atomic import is_running
 
@@ -117,6 +122,31 @@ def files_of_page() -> Iterator[Path]:
         tempfile.tempdir = base
         del os.environ["GRADIO_TEMP_DIR"]
         os.environ.update({} if before is None else {"GRADIO_TEMP_DIR": before})
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder for one edit; the library's errors become messages on the page, without the folder's name."""
+    with tempfile.TemporaryDirectory(prefix="pbe-") as folder:
+        try:
+            yield Path(folder)
+        except (ValueError, OSError, MemoryError) as error:
+            raise gr.Error(str(error).replace(f"{folder}/", ""), print_exception=False) from error
+
+
+def with_previews(work: Callable[[Preview], list[str]], show: Callable[[Any], Any]) -> Generator[Any, None, Any]:
+    """What `show` makes of the pictures that `work`, in another thread, hands to its preview, as they come.
+
+    Returns what `work` returns, and raises what it raises.
+    """
+    queue: SimpleQueue[list[Image.Image] | None] = SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        # in this thread's context, by which Gradio and `waiting_client` know the edit
+        done = pool.submit(copy_context().run, work, lambda images, _: queue.put(images))
+        done.add_done_callback(lambda _: queue.put(None))
+        while images := queue.get():
+            yield show(images)
+    return done.result()
 
 
 def waiting_client() -> Callable[[], None]:

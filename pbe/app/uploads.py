@@ -16,6 +16,7 @@ from PIL import Image
 
 from pbe.batch.job import Job, read_inputs, run_job
 from pbe.batch.provenance import Weights, check_writable, provenance_of, save_result
+from pbe.editing.preview import Preview
 from pbe.editing.settings import EditSettings
 from pbe.images.pillow import UNREADABLE, open_image
 from pbe.images.reading import read_picture
@@ -48,10 +49,12 @@ def save_edits(
     num_images: object,
     folder: Path,
     progress: Callable[..., object],
+    preview: Preview | None = None,
 ) -> list[str]:
     """Edits and saves `num_images` results as PNG files with their provenance in `folder`; returns their paths.
 
-    The folder takes copies of the pictures under plain names, which provenance and error messages then hold.
+    The folder takes copies of the pictures under plain names, which provenance and error messages then hold. `preview`
+    is that of `pbe.edit`.
     ValueError, OSError and MemoryError as `pbe.edit`, and ValueError for more pixels or results than the page takes.
     """
     number: int = read("num_images", num_images, Annotated[int, Range(1, MAX_RESULTS)])
@@ -75,7 +78,7 @@ def save_edits(
         progress((next(done), total), desc="Painting")
 
     show_progress()
-    results = run_job(model, job, inputs, number, BATCH_SIZE, show_progress)
+    results = run_job(model, job, inputs, number, BATCH_SIZE, show_progress, preview)
     for i, (result, path) in enumerate(zip(results, paths, strict=True)):
         save_result(result, path, {**provenance, "seed": settings.seed + i})
     return [str(path) for path in paths]

@@ -125,6 +125,7 @@ def row_runner(
     dtype: str = "auto",
     low_memory: bool = False,
     compile: Compile | None = None,
+    tiny_decoder: Path | None = None,
     redo: bool = False,
     adapters: Sequence[AdapterLike] = (),
 ) -> Callable[[torch.device], Callable[[int], Outcome]]:
@@ -132,9 +133,29 @@ def row_runner(
     check_memory(low_memory, compile)
 
     def set_up(device: torch.device) -> Callable[[int], Outcome]:
-        model = load_editor(checkpoint, device, dtype, low_memory, compile, adapters)
+        model = load_editor(checkpoint, device, dtype, low_memory, compile, tiny_decoder)
         limit_threads(model)
-        run = partial(run_row, lambda: model, weights=identify(checkpoint, model.dtype, adapters), redo=redo)
+        weights = identify(checkpoint, model.dtype, tiny_decoder)
+        run = partial(run_row, lambda: model, weights=weights, redo=redo)
         return lambda index: run(jobs[index])
 
     return set_up
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    checkpoint: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    low_memory: bool = False,
+    compile: Compile | None = None,
+    tiny_decoder: Path | None = None,
+    devices: int = 1,
+    num_nodes: int = 1,
+    redo: bool = False,
+    progress: bool = True,
+) -> list[Outcome] | None:
+    """Runs every job once, divided as by `divide`; raises as it and `load_editor` do."""
+    check_memory(low_memory, compile)
+    set_up = row_runner(jobs, checkpoint, dtype, low_memory, compile, tiny_decoder, redo)
+    return divide(len(jobs), set_up, device, devices, num_nodes, progress)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    from pbe.editing.preview import Preview
     from pbe.images.reading import Picture
     from pbe.models.paint_by_example import Distilled, PaintByExample
     from pbe.sampling import Callback
@@ -141,6 +142,7 @@ def run_job(
     num_images: int = 1,
     batch_size: int = 4,
     callback: Callback | None = None,
+    preview: Preview | None = None,
 ) -> list[Image.Image]:
     """The results for the job's seed and the next ones; raises as `pbe.edit`, MemoryError on full memory."""
     import torch
@@ -157,6 +159,7 @@ def run_job(
             num_images=num_images,
             batch_size=batch_size,
             callback=callback,
+            preview=preview,
             **vars(job.settings),
         )
         return cast("list[Image.Image]", results)

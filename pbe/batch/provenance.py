@@ -32,11 +32,11 @@ class Weights(NamedTuple):
     checkpoint: str  # the file's name
     crc32: str
     dtype: str
-    adapters: tuple[dict[str, Any], ...] = ()  # of each the file's name, crc32 and strength
+    tiny_decoder_crc32: str | None = None  # of a file of its own
 
 
-def identify(checkpoint: Path, dtype: torch.dtype, adapters: Sequence[AdapterLike] = ()) -> Weights:
-    """The weights in a checkpoint, a file or a folder, and its adapters, as a model of `dtype` uses them.
+def identify(checkpoint: Path, dtype: torch.dtype, tiny_decoder: Path | None = None) -> Weights:
+    """The weights in a checkpoint, a file or a folder, as a model of `dtype` uses them; FileNotFoundError without it.
 
     FileNotFoundError where one of them is not there.
     """
@@ -68,7 +68,8 @@ def crc_of(checkpoint: Path) -> str:
             for start in sorted({i * max(size - SAMPLE_BYTES, 0) // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)}):
                 file.seek(start)
                 crc = zlib.crc32(file.read(SAMPLE_BYTES), crc)
-    return f"{crc:08x}"
+    tiny = identify(tiny_decoder, dtype).crc32 if tiny_decoder else None
+    return Weights(checkpoint.name, f"{crc:08x}", str(dtype).removeprefix("torch."), tiny)
 
 
 def checksums(job: Job) -> dict[str, str]:
@@ -81,6 +82,8 @@ def provenance_of(job: Job, weights: Weights, inputs: Mapping[str, str] | None =
     (`inputs`, where they are known already)."""
     row = json.loads(json.dumps(job.to_row()))  # lists for tuples, as they are read back
     del row["out"]
+    if job.settings.decoder == "tiny" and weights.tiny_decoder_crc32:
+        row["tiny_decoder_crc32"] = weights.tiny_decoder_crc32
     return row | {
         "inputs_crc32": dict(checksums(job) if inputs is None else inputs),
         "checkpoint": weights.checkpoint,

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -31,6 +32,7 @@ from pbe.editing.settings import COUNT, SETTINGS, EditSettings
 from pbe.io.fields import check
 
 if TYPE_CHECKING:
+    from PIL import Image
     from tqdm import tqdm
 
     from pbe.sampling import StepInfo
@@ -77,6 +79,7 @@ def parser(prog: str | None = None) -> Parser:
     )
     g.add_argument("-n", "--num-images", type=int, metavar="N", help="how many results (default 1)")
     g.add_argument("--batch-size", type=int, metavar="N", help="results sampled at a time (default 4)")
+    g.add_argument("--preview", metavar="FILE", help="a small picture of what is being painted, rewritten as it goes")
 
     add_model(p.add_argument_group("model"))
     about = "A distilled model begins with the sampler, steps and guidance that it was distilled for."
@@ -156,6 +159,12 @@ def edit_one(args: argparse.Namespace) -> int:
     provenance = {key: provenance_of(variant, weights, crc32) for key, variant in jobs.items()}
     for key, variant in jobs.items():
         check_writable(variant.path(variant.out), inputs.photo, provenance[key])
+    preview = partial(save_preview, Path(args.preview)) if args.preview else None
+    if preview:
+        replace(job, out=args.preview)  # ValueError where it is one of the inputs
+        if Path(args.preview).resolve() in [variant.path(variant.out).resolve() for variant in jobs.values()]:
+            raise ValueError(f"--preview {args.preview} is also a result: it would be overwritten")
+        preview([inputs.picture.to_rgb8()])  # what cannot be written shows now
     if is_lossy(job.out):
         say(f"note: {LOSSY}")
 
@@ -165,7 +174,8 @@ def edit_one(args: argparse.Namespace) -> int:
     results = {}
     with progress_bar(args, total=len(scales) * batches * job.settings.steps, unit="step") as bar:
         for guidance, (seed, count) in product(scales, runs(seeds)):
-            images = run_job(model, jobs[guidance, seed], inputs, count, batch_size, callback=partial(advance, bar))
+            tell = partial(advance, bar)
+            images = run_job(model, jobs[guidance, seed], inputs, count, batch_size, tell, preview)
             for key, image in zip([(guidance, seed + i) for i in range(count)], images, strict=True):
                 results[key] = image
                 save_result(image, jobs[key].path(jobs[key].out), provenance[key])
@@ -176,11 +186,23 @@ def edit_one(args: argparse.Namespace) -> int:
     return 0
 
 
+def save_preview(path: Path, pictures: Sequence[Image.Image], _: object = None) -> None:
+    """Saves pictures of one size side by side, of at most 256 pixels each."""
+    import numpy as np
+    from PIL import Image
+
+    from pbe.images.saving import save_picture
+
+    row = Image.fromarray(np.hstack([np.asarray(picture) for picture in pictures]))
+    row.thumbnail((256 * len(pictures), 256))
+    save_picture(row, path)
+
+
 # --- many photos ------------------------------------------------------------------------------------------
 
 
 def edit_batch(args: argparse.Namespace) -> int:
-    alone = (*FILES, "grid", "sweep_guidance", "seeds", "num_images", "batch_size")
+    alone = (*FILES, "preview", "grid", "sweep_guidance", "seeds", "num_images", "batch_size")
     given = [flag(name) for name in alone if getattr(args, name) is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} cannot be given with --batch: each row is one edit with its own files")
@@ -208,6 +230,25 @@ def edit_batch(args: argparse.Namespace) -> int:
     return report(jobs, outcomes)
 
 
+def run_distributed(args: argparse.Namespace, jobs: Sequence[Job]) -> list[Outcome] | None:
+    """Runs the jobs in several processes; their outcomes in the first of them, None in the others."""
+    from pbe.batch.distributed import run_jobs
+
+    return run_jobs(
+        jobs,
+        args.ckpt,
+        args.device,
+        args.dtype,
+        args.low_memory,
+        args.compile,
+        args.tiny_decoder,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        redo=args.redo,
+        progress=not args.quiet,
+    )
+
+
 def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:
     """Prints what became of the rows; returns the exit code."""
     count = Counter(outcome.status for outcome in outcomes)
@@ -227,7 +268,7 @@ def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:
 def weights_of(args: argparse.Namespace) -> Weights:
     from pbe.checkpoints.loading import choose_device, choose_dtype
 
-    return identify(args.ckpt, choose_dtype(args.dtype, choose_device(args.device)), args.adapter)
+    return identify(args.ckpt, choose_dtype(args.dtype, choose_device(args.device)), args.tiny_decoder)
 
 
 def is_lossy(out: str) -> bool:

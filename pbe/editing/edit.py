@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
+from pbe.editing.preview import Preview, with_previews
 from pbe.editing.settings import BY_SAMPLER, COUNT, SETTINGS, EditKeywords, EditSettings, settings_for
 from pbe.images import windows
 from pbe.images.pillow import PictureWarning
@@ -50,6 +51,8 @@ def edit(
     num_images: int = 1,
     batch_size: int = 4,
     callback: Callback | None = None,
+    preview: Preview | None = None,
+    preview_every: int = 5,
     **keywords: Unpack[EditKeywords],
 ) -> list[PictureLike]:
     """The photo with the masked region repainted as the exemplar's object, `num_images` times.
@@ -67,6 +70,9 @@ def edit(
         num_images: how many results: the first has the seed `seed`, the others `seed + 1`, …
         batch_size: how many results are sampled at once.
         callback: called with a `StepInfo` after each step, for each batch and region again.
+        preview: called after the first step, and each `preview_every`-th from there, with small pictures of what is
+            painted, 8-bit RGB images of Pillow, one for each result of the batch, and the `StepInfo`. What it or
+            `callback` raises ends the edit.
         keywords: the fields of `EditSettings`: steps, guidance, seed, … Where sampler, steps or guidance are not given,
             they are what the model was distilled for, and with the sampler comes its spacing; other values warn.
 
@@ -77,15 +83,20 @@ def edit(
     if not isinstance(model, PaintByExample):
         raise ValueError(f"editing needs a Paint by Example model, not a {type(model).__name__}")
     settings = settings_for(keywords, model.config.distilled)
-    for name, count in (("num_images", num_images), ("batch_size", batch_size)):
+    counts = {"num_images": num_images, "batch_size": batch_size, "preview_every": preview_every}
+    for name, count in counts.items():
         check(name, count, COUNT)
     check("the last result's seed", settings.seed + num_images - 1, SETTINGS["seed"])
+    if settings.decoder == "tiny" and model.tiny_decoder is None:
+        raise ValueError("decoder='tiny' needs a model with a tiny decoder: --tiny-decoder FILE, tiny_decoder=FILE")
     warn_of_low_start(settings)
     warn_of_distillation(settings, model.config.distilled)
     picture = read_picture(image)
     repaint = read_mask(mask, picture.size)
     if not isinstance(model, PreparedModel) and not is_compiled(model):  # what a user compiled is used as it is
         model = prepare_for_inference(model)  # for each edit: the weights may have changed since the last
+    if preview is not None:
+        callback = with_previews(model, callback, preview, preview_every)
     with on_device(model.cond_stage_model, model.device):
         context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights)
 
@@ -130,7 +141,8 @@ def edit_region(
         with on_device(model.unet, device):
             z_0 = sample_latents(model, condition, settings, settings.seed + first, callback)
         with on_device(model.vae, device):
-            edited = model.vae.decode(z_0.to(model.dtype))[..., : size[0], : size[1]]
+            tiny = model.tiny_decoder if settings.decoder == "tiny" else None
+            edited = (tiny or model.vae.decode)(z_0.to(model.dtype))[..., : size[0], : size[1]]
         check_finite(edited)
         if settings.composite and settings.seam == "poisson":
             edited = poisson_blend(edited, seen, keep)

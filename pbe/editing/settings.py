@@ -79,6 +79,8 @@ class EditSettings:
     reuse: Annotated[int, Range(1, 1000)] = 1
     """Run the whole network once in N evaluations, and between them only its outer blocks, on the deep features of that
     one: faster, and approximate; 1 is off."""
+    decoder: Literal["vae", "tiny"] = "vae"
+    """What makes pictures of latents: the autoencoder or, for drafts, the tiny decoder of a model that has one."""
 
     def __post_init__(self) -> None:
         for name, annotation in SETTINGS.items():
@@ -115,7 +117,7 @@ class EditSettings:
 
 SETTINGS = field_types(EditSettings)
 # Those that the model's own picture of a window follows from, beside the seed.
-SAMPLING = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing", "resolution", "reuse")
+SAMPLING = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing", "resolution", "reuse", "decoder")
 
 
 class EditKeywords(TypedDict, total=False):
@@ -136,6 +138,7 @@ class EditKeywords(TypedDict, total=False):
     margin: float
     resolution: int | None
     reuse: int
+    decoder: Literal["vae", "tiny"]
 
 
 def settings_for(

@@ -242,6 +242,37 @@ def test_progress_counts_the_steps_of_all_batches(model, files, tmp_path):
     assert told == [(done, 8) for done in range(9)]
 
 
+def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
+    """The components' updates, in the order of `result_view` with the previews after them."""
+    editor = app.Editor(model, WEIGHTS, EDIT_SETTINGS)
+    image, _ = app.open_upload(str(files["image"]), "image")
+    exemplar, _ = app.open_upload(str(files["exemplar"]), "exemplar")
+    drawn = to_value(Image.open(files["image"]), pixels(files["mask"]) > 0)
+    controls = {name: SETTINGS[name] for name in ("guidance", "steps", "seed", "sampler")}
+    *so_far, last = editor.paint(image, drawn, exemplar, None, 2, lambda *_, **__: None, **controls)
+    assert len(so_far) == 1  # after the first of four steps
+    for *results, preview in so_far:
+        assert results == [gr.skip()] * 4
+        assert preview.visible
+        assert len(preview.value) == 2
+    gallery, chosen, _, row, preview = last
+    assert [one["caption"] for one in gallery.value] == ["seed 7", "seed 8"]
+    assert chosen == 0
+    assert row.visible
+    assert not preview.visible
+
+
+def test_what_ends_an_edit_ends_its_previews():
+    def work(preview):
+        preview(["a"], None)
+        raise gr.Error("cancelled")
+
+    shown = serving.with_previews(work, "".join)
+    assert next(shown) == "a"
+    with pytest.raises(gr.Error, match="cancelled"):
+        next(shown)
+
+
 def test_a_cropped_exemplar_is_as_good_as_one_cut_before(model, files, tmp_path):
     noise = np.random.default_rng(1).integers(0, 256, (60, 50, 4), dtype=np.uint8)
     noise[..., 3] = 255 * (np.arange(50) > 20)  # see-through on the left
@@ -280,7 +311,7 @@ def test_a_cropped_exemplar_is_as_good_as_one_cut_before(model, files, tmp_path)
 def test_one_edit_runs_at_a_time(client, files, monkeypatch):
     running, most = threading.Semaphore(1), []
 
-    def run_job(model, job, inputs, num_images, batch_size, callback):
+    def run_job(model, job, inputs, num_images, batch_size, callback, preview):
         most.append(running.acquire(blocking=False))
         time.sleep(0.2)  # long enough for another to begin, if it could
         running.release()
@@ -398,9 +429,10 @@ def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monk
     monkeypatch.setattr("pbe.editing.loading.limit_threads", lambda model: None)
     monkeypatch.setattr(app, "build_page", page)
     flags = ["--device", "cpu", "--dtype", "float32", "--low-memory", "--compile", "regions"]
+    flags += ["--tiny-decoder", str(tiny_checkpoint)]
     assert main(flags) == main(["--ckpt", str(tiny_checkpoint)]) == 2
-    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions", []), DEMO]
-    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None, []), QUICK]
+    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions", tiny_checkpoint), DEMO]
+    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None, None), QUICK]
 
 
 def test_cuda_graphs_are_not_for_the_page_s_threads(monkeypatch, capsys):

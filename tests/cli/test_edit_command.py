@@ -66,7 +66,10 @@ def edits(monkeypatch) -> list[dict]:
         calls.append(settings)
         for _ in range(math.ceil(settings["num_images"] / settings["batch_size"])):
             for i in range(settings["steps"]):
-                settings["callback"](StepInfo(i, settings["steps"], 0, torch.zeros(1), torch.zeros(1)))
+                step = StepInfo(i, settings["steps"], 0, torch.zeros(1), torch.zeros(1))
+                settings["callback"](step)
+                if settings["preview"]:
+                    settings["preview"]([Image.new("RGB", (8, 4), (i, 0, 0))] * settings["num_images"], step)
         results = []
         for i in range(settings["num_images"]):
             result = image.source.copy()
@@ -231,6 +234,7 @@ def test_flags_reach_edit(cli, edits):
         "margin": 0.2,
         "resolution": 128,
         "reuse": 2,
+        "decoder": "tiny",
         "batch_size": 3,
         "num_images": 2,
     }
@@ -238,6 +242,7 @@ def test_flags_reach_edit(cli, edits):
     (settings,) = edits
     del settings["callback"]
     assert settings == {
+        "preview": None,
         "exemplar_weights": (1, 3),
         "steps": 4,
         "guidance": 3,
@@ -256,6 +261,7 @@ def test_flags_reach_edit(cli, edits):
         "margin": 0.2,
         "resolution": 128,
         "reuse": 2,
+        "decoder": "tiny",
     }
 
 
@@ -353,6 +359,16 @@ def test_progress_is_on_stderr_and_ends_full(cli, edits, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_preview_is_rewritten_at_each_step(cli, edits, folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("pbe.images.saving.save_picture", lambda image, path, *_: seen.append((image.copy(), path)))
+    assert cli(preview="so_far.png", num_images="2") == 0
+    previews = [image for image, path in seen if path == Path("so_far.png")]
+    assert previews[0].size == (100, 80)  # before the first step, the photo
+    assert [image.size for image in previews[1:]] == [(16, 4)] * 4
+    assert [image.getpixel((15, 3))[0] for image in previews[1:]] == [0, 1, 2, 3]
+
+
 def test_jpeg_says_that_it_changes_pixels(cli, edits, folder, capsys):
     assert cli(out="out.jpg") == 0
     assert capsys.readouterr().err.startswith("note: JPEG changes all pixels")
@@ -415,6 +431,10 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"out": "out.gif"}, "choose one of .png"),
         ({"out": "out"}, "choose one of .png"),
         ({"out": "photo.png"}, "also an input"),
+        ({"preview": "photo.png"}, "out photo.png is also an input"),
+        ({"preview": "out.png"}, "--preview out.png is also a result"),
+        ({"preview": "so_far.gif"}, "choose one of .png"),
+        ({"tiny_decoder": "none.pth"}, "none.pth: there is no such checkpoint"),
         ({"out": "dog.png/out.png"}, "dog.png"),
         ({"seeds": "5..1"}, "the number of seeds in 5..1"),
         ({"seeds": "1..8", "seed": "3"}, "--seeds and --seed contradict"),
@@ -429,6 +449,7 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"batch": "none.csv"}, "none.csv"),
         ({"batch": "photo.png"}, "ends in .csv or .jsonl"),
         ({"batch": "rows.csv", "image": "photo.png", "grid": True}, "--image and --grid cannot be given with --batch"),
+        ({"batch": "rows.csv", "preview": "so_far.png"}, "--preview cannot be given with --batch"),
         ({"batch": "rows.csv", "batch_size": "2"}, "--batch-size cannot be given with --batch"),
         ({"batch": "rows.csv", "num_images": "0"}, "--num-images cannot be given with --batch"),
         ({"batch": "rows.csv", "devices": "0"}, "at least 1"),
