@@ -125,37 +125,18 @@ def row_runner(
     dtype: str = "auto",
     low_memory: bool = False,
     compile: Compile | None = None,
-    tiny_decoder: Path | None = None,
     redo: bool = False,
     adapters: Sequence[AdapterLike] = (),
+    tiny_decoder: Path | None = None,
 ) -> Callable[[torch.device], Callable[[int], Outcome]]:
     """What loads the model by `load_editor` on a device and runs the jobs with it, for `divide`; raises as they do."""
     check_memory(low_memory, compile)
 
     def set_up(device: torch.device) -> Callable[[int], Outcome]:
-        model = load_editor(checkpoint, device, dtype, low_memory, compile, tiny_decoder)
+        model = load_editor(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder)
         limit_threads(model)
-        weights = identify(checkpoint, model.dtype, tiny_decoder)
+        weights = identify(checkpoint, model.dtype, adapters, tiny_decoder)
         run = partial(run_row, lambda: model, weights=weights, redo=redo)
         return lambda index: run(jobs[index])
 
     return set_up
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    checkpoint: Path,
-    device: str = "auto",
-    dtype: str = "auto",
-    low_memory: bool = False,
-    compile: Compile | None = None,
-    tiny_decoder: Path | None = None,
-    devices: int = 1,
-    num_nodes: int = 1,
-    redo: bool = False,
-    progress: bool = True,
-) -> list[Outcome] | None:
-    """Runs every job once, divided as by `divide`; raises as it and `load_editor` do."""
-    check_memory(low_memory, compile)
-    set_up = row_runner(jobs, checkpoint, dtype, low_memory, compile, tiny_decoder, redo)
-    return divide(len(jobs), set_up, device, devices, num_nodes, progress)

@@ -32,11 +32,14 @@ class Weights(NamedTuple):
     checkpoint: str  # the file's name
     crc32: str
     dtype: str
+    adapters: tuple[dict[str, Any], ...] = ()  # of each the file's name, crc32 and strength
     tiny_decoder_crc32: str | None = None  # of a file of its own
 
 
-def identify(checkpoint: Path, dtype: torch.dtype, tiny_decoder: Path | None = None) -> Weights:
-    """The weights in a checkpoint, a file or a folder, as a model of `dtype` uses them; FileNotFoundError without it.
+def identify(
+    checkpoint: Path, dtype: torch.dtype, adapters: Sequence[AdapterLike] = (), tiny_decoder: Path | None = None
+) -> Weights:
+    """The weights in a checkpoint, a file or a folder, and its adapters, as a model of `dtype` uses them.
 
     FileNotFoundError where one of them is not there.
     """
@@ -46,7 +49,8 @@ def identify(checkpoint: Path, dtype: torch.dtype, tiny_decoder: Path | None = N
     checkpoint = find_checkpoint(checkpoint)
     files = [(Path(path), strength) for path, strength in map(with_strength, adapters)]
     about = [{"file": path.name, "crc32": crc_of(path), "strength": strength} for path, strength in files]
-    return Weights(checkpoint.name, crc_of(checkpoint), str(dtype).removeprefix("torch."), tuple(about))
+    tiny = crc_of(tiny_decoder) if tiny_decoder else None
+    return Weights(checkpoint.name, crc_of(checkpoint), str(dtype).removeprefix("torch."), tuple(about), tiny)
 
 
 def crc_of(checkpoint: Path) -> str:
@@ -68,8 +72,7 @@ def crc_of(checkpoint: Path) -> str:
             for start in sorted({i * max(size - SAMPLE_BYTES, 0) // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)}):
                 file.seek(start)
                 crc = zlib.crc32(file.read(SAMPLE_BYTES), crc)
-    tiny = identify(tiny_decoder, dtype).crc32 if tiny_decoder else None
-    return Weights(checkpoint.name, f"{crc:08x}", str(dtype).removeprefix("torch."), tiny)
+    return f"{crc:08x}"
 
 
 def checksums(job: Job) -> dict[str, str]:

@@ -26,6 +26,7 @@ ModelSizes = PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConf
 
 MAX_HINT = 1 << 16  # of heads, or of pixels along a side
 TINY_PREFIX = "tiny_decoder."  # of a Paint by Example's own
+Count = Annotated[int, Range(1, MAX_HINT)]
 CLIP_HEAD_WIDTH = 64  # in every CLIP that OpenAI released
 DISTILLED = {
     "sampler": Literal["lcm", "tcd"],

@@ -1,6 +1,7 @@
 """From a file to a model: recognise, infer sizes, build on the meta device, fill tensor by tensor."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from pbe.checkpoints.key_map import KeyMap, TensorMapping, mismatches, shorten
 from pbe.checkpoints.layouts import LAYOUTS, Layout, Model, find_layout
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.models.paint_by_example import PaintByExample
+from pbe.models.stable_diffusion import StableDiffusion
 from pbe.models.tiny_autoencoder import TinyAutoencoder, TinyDecoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,6 +26,7 @@ def load_model(
     path: str | Path,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    adapters: Sequence[AdapterLike] = (),
     tiny_decoder: str | Path | None = None,
 ) -> Model:
     """The model that a checkpoint holds, in evaluation mode.
@@ -32,8 +35,9 @@ def load_model(
     the small Paint by Example that is part of this package.
     `device` "auto" is CUDA, else MPS, else the CPU. `dtype` "auto" is what edits fast there (`choose_dtype`): to train
     the model, or to save it, ask for "float32". "stored" leaves each tensor as it is in the file, whose layers may
-    differ, for `prepare_for_inference` to convert. `tiny_decoder` is a file or folder with TAESD's decoder, for a Paint
-    by Example's drafts and previews, in the place of its own if it has one.
+    differ, for `prepare_for_inference` to convert. `adapters` are files of them, or pairs of a file and its strength
+    (`pbe.add_adapters`). `tiny_decoder` is a file or folder with TAESD's decoder, for a Paint by Example's drafts and
+    previews, in the place of its own if it has one.
 
     What is not converted is memory-mapped on the CPU, not read: keep the file where it is while the model is in use.
     Otherwise tensors are converted one by one, so that the file's contents never stand in memory beside the model.
@@ -48,6 +52,10 @@ def load_model(
     model = build(checkpoint)
     state = {name: checkpoint.tensor(name, device, converted) for name in checkpoint.mappings}
     model.load_state_dict(state, assign=True)
+    if adapters:
+        if not isinstance(model, PaintByExample | StableDiffusion):
+            raise ValueError(f"{path} is {checkpoint.layout.name}, which takes no adapters")
+        add_adapters(model, *adapters)
     if tiny_decoder is not None:
         if not isinstance(model, PaintByExample):
             raise ValueError(f"{path} holds {type(model).__name__}; a tiny decoder is for Paint by Example")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pbe.checkpoints.formats.opening import CheckpointError
-from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry, shown
+from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry
 from pbe.checkpoints.key_map import MAX_LAYERS, mismatches, shorten
 from pbe.checkpoints.loading import RecognisedCheckpoint, build
 from pbe.checkpoints.meta_device import build_on_meta

@@ -69,8 +69,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         raise ValueError("--compile whole makes CUDA graphs, which one thread alone can replay: use --compile regions")
     auth = credentials(args.auth, args.no_auth, not is_loopback(args.host))
     model = load_for(args)
-    with interrupted_once(), files_of_page() as files, warnings_on_page():
-        weights = identify(args.ckpt, model.dtype, args.tiny_decoder)
+    ends = handling(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with ends, files_of_page() as files, warnings_on_page():
+        weights = identify(args.ckpt, model.dtype, args.adapter, args.tiny_decoder)
         page = build_page(model, weights, quick_settings(args.ckpt))
         address = serve(page, args.host, args.port, auth, tuple(args.allow_host), files)
         print(f"serving at {address} (Ctrl+C ends it)", flush=True)

@@ -262,7 +262,7 @@ def set_tiny_decoder(args: argparse.Namespace) -> Contents:
     from pbe.checkpoints.loading import load_model, open_recognised
     from pbe.checkpoints.surgery import entry_of
 
-    model = load_model(args.checkpoint, "cpu", "stored", args.tiny_decoder)
+    model = load_model(args.checkpoint, "cpu", "stored", tiny_decoder=args.tiny_decoder)
     return model.state_dict(), entry_of(open_recognised(args.checkpoint))
 
 

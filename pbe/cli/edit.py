@@ -216,7 +216,8 @@ def edit_batch(args: argparse.Namespace) -> int:
     if args.devices * args.num_nodes > 1 and (args.redo or not all(is_done(job, weights) for job in jobs)):
         from pbe.batch.distributed import divide, row_runner
 
-        set_up = row_runner(jobs, args.ckpt, args.dtype, args.low_memory, args.compile, args.redo, args.adapter)
+        form = (args.dtype, args.low_memory, args.compile)
+        set_up = row_runner(jobs, args.ckpt, *form, args.redo, args.adapter, args.tiny_decoder)
         shared = divide(len(jobs), set_up, args.device, args.devices, args.num_nodes, not args.quiet)
         if shared is None:  # the first process reports for all
             return 0
@@ -228,25 +229,6 @@ def edit_batch(args: argparse.Namespace) -> int:
                 outcomes.append(run_row(load, job, weights, args.redo, callback=partial(show_step, bar)))
                 bar.update()
     return report(jobs, outcomes)
-
-
-def run_distributed(args: argparse.Namespace, jobs: Sequence[Job]) -> list[Outcome] | None:
-    """Runs the jobs in several processes; their outcomes in the first of them, None in the others."""
-    from pbe.batch.distributed import run_jobs
-
-    return run_jobs(
-        jobs,
-        args.ckpt,
-        args.device,
-        args.dtype,
-        args.low_memory,
-        args.compile,
-        args.tiny_decoder,
-        devices=args.devices,
-        num_nodes=args.num_nodes,
-        redo=args.redo,
-        progress=not args.quiet,
-    )
 
 
 def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:
@@ -268,7 +250,8 @@ def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:
 def weights_of(args: argparse.Namespace) -> Weights:
     from pbe.checkpoints.loading import choose_device, choose_dtype
 
-    return identify(args.ckpt, choose_dtype(args.dtype, choose_device(args.device)), args.tiny_decoder)
+    dtype = choose_dtype(args.dtype, choose_device(args.device))
+    return identify(args.ckpt, dtype, args.adapter, args.tiny_decoder)
 
 
 def is_lossy(out: str) -> bool:

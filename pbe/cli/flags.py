@@ -104,6 +104,7 @@ def add_model(group: Group, default: Path | None = None) -> None:
         help="a checkpoint, a folder of diffusers, or demo, the small model that comes with this package"
         + (f" (default: {default})" if default else ""),
     )
+    add_adapter(group)
     group.add_argument(
         "--tiny-decoder", type=Path, metavar="FILE", help="TAESD's decoder, for --decoder tiny and previews"
     )
@@ -173,6 +174,7 @@ def load_for(args: argparse.Namespace) -> PaintByExample:
     """The model that the flags of `add_model` ask for, ready for editing."""
     from pbe.editing.loading import limit_threads, load_editor
 
-    model = load_editor(args.ckpt, args.device, args.dtype, args.low_memory, args.compile, args.tiny_decoder)
+    form = (args.dtype, args.low_memory, args.compile)
+    model = load_editor(args.ckpt, args.device, *form, args.adapter, args.tiny_decoder)
     limit_threads(model)
     return model

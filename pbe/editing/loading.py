@@ -23,6 +23,7 @@ def load_editor(
     dtype: str = "auto",
     low_memory: bool = False,
     compile: Compile | None = None,
+    adapters: Sequence[AdapterLike] = (),
     tiny_decoder: Path | None = None,
 ) -> PaintByExample:
     """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone, with its adapters.
@@ -42,7 +43,7 @@ def load_editor(
     chosen = choose_device(device)
     home, precision = choose_device("cpu") if low_memory else chosen, choose_dtype(dtype, chosen)
     # on the CPU preparing converts what is mapped, with no copy between; to a device the least is sent
-    model = load_model(checkpoint, home, "stored" if home.type == "cpu" else precision, tiny_decoder)
+    model = load_model(checkpoint, home, "stored" if home.type == "cpu" else precision, tiny_decoder=tiny_decoder)
     if not isinstance(model, PaintByExample):
         raise ValueError(f"{checkpoint} holds {type(model).__name__}, editing needs Paint by Example")
     if adapters:

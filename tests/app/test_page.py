@@ -431,8 +431,8 @@ def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monk
     flags = ["--device", "cpu", "--dtype", "float32", "--low-memory", "--compile", "regions"]
     flags += ["--tiny-decoder", str(tiny_checkpoint)]
     assert main(flags) == main(["--ckpt", str(tiny_checkpoint)]) == 2
-    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions", tiny_checkpoint), DEMO]
-    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None, None), QUICK]
+    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions", [], tiny_checkpoint), DEMO]
+    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None, [], None), QUICK]
 
 
 def test_cuda_graphs_are_not_for_the_page_s_threads(monkeypatch, capsys):

@@ -130,7 +130,7 @@ def test_networks_visit_the_device_under_lightning_too(rows, tiny_checkpoint, mo
 def test_each_process_compiles(rows, tiny_checkpoint, monkeypatch):
     asked = []
 
-    def load(checkpoint, device, dtype, low_memory, compile, adapters):
+    def load(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder):
         asked.append((str(device), dtype, low_memory, compile, adapters))
         return load_editor(checkpoint, device, dtype)
 

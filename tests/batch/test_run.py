@@ -493,6 +493,21 @@ def test_edit_of_an_edit_has_its_own_settings(folder, edits):
 # --- settings ---------------------------------------------------------------------------------------------
 
 
+def test_a_tiny_decoder_s_file_is_in_the_provenance_of_its_drafts(tmp_path):
+    for name in ("photo.png", "mask.png", "dog.png", "tiny.pth", "model.ckpt"):
+        (tmp_path / name).write_text(name)
+    weights = identify(tmp_path / "model.ckpt", torch.float32, tiny_decoder=tmp_path / "tiny.pth")
+    row = {"image": "photo.png", "mask": "mask.png", "exemplar": "dog.png", "out": "a.png"}
+    draft, exact = (
+        provenance_of(Job.from_row({**row, "decoder": name}, tmp_path), weights) for name in ("tiny", "vae")
+    )
+    assert draft["tiny_decoder_crc32"] == identify(tmp_path / "tiny.pth", torch.float32).crc32
+    assert "tiny_decoder_crc32" not in exact
+    assert (
+        exact["checkpoint_crc32"] == draft["checkpoint_crc32"] == identify(tmp_path / "model.ckpt", torch.float32).crc32
+    )
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
 def test_provenance_is_read_back_from_a_picture(tmp_path, suffix):
     for name in ("photo.png", "mask.png", "ä.png", "b.png"):
