@@ -7,7 +7,8 @@ adapters holds those tensors alone, a few megabytes (`pbe.checkpoints.adapters`,
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,8 @@ class LoRAConfig:
 class LoRALinear(nn.Linear):
     """A linear layer and its low-rank adapter, which starts as nothing: `lora_up` is zero."""
 
+    enabled = True  # see `adapters_off`
+
     def __init__(self, layer: nn.Linear, config: LoRAConfig, generator: torch.Generator):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
@@ -51,7 +54,8 @@ class LoRALinear(nn.Linear):
         self.lora_up = nn.Parameter(layer.weight.new_zeros(layer.out_features, config.rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_down), self.lora_up)
+        y = super().forward(x)
+        return y + self.scale * F.linear(F.linear(x, self.lora_down), self.lora_up) if self.enabled else y
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -97,6 +101,19 @@ def adapt(
     for name, layer in layers.items():
         model.set_submodule(name, LoRALinear(layer, config, generator))
     return [parameter for name, parameter in model.named_parameters() if is_adapter(name)]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before `add_lora`."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from pbe.data.recipe_config import override_recipe
 from pbe.models.vae import VAEConfig
 from pbe.training.callbacks.checkpoints import CheckpointConfig
 from pbe.training.callbacks.samples import SamplesConfig
+from pbe.training.distillation import DISTILLED_EDIT, DistillationConfig
 from pbe.training.initialization import ModelConfig, known_size
 from pbe.training.module import TrainingConfig
 from pbe.training.optimizer import OptimizerConfig
@@ -52,10 +53,9 @@ class RunConfig:
 
 
 @dataclass
-class PaintByExampleRun(RunConfig):
-    """Training Paint by Example."""
+class ModelRun(RunConfig):
+    """Training networks of Paint by Example, to edit better or in fewer steps."""
 
-    task: Literal["paint_by_example"] = "paint_by_example"
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -65,6 +65,36 @@ class PaintByExampleRun(RunConfig):
             raise ValueError(
                 "samples are made of validation pictures: set data.val_size or data.val_source, "
                 "or samples.every_n_steps=null"
+            )
+
+
+@dataclass
+class PaintByExampleRun(ModelRun):
+    """Training Paint by Example."""
+
+    task: Literal["paint_by_example"] = "paint_by_example"
+
+
+@dataclass
+class DistillationRun(ModelRun):
+    """Distilling Paint by Example into one that edits in a few steps."""
+
+    task: Literal["distill"] = "distill"
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(train=["unet"], drop_exemplar=0.0, val_timesteps=[259, 499, 759, 999])
+    )
+    samples: SamplesConfig = field(default_factory=lambda: SamplesConfig(edit={**DISTILLED_EDIT, "seed": 0}))
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        training = self.training
+        if training.train != ["unet"] and not training.lora:
+            raise ValueError(f"training.train={training.train}: a student is [unet] or, with train=[], training.lora")
+        if training.drop_exemplar or training.loss != "noise":
+            raise ValueError(
+                "distillation has a loss of its own and no exemplar is dropped: set training.loss=noise and "
+                f"drop_exemplar=0, got {training.loss} and {training.drop_exemplar:g}"
             )
 
 
@@ -86,18 +116,8 @@ class VAERun(RunConfig):
             raise ValueError("training.train=decoder needs init=, a checkpoint whose encoder stays as it is")
 
 
-@dataclass
-class TinyDecoderRun(RunConfig):
-    """Distilling a tiny decoder from an autoencoder."""
-
-    task: Literal["tiny-decoder"] = "tiny-decoder"
-    vae: str = MISSING
-    """A checkpoint of the original layout, whose autoencoder's decoding is learned."""
-    training: TinyDecoderConfig = field(default_factory=TinyDecoderConfig)
-
-
-Run = PaintByExampleRun | VAERun | TinyDecoderRun
-TASKS: dict[str, type[Run]] = {"paint_by_example": PaintByExampleRun, "vae": VAERun, "tiny-decoder": TinyDecoderRun}
+Run = PaintByExampleRun | DistillationRun | VAERun
+TASKS: dict[str, type[Run]] = {"paint_by_example": PaintByExampleRun, "distill": DistillationRun, "vae": VAERun}
 
 
 def load_config(settings: Sequence[str]) -> Run:
@@ -121,7 +141,7 @@ def load_config(settings: Sequence[str]) -> Run:
         config = cast(Run, OmegaConf.to_object(merge(OmegaConf.structured(TASKS[task]), merged, origin)))
     except OmegaConfBaseException as error:  # such as an interpolation that leads nowhere
         raise ValueError(f"{origin}: {explain(error)}") from None
-    size = known_size(config.model) if isinstance(config, PaintByExampleRun) and open_sizes else None
+    size = known_size(config.model) if isinstance(config, ModelRun) and open_sizes else None
     if size is not None:
         sizes = {"resolution": size.resolution, "exemplar_size": size.exemplar.vision.image_size}
         missing = {name: sizes[name] for name in open_sizes}

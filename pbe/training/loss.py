@@ -31,13 +31,24 @@ def training_losses(
     drop_exemplar_by: Literal["sample", "batch"] = "sample",
 ) -> Tensor:
     """Each draw's mean squared error (K B,) of the predicted noise, from pictures on; the loss is their mean."""
+    z_0, condition = encode_draws(model, batch, drop_exemplar, drop_exemplar_by)
+    return denoising_losses(model, schedule, z_0, condition, batch.draws.t, batch.draws.noise)
+
+
+def encode_draws(
+    model: PaintByExample,
+    batch: TrainingBatch,
+    drop_exemplar: float,
+    drop_exemplar_by: Literal["sample", "batch"] = "sample",
+) -> tuple[Tensor, Condition]:
+    """`encode` for each of the K B draws, with the exemplars that are dropped."""
     example, draws = batch
     z_0, condition = encode(model, example, draws.posterior_noise)
     K = len(draws.t) // len(z_0)  # each picture is encoded once
     z_0, z_masked, mask = (x.repeat(K, 1, 1, 1) for x in (z_0, condition.z_masked, condition.mask))
     context = condition.context.repeat(K, 1, 1)
     context = drop_exemplars(context, model.null_context, draws.drop, drop_exemplar, drop_exemplar_by)
-    return denoising_losses(model, schedule, z_0, Condition(z_masked, mask, context), draws.t, draws.noise)
+    return z_0, Condition(z_masked, mask, context)
 
 
 def denoising_losses(

@@ -33,8 +33,9 @@ from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics
 from pbe.training.callbacks.progress import StepsBar
 from pbe.training.callbacks.samples import SampleGrids
 from pbe.training.callbacks.stopping import StopSignals
-from pbe.training.config import PaintByExampleRun, Run, TinyDecoderRun, VAERun, save_config, to_dict
-from pbe.training.initialization import loaded_vae, seeded, starting_model
+from pbe.training.config import DistillationRun, ModelRun, PaintByExampleRun, Run, VAERun, save_config, to_dict
+from pbe.training.distillation import ConsistencyDistillation
+from pbe.training.initialization import loaded_vae, starting_model, starting_vae
 from pbe.training.module import PaintByExampleTraining
 from pbe.training.resuming import newest_checkpoint, read_entries, restoring
 from pbe.training.task import TrainingTask
@@ -158,7 +159,7 @@ def check_resume(config: Run, last: Path, resume: bool) -> None:
         )
     before, now = read_entries(last)["pbe"]["config"], to_dict(config)
     changed = []
-    for section in ("task", "seed", "model", "size", "training", "optimizer", "data", "trainer"):
+    for section in ("task", "seed", "model", "size", "training", "distillation", "optimizer", "data", "trainer"):
         old, new = flatten(before.get(section), section), flatten(now.get(section), section)
         changed += [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and matters(key)]
     if changed:
@@ -211,11 +212,14 @@ def make_module(config: Run) -> TrainingTask:
     """The networks where training starts, and how they are trained."""
     about = {"trained_on": f"{config.data.source.kind} {config.data.source.path}", "config": to_dict(config)}
     match config:
-        case PaintByExampleRun():
+        case PaintByExampleRun() | DistillationRun():
             model = starting_model(config.model, config.seed)
             size = model.config
             check_sizes(config.data, size.vae.downsampling, size.exemplar.vision.image_size, size.resolution)
-            return PaintByExampleTraining(model, config.training, config.optimizer, about, config.seed)
+            settings = (config.training, config.optimizer, about, config.seed)
+            if isinstance(config, DistillationRun):
+                return ConsistencyDistillation(model, config.distillation, *settings)
+            return PaintByExampleTraining(model, *settings)
         case VAERun():
             if config.init == "scratch":
                 vae = seeded(AutoencoderKL, config.size, config.seed)
@@ -233,7 +237,7 @@ def make_trainer(config: Run, folder: Path, metrics: TrainingMetrics, stop: Stop
     callbacks: list[Callback] = [metrics, Checkpoints(folder / "checkpoints", config.checkpoint, stop)]
     if config.trainer.get("enable_progress_bar", True):
         callbacks.append(StepsBar())
-    if isinstance(config, PaintByExampleRun) and config.samples.every_n_steps:
+    if isinstance(config, ModelRun) and config.samples.every_n_steps:
         callbacks.append(SampleGrids(folder / "samples", config.samples))
     loggers: list[Logger] = [JSONLinesLogger(folder / "metrics.jsonl")]
     if find_spec("tensorboard"):  # the extra `log`

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -26,7 +27,8 @@ from pbe.io.atomic import replacing
 from pbe.io.fields import Range, check_fields
 from pbe.io.suggest import did_you_mean
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
-from pbe.models.paint_by_example import Distilled, PaintByExample
+from pbe.models.paint_by_example import PaintByExample
+from pbe.training.distillation import ConsistencyDistillation
 from pbe.training.module import PaintByExampleTraining
 from pbe.training.task import data_of
 
@@ -70,6 +72,7 @@ class SampleGrids(Callback):
     def __init__(self, folder: Path, config: SamplesConfig):
         self.folder, self.config = folder, config
         self.examples: Example | None = None
+        self.beside: dict[str, Tensor] | None = None  # what else the grid shows, which stays as it is
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_step = trainer.global_step
@@ -92,8 +95,15 @@ class SampleGrids(Callback):
     def write(self, trainer: Trainer, module: PaintByExampleTraining, step: int) -> None:
         if self.examples is None:
             self.examples = first_examples(data_of(trainer).val_dataloader(), self.config.count)
+        settings = self.config.settings
         with module.averaged(), trainer.precision_plugin.forward_context():
-            picture = sample_grid(module.model, self.examples, self.config.settings(module.model.config.distilled))
+            if self.beside is None:
+                self.beside = {}
+                if isinstance(module, ConsistencyDistillation):
+                    with module.teaching():
+                        teacher = sample(module.model, self.examples, module.teacher_settings(settings.seed))
+                    self.beside["teacher"] = teacher
+            picture = sample_grid(module.model, self.examples, settings, self.beside)
         with replacing(self.folder / f"step-{step:08}.png", overwrite=True) as part:
             picture.save(part, "PNG")
         for logger in trainer.loggers:
@@ -108,23 +118,32 @@ def first_examples(loader: Iterable[Example], count: int) -> Example:
 
 
 @torch.no_grad()
-def sample_grid(model: PaintByExample, examples: Example, settings: EditSettings) -> Image.Image:
-    """A row for each example (on any device): source | masked | exemplar | result | target. The result is the model's
-    own picture, before any compositing."""
+def sample(model: PaintByExample, examples: Example, settings: EditSettings) -> Tensor:
+    """The model's own pictures (B, 3, H, W) in [-1, 1] of examples on any device, before any compositing."""
     source, mask, exemplar = (x.to(model.device) for x in (examples.source, examples.mask, examples.exemplar))
     condition = model.condition(source, mask, exemplar)
     condition = condition._replace(z_masked=condition.z_masked.float())  # whatever autocast chose
     z_0 = sample_latents(model, condition, settings, settings.seed)
     H, W = source.shape[-2:]
-    result = model.vae.decode(z_0)[..., :H, :W]
-    mean, std = (exemplar.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return model.vae.decode(z_0)[..., :H, :W]
+
+
+def sample_grid(
+    model: PaintByExample,
+    examples: Example,
+    settings: EditSettings,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Image.Image:
+    """A row for each example: source | masked | exemplar | result | what is `beside` it, as the result | target."""
+    mean, std = (examples.exemplar.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    pictures = {"result": sample(model, examples, settings), **beside, "target": examples.image}
     columns = {
-        "source": source / 2 + 0.5,
+        "source": examples.source / 2 + 0.5,
         "masked": examples.masked_image / 2 + 0.5,
-        "exemplar": exemplar * std + mean,
-        "result": result / 2 + 0.5,
-        "target": examples.image / 2 + 0.5,
+        "exemplar": examples.exemplar * std + mean,
+        **{name: x / 2 + 0.5 for name, x in pictures.items()},
     }
+    H, W = examples.source.shape[-2:]
     rows = [[to_picture(one) for one in row] for row in zip(*columns.values(), strict=True)]
     return grid(rows, column_labels=list(columns), cell_height=max(128, min(H, 320)))
 
