@@ -1,7 +1,7 @@
 """Consistency distillation (Luo et al. 2023, arXiv 2310.04378): a student that edits in a few steps, without guidance.
 
 The student's consistency function f(z_t, t) estimates z_0. The frozen teacher, with guidance, takes one step of DDIM
-from timestep t to t - 20; the student's estimates before and after that step shall be the same.
+from timestep t to t - skip; the student's estimates before and after that step shall be the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pbe.training.module import PaintByExampleTraining, TrainingConfig
 from pbe.training.optimizer import OptimizerConfig
 from pbe.training.task import sum_over_processes
 
-SKIP = 20  # timesteps of a step of the teacher: the student learns, and the sampler lcm asks it, at 19, 39, …, 999
+SPACE = 20  # between the timesteps where the student learns and the sampler lcm asks it: 19, 39, …, 999
 DISTILLED_EDIT: dict[str, Any] = {"sampler": "lcm", "spacing": "lcm", "steps": 4, "guidance": 1.0}
 
 
@@ -42,6 +42,8 @@ class DistillationConfig:
         list[Annotated[float, Range(0)]], Range(2, 2), "a list of two numbers, the lowest and the highest guidance"
     ] = field(default_factory=lambda: [3.0, 7.0])
     """The lowest and the highest guidance of the teacher, drawn evenly between them for each prediction."""
+    skip: Annotated[int, Range(1, 999)] = 20
+    """Timesteps of the teacher's step. A longer one is less exact, and the student knows sooner what its end teaches."""
     huber: Annotated[float, Range(0, above=True)] = 0.001
     """c of the pseudo-Huber loss sqrt(d^2 + c^2) - c of a latent value's difference d: about d^2 / 2c below c, and about
     |d| above."""
@@ -110,7 +112,7 @@ class ConsistencyDistillation(PaintByExampleTraining):
 
     def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> TrainingBatch:
         example, draws = super().on_before_batch_transfer(batch, dataloader_idx)
-        return TrainingBatch(example, draws._replace(t=draws.t // SKIP * SKIP + SKIP - 1))
+        return TrainingBatch(example, draws._replace(t=draws.t // SPACE * SPACE + SPACE - 1))
 
     def batch_losses(self, batch: TrainingBatch) -> Tensor:
         """Each draw's `consistency_losses` (K B,)."""
@@ -128,7 +130,7 @@ class ConsistencyDistillation(PaintByExampleTraining):
         z_t = self.schedule.add_noise(z_0, noise, t)
         estimate = self.estimate(z_t, condition, t)
         with torch.no_grad():
-            t_prev = (t - SKIP).clamp(min=0)
+            t_prev = (t - self.distillation.skip).clamp(min=0)
             target = self.estimate(self.teacher_step(z_t, condition, t, t_prev, guidance), condition, t_prev)
         c = self.distillation.huber
         return ((estimate - target).square() + c**2).sqrt().sub(c).flatten(1).mean(dim=1)
