@@ -15,11 +15,12 @@ from examples.demo_model.embeddings import resized
 from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe import to_unit_range
 from pbe.editing.edit import check_finite, feather_width
+from pbe.editing.settings import DEMO, settings_for
 from pbe.images.seams import poisson_blend
 from pbe.images.windows import Box, feather_weights, mask_bounding_box
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.models.paint_by_example import Condition, PaintByExample
-from pbe.sampling import NoiseSchedule, get_sampler, guided_eps, make_generators, randn, trailing
+from pbe.sampling import NoiseSchedule, get_sampler, get_spacing, guided_eps, make_generators, randn
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,15 @@ def paint(
 
     Each picture follows from its own seed: the same one gives the same noise, whatever the exemplar.
     """
-    grid, sample = trailing(NoiseSchedule.scaled_linear(), steps), get_sampler(sampler)
+    settings = settings_for({"sampler": sampler}, defaults=DEMO)  # with the spacing that the sampler needs
+    grid, sample = get_spacing(settings.spacing)(NoiseSchedule.scaled_linear(), steps), get_sampler(sampler)
     pictures = []
     for first in range(0, len(cases), batch_size):
         batch = slice(first, first + batch_size)
         condition = condition_of(model, cases[batch], exemplars[batch])
         generators = [make_generators(seed, 1)[0] for seed in seeds[batch]]
         x_T = randn(condition.z_masked.shape[1:], generators, model.device)
-        z_0 = sample(guided_eps(model, condition, guidance), x_T, grid, generators=generators)
+        z_0 = sample(guided_eps(model, condition, guidance), x_T, grid, eta=settings.eta, generators=generators)
         pictures.append(decode(model, z_0))
     return torch.cat(pictures)
 

@@ -27,7 +27,7 @@ class Settings:
     guidance_values: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
     """Of the guidance figure."""
     steps: Count = DEMO.steps
-    """Sampling steps, on the trailing timesteps."""
+    """Sampling steps, on the trailing timesteps, or on those that the sampler needs."""
     sampler: SamplerName = DEMO.sampler
     """The sampling method."""
     seed_cases: AtLeastTwo = 24

@@ -1,14 +1,18 @@
 """Two processes with half the batch each have the gradients of one process with all of it, and its metrics."""
 
+import pytest
 import toy_run
 
 BETA_1 = 0.9  # of AdamW, whose first moment after one step is (1 - BETA_1) times the gradient
 
 
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize(
+    "task", [["task=paint_by_example"], ["task=distill", "training.train=[unet]"]], ids=["loss", "distill"]
+)
+def test_two_processes_are_one(tmp_path, task):
     toy = toy_run.write(tmp_path)
     start = (f"model.init={toy_run.write_model(tmp_path)}", "model.size=null", "model.vae=null")
-    settings = (*start, "trainer.max_steps=1", "trainer.val_check_interval=1")
+    settings = (*task, *start, "trainer.max_steps=1", "trainer.val_check_interval=1")
     ddp = ("trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2")
     process = toy_run.start(toy, f"run={tmp_path / 'two'}", *settings, *ddp)
     toy_run.run(toy, f"run={tmp_path / 'one'}", *settings, "data.batch_size=4")

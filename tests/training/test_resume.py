@@ -87,13 +87,14 @@ def test_finished_and_made_longer(toy, whole, length, request):
         ["trainer.log_every_n_steps=4"],  # the checkpoint lies between two lines of the log
         ["training={train: [], lora: {rank: 2}, ema_decay: null}"],
         ["data.workers=2"],
+        ["task=distill", "training.train=[unet]"],  # the averaged student of a teacher that is not saved
+        ["task=distill", "training={train: [], lora: {rank: 2}, ema_decay: null}"],
     ],
-    ids=["accumulation", "log window", "adapters", "workers"],
+    ids=["accumulation", "log window", "adapters", "workers", "distilled UNet", "distilled adapters"],
 )
 def test_resumed_runs_of_other_kinds(toy, settings, request):
     kind = request.node.callspec.id.replace(" ", "_")
-    settings = [*SETTINGS, "trainer.max_steps=12", *settings]
-    if kind == "adapters":
+    if "adapters" in kind or "distill" in kind:
         settings = [*settings, f"model={{init: {toy_run.write_model(toy.parent)}, size: null, vae: null}}"]
     whole, run = toy.parent / f"{kind}_whole", toy.parent / f"{kind}_parts"
     toy_run.run(toy, f"run={whole}", *settings)
