@@ -116,8 +116,8 @@ class VAERun(RunConfig):
             raise ValueError("training.train=decoder needs init=, a checkpoint whose encoder stays as it is")
 
 
-Run = PaintByExampleRun | DistillationRun | VAERun
-TASKS: dict[str, type[Run]] = {"paint_by_example": PaintByExampleRun, "distill": DistillationRun, "vae": VAERun}
+Run = PaintByExampleRun | VAERun | DistillationRun
+TASKS: dict[str, type[Run]] = {"paint_by_example": PaintByExampleRun, "vae": VAERun, "distill": DistillationRun}
 
 
 def load_config(settings: Sequence[str]) -> Run:
