@@ -16,7 +16,7 @@ from pbe.data.recipe_config import override_recipe
 from pbe.models.vae import VAEConfig
 from pbe.training.callbacks.checkpoints import CheckpointConfig
 from pbe.training.callbacks.samples import SamplesConfig
-from pbe.training.distillation import DISTILLED_EDIT, DistillationConfig
+from pbe.training.distillation import DistillationConfig
 from pbe.training.initialization import ModelConfig, known_size
 from pbe.training.module import TrainingConfig
 from pbe.training.optimizer import OptimizerConfig
@@ -83,7 +83,6 @@ class DistillationRun(ModelRun):
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(train=["unet"], drop_exemplar=0.0, val_timesteps=[259, 499, 759, 999])
     )
-    samples: SamplesConfig = field(default_factory=lambda: SamplesConfig(edit={**DISTILLED_EDIT, "seed": 0}))
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
@@ -116,8 +115,23 @@ class VAERun(RunConfig):
             raise ValueError("training.train=decoder needs init=, a checkpoint whose encoder stays as it is")
 
 
-Run = PaintByExampleRun | VAERun | DistillationRun
-TASKS: dict[str, type[Run]] = {"paint_by_example": PaintByExampleRun, "vae": VAERun, "distill": DistillationRun}
+@dataclass
+class TinyDecoderRun(RunConfig):
+    """Distilling a tiny decoder from an autoencoder."""
+
+    task: Literal["tiny-decoder"] = "tiny-decoder"
+    vae: str = MISSING
+    """A checkpoint of the original layout, whose autoencoder's decoding is learned."""
+    training: TinyDecoderConfig = field(default_factory=TinyDecoderConfig)
+
+
+Run = PaintByExampleRun | VAERun | TinyDecoderRun | DistillationRun
+TASKS: dict[str, type[Run]] = {
+    "paint_by_example": PaintByExampleRun,
+    "vae": VAERun,
+    "tiny-decoder": TinyDecoderRun,
+    "distill": DistillationRun,
+}
 
 
 def load_config(settings: Sequence[str]) -> Run:

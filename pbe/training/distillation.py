@@ -19,7 +19,7 @@ from pbe.data.example import Example
 from pbe.editing.settings import QUICK, EditSettings
 from pbe.io.fields import Range, check_fields
 from pbe.models.lora import adapters_off
-from pbe.models.paint_by_example import Condition, PaintByExample
+from pbe.models.paint_by_example import Condition, Distilled, PaintByExample
 from pbe.models.unet import UNet
 from pbe.sampling import dpm_solver, guided_eps, trailing
 from pbe.sampling.consistency import boundary_scalings
@@ -31,7 +31,7 @@ from pbe.training.optimizer import OptimizerConfig
 from pbe.training.task import sum_over_processes
 
 SPACE = 20  # between the timesteps where the student learns and the sampler lcm asks it: 19, 39, …, 999
-DISTILLED_EDIT: dict[str, Any] = {"sampler": "lcm", "spacing": "lcm", "steps": 4, "guidance": 1.0}
+DISTILLED = Distilled(sampler="lcm", steps=4, guidance=1.0)
 
 
 @dataclass
@@ -43,10 +43,10 @@ class DistillationConfig:
     ] = field(default_factory=lambda: [3.0, 7.0])
     """The lowest and the highest guidance of the teacher, drawn evenly between them for each prediction."""
     skip: Annotated[int, Range(1, 999)] = 20
-    """Timesteps of the teacher's step. A longer one is less exact, and the student knows sooner what its end teaches."""
+    """Timesteps of the teacher's step: more of them make it less exact, and need fewer steps of training."""
     huber: Annotated[float, Range(0, above=True)] = 0.001
-    """c of the pseudo-Huber loss sqrt(d^2 + c^2) - c of a latent value's difference d: about d^2 / 2c below c, and about
-    |d| above."""
+    """c of the pseudo-Huber loss sqrt(d^2 + c^2) - c of a latent value's difference d: about d^2 / 2c below c, |d| - c
+    above."""
 
     def __post_init__(self) -> None:
         check_fields(self, "distillation")
@@ -79,11 +79,11 @@ class ConsistencyDistillation(PaintByExampleTraining):
             self._teacher = (copy.deepcopy(model.unet).requires_grad_(False),)
             if config.compile:
                 self._teacher[0].compile()
+        model.config = replace(model.config, distilled=DISTILLED)
         alpha_bar = self.schedule.alpha_bar
         scalings = torch.tensor([boundary_scalings(t) for t in range(len(alpha_bar))])
-        self.coefficients = torch.stack(
-            [alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), *scalings.T], dim=1
-        ).float()  # (T, 4)
+        levels = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        self.coefficients = torch.stack([*levels, *scalings.T], dim=1).float()  # (T, 4)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConsistencyDistillation:
         for teacher in self._teacher:  # goes where the module goes
@@ -93,14 +93,11 @@ class ConsistencyDistillation(PaintByExampleTraining):
     @contextmanager
     def teaching(self) -> Iterator[None]:
         """The teacher in the student's place."""
-        if not self._teacher:
-            with adapters_off(self.model.unet):
-                yield
-            return
         student = self.model.unet
-        (self.model.model["diffusion_model"],) = self._teacher
+        (self.model.model["diffusion_model"],) = self._teacher or (student,)
         try:
-            yield
+            with adapters_off(student):
+                yield
         finally:
             self.model.model["diffusion_model"] = student
 

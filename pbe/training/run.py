@@ -33,9 +33,18 @@ from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics
 from pbe.training.callbacks.progress import StepsBar
 from pbe.training.callbacks.samples import SampleGrids
 from pbe.training.callbacks.stopping import StopSignals
-from pbe.training.config import DistillationRun, ModelRun, PaintByExampleRun, Run, VAERun, save_config, to_dict
+from pbe.training.config import (
+    DistillationRun,
+    ModelRun,
+    PaintByExampleRun,
+    Run,
+    TinyDecoderRun,
+    VAERun,
+    save_config,
+    to_dict,
+)
 from pbe.training.distillation import ConsistencyDistillation
-from pbe.training.initialization import loaded_vae, starting_model, starting_vae
+from pbe.training.initialization import loaded_vae, seeded, starting_model
 from pbe.training.module import PaintByExampleTraining
 from pbe.training.resuming import newest_checkpoint, read_entries, restoring
 from pbe.training.task import TrainingTask

@@ -542,7 +542,7 @@ def test_averages_are_in_the_checkpoint_and_extracted(finished):
 def test_averages_begin_with_the_first_step_and_are_what_grids_show(toy, monkeypatch):
     name, shown = "model.diffusion_model.out.2.weight", []
 
-    def sample_grid(model, examples, config):
+    def sample_grid(model, examples, config, beside):
         shown.append(model.get_parameter(name).detach().clone())
         return Image.new("RGB", (8, 8))
 

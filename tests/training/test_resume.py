@@ -94,6 +94,7 @@ def test_finished_and_made_longer(toy, whole, length, request):
 )
 def test_resumed_runs_of_other_kinds(toy, settings, request):
     kind = request.node.callspec.id.replace(" ", "_")
+    settings = [*SETTINGS, "trainer.max_steps=12", *settings]
     if "adapters" in kind or "distill" in kind:
         settings = [*settings, f"model={{init: {toy_run.write_model(toy.parent)}, size: null, vae: null}}"]
     whole, run = toy.parent / f"{kind}_whole", toy.parent / f"{kind}_parts"

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -27,7 +26,7 @@ from pbe.io.atomic import replacing
 from pbe.io.fields import Range, check_fields
 from pbe.io.suggest import did_you_mean
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
-from pbe.models.paint_by_example import PaintByExample
+from pbe.models.paint_by_example import Distilled, PaintByExample
 from pbe.training.distillation import ConsistencyDistillation
 from pbe.training.module import PaintByExampleTraining
 from pbe.training.task import data_of
@@ -64,7 +63,8 @@ class SamplesConfig:
 
 
 class SampleGrids(Callback):
-    """Writes `step-00001000.png` into `folder`: source | masked | exemplar | result | target of the same examples.
+    """Writes `step-00001000.png` into `folder`: source | masked | exemplar | result | target of the same examples,
+    and the teacher's result beside a student's.
 
     Where that fails for want of memory or of room on the disk, it warns, and training goes on.
     """
@@ -72,7 +72,7 @@ class SampleGrids(Callback):
     def __init__(self, folder: Path, config: SamplesConfig):
         self.folder, self.config = folder, config
         self.examples: Example | None = None
-        self.beside: dict[str, Tensor] | None = None  # what else the grid shows, which stays as it is
+        self.beside: dict[str, Tensor] = {}  # a distillation's teacher, which stays as it is
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_step = trainer.global_step
@@ -95,14 +95,12 @@ class SampleGrids(Callback):
     def write(self, trainer: Trainer, module: PaintByExampleTraining, step: int) -> None:
         if self.examples is None:
             self.examples = first_examples(data_of(trainer).val_dataloader(), self.config.count)
-        settings = self.config.settings
+        settings = self.config.settings(module.model.config.distilled)
         with module.averaged(), trainer.precision_plugin.forward_context():
-            if self.beside is None:
-                self.beside = {}
-                if isinstance(module, ConsistencyDistillation):
-                    with module.teaching():
-                        teacher = sample(module.model, self.examples, module.teacher_settings(settings.seed))
-                    self.beside["teacher"] = teacher
+            if isinstance(module, ConsistencyDistillation) and not self.beside:
+                with module.teaching():
+                    taught = sample(module.model, self.examples, module.teacher_settings(settings.seed))
+                self.beside = {"teacher": taught}
             picture = sample_grid(module.model, self.examples, settings, self.beside)
         with replacing(self.folder / f"step-{step:08}.png", overwrite=True) as part:
             picture.save(part, "PNG")
@@ -129,23 +127,20 @@ def sample(model: PaintByExample, examples: Example, settings: EditSettings) -> 
 
 
 def sample_grid(
-    model: PaintByExample,
-    examples: Example,
-    settings: EditSettings,
-    beside: Mapping[str, Tensor] = MappingProxyType({}),
+    model: PaintByExample, examples: Example, settings: EditSettings, beside: Mapping[str, Tensor] | None = None
 ) -> Image.Image:
     """A row for each example: source | masked | exemplar | result | what is `beside` it, as the result | target."""
     mean, std = (examples.exemplar.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    pictures = {"result": sample(model, examples, settings), **beside, "target": examples.image}
+    pictures = {"result": sample(model, examples, settings), **(beside or {}), "target": examples.image}
     columns = {
         "source": examples.source / 2 + 0.5,
         "masked": examples.masked_image / 2 + 0.5,
         "exemplar": examples.exemplar * std + mean,
         **{name: x / 2 + 0.5 for name, x in pictures.items()},
     }
-    H, W = examples.source.shape[-2:]
+    height = max(128, min(examples.source.shape[-2], 320))
     rows = [[to_picture(one) for one in row] for row in zip(*columns.values(), strict=True)]
-    return grid(rows, column_labels=list(columns), cell_height=max(128, min(H, 320)))
+    return grid(rows, column_labels=list(columns), cell_height=height)
 
 
 def to_picture(image: Tensor) -> Image.Image:
