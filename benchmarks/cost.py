@@ -22,7 +22,6 @@ from benchmarks.budget import Budget
 from benchmarks.edit_worker import Task
 from benchmarks.report import markdown, median_of, ratios, spread
 from benchmarks.worker import Worker, workers
-from pbe.editing.settings import SETTINGS
 
 FEW = {"sampler": "dpm_solver", "spacing": "trailing", "steps": 20}
 DISTILLED = {"sampler": "lcm", "spacing": "lcm", "steps": 4, "guidance": 1.0}
@@ -41,8 +40,6 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilled, 4 steps": ("pbe", DISTILLED),
     "distilled, 4 steps, tiny decoder": ("pbe", DISTILLED | {"decoder": "tiny"}),
 }
-
-EDITS = {name: one for name, one in EDITS.items() if one[1].keys() <= SETTINGS.keys()}  # those that this version has
 SYSTEMS = [*dict.fromkeys(system for system, _ in EDITS.values())]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"systems": [name for name in SYSTEMS if name != "openvino"], "dtype": ["float16"]},

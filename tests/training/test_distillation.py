@@ -162,7 +162,7 @@ def test_merged_adapters_keep_what_they_were_distilled_for(toy, start, tmp_path)
     toy_run.run(toy, f"run={run}", start, *TOY, lora, "trainer.max_steps=2")
     files = [toy.parent / "model.ckpt", run / "checkpoints" / "step-00000002.ckpt", "--out", tmp_path / "merged.ckpt"]
     assert all("lora_" in name for name in toy_run.checkpoint(run, 2)["state_dict"])
-    assert checkpoint_main(["merge-lora", *map(str, files)]) == 0
+    assert checkpoint_main(["merge-adapter", *map(str, files)]) == 0
     assert pbe.load_model(tmp_path / "merged.ckpt", device="cpu").config.distilled.guidance == 1.0
 
 
