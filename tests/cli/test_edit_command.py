@@ -565,7 +565,7 @@ def test_batch_with_another_checkpoint_of_the_same_name_is_done_again(cli, edits
 
 
 def test_other_model_is_refused(cli, edits, capsys, monkeypatch):
-    monkeypatch.setattr("pbe.checkpoints.loading.load_model", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr("pbe.checkpoints.loading.load_model", lambda *_, **__: torch.nn.Linear(1, 1))
     assert cli() == 2
     assert "holds Linear, editing needs Paint by Example" in capsys.readouterr().err
 
