@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, drawn_mask, to_value
-from pbe.app.serving import waiting_client, with_previews, workplace
+from pbe.app.serving import cancel_edit, waiting_client, with_previews, workplace
 from pbe.app.uploads import MAX_RESULTS, EditFiles, save_edits, take
 from pbe.batch.provenance import Weights
 from pbe.editing.preview import Preview
@@ -158,9 +158,10 @@ class Editor:
         folder: Path,
         progress: gr.Progress,
         preview: Preview | None = None,
+        closed: threading.Event | None = None,
     ) -> list[str]:
         """`save_edits`, as long as somebody waits for it."""
-        check = waiting_client()
+        check = waiting_client(closed)
 
         def tell(step: tuple[int, int], desc: str) -> None:
             check()
@@ -295,9 +296,7 @@ def build_page(model: PaintByExample, weights: Weights, settings: EditSettings =
                 with gr.Row():
                     start = gr.Button("Paint", variant="primary", size="lg", scale=3, elem_id="paint")
                     cancel = gr.Button("Cancel", size="lg", scale=1, min_width=80, elem_id="cancel")
-                preview = gr.Gallery(
-                    label="Being painted", visible=False, interactive=False, height=180, elem_id="preview"
-                )
+                preview = gr.Gallery(label="Being painted", visible=False, height=180, elem_id="preview")
                 controls = edit_controls(editor.changed({}))
             with gr.Column(scale=5, min_width=400):
                 results = result_view()
@@ -317,7 +316,9 @@ def build_page(model: PaintByExample, weights: Weights, settings: EditSettings =
             concurrency_id="model",
             concurrency_limit=1,
         )
-        cancel.click(None, cancels=[painting])
+        listen(painting.failure, lambda: gr.Gallery(visible=False), None, preview)
+        # not by way of the queue, whose messages would say that the visitor still waits
+        cancel.click(cancel_edit, None, preview, cancels=[painting], queue=False, api_visibility="private")
         listen(results.gallery.select, choose_result, results.gallery, [results.chosen, results.download])
         listen(results.reuse.click, reuse_result, [results.gallery, results.chosen], [*image])
         # The same for programs: the endpoint's arguments are components too, which nobody sees.

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -134,26 +135,42 @@ def workplace() -> Iterator[Path]:
             raise gr.Error(str(error).replace(f"{folder}/", ""), print_exception=False) from error
 
 
-def with_previews(work: Callable[[Preview], list[str]], show: Callable[[Any], Any]) -> Generator[Any, None, Any]:
+def with_previews(work: Callable[[Preview, Event], list[str]], show: Callable[[Any], Any]) -> Generator[Any, None, Any]:
     """What `show` makes of the pictures that `work`, in another thread, hands to its preview, as they come.
 
-    Returns what `work` returns, and raises what it raises.
+    Returns what `work` returns, and raises what it raises. Whoever closes the generator sets `work`'s event, and does
+    not wait for its end: it is the thread in which Gradio answers everybody.
     """
     queue: SimpleQueue[list[Image.Image] | None] = SimpleQueue()
-    with ThreadPoolExecutor(1) as pool:
-        # in this thread's context, by which Gradio and `waiting_client` know the edit
-        done = pool.submit(copy_context().run, work, lambda images, _: queue.put(images))
-        done.add_done_callback(lambda _: queue.put(None))
+    closed, pool = Event(), ThreadPoolExecutor(1)
+    # in this thread's context, by which Gradio and `waiting_client` know the edit
+    done = pool.submit(copy_context().run, work, lambda images, _: queue.put(images), closed)
+    done.add_done_callback(lambda _: queue.put(None))
+    pool.shutdown(wait=False)
+    try:
         while images := queue.get():
             yield show(images)
+    finally:
+        closed.set()
     return done.result()
 
 
-def waiting_client() -> Callable[[], None]:
+CANCELLED: set[str] = set()  # the visitors who pressed Cancel since their last edit began
+
+
+def cancel_edit(request: gr.Request) -> object:
+    """Has `waiting_client` end the visitor's edit; hides its preview."""
+    CANCELLED.add(str(request.session_hash))
+    return gr.Gallery(visible=False)
+
+
+def waiting_client(closed: Event | None = None) -> Callable[[], None]:
     """A function that raises `gr.Error` once nobody waits any longer for the edit that this thread makes: it was
-    cancelled, its client has left or the page has ended. Gradio itself lets the edit run on."""
+    cancelled or `closed`, its client has left or the page has ended. Gradio itself lets the edit run on."""
     page, edit = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
     oldest, since = None, time.monotonic()
+    if page is not None and (begun := page._queue.event_ids_to_events.get(edit)):
+        CANCELLED.discard(begun.session_hash)
 
     def check() -> None:
         nonlocal oldest, since
@@ -166,7 +183,8 @@ def waiting_client() -> Callable[[], None]:
         if not unread or unread[0] is not oldest:
             oldest, since = next(iter(unread), None), time.monotonic()
         is_wanted = event is not None and event.alive and messages is not None and time.monotonic() - since < UNREAD
-        if queue.stopped or not is_wanted:
+        is_cancelled = (closed is not None and closed.is_set()) or (event and event.session_hash in CANCELLED)
+        if queue.stopped or is_cancelled or not is_wanted:
             raise gr.Error("The edit was cancelled: nobody waits for it.", print_exception=False)
 
     return check

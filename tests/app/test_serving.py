@@ -300,7 +300,7 @@ def slow(monkeypatch):
     """Makes edits of 1000 steps of 0.05 s, and notes their seeds when they start and when they end."""
     started, ended = [], []
 
-    def run_job(model, job, inputs, num_images, batch_size, callback):
+    def run_job(model, job, inputs, num_images, batch_size, callback, preview):
         started.append(job.settings.seed)
         try:
             for _ in range(1000):
@@ -378,7 +378,7 @@ def test_one_edit_at_a_time_also_after_a_cancel(address, files, monkeypatch):
     """Gradio takes the next edit while the cancelled one's step still runs."""
     running, most = threading.Semaphore(1), []
 
-    def run_job(model, job, inputs, num_images, batch_size, callback):
+    def run_job(model, job, inputs, num_images, batch_size, callback, preview):
         most.append(running.acquire(blocking=False))
         try:
             for _ in range(3):
