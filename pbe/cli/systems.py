@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from pbe.evaluation.test_set import TestSet
 
 OURS = "paint-by-example"
-FLAGS = {kind: flag(kind) for kind in ("stable_diffusion", "adm", "clip", "vocabulary")} | {
-    "paint_by_example": "--ckpt"
-}
+FLAGS = {"paint_by_example": "--ckpt"}
+FLAGS |= {kind: flag(kind) for kind in ("stable_diffusion", "adm", "clip", "vocabulary")}
 SYSTEMS = """\
 systems, and the files that they need:
   paint-by-example          --ckpt

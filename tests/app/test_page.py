@@ -263,7 +263,7 @@ def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
 
 
 def test_what_ends_an_edit_ends_its_previews():
-    def work(preview):
+    def work(preview, closed):
         preview(["a"], None)
         raise gr.Error("cancelled")
 
@@ -271,6 +271,21 @@ def test_what_ends_an_edit_ends_its_previews():
     assert next(shown) == "a"
     with pytest.raises(gr.Error, match="cancelled"):
         next(shown)
+
+
+def test_previews_that_are_closed_tell_their_edit_and_do_not_wait_for_it():
+    told = threading.Event()
+
+    def work(preview, closed):
+        preview(["a"], None)
+        assert closed.wait(timeout=30)
+        told.set()
+        return []
+
+    shown = serving.with_previews(work, "".join)
+    assert next(shown) == "a"
+    shown.close()
+    assert told.wait(timeout=30)
 
 
 def test_a_cropped_exemplar_is_as_good_as_one_cut_before(model, files, tmp_path):

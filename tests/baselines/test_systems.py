@@ -142,6 +142,7 @@ def test_the_report_says_how_each_system_was_run(ran, weights, judge):  # noqa: 
         "guidance_interval": None,
         "resolution": None,
         "reuse": 1,
+        "decoder": "vae",
     }
 
 
