@@ -169,7 +169,7 @@ def waiting_client(closed: Event | None = None) -> Callable[[], None]:
     cancelled or `closed`, its client has left or the page has ended. Gradio itself lets the edit run on."""
     page, edit = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
     oldest, since = None, time.monotonic()
-    if page is not None and (begun := page._queue.event_ids_to_events.get(edit)):
+    if page is not None and edit is not None and (begun := page._queue.event_ids_to_events.get(edit)):
         CANCELLED.discard(begun.session_hash)
 
     def check() -> None:
