@@ -9,7 +9,7 @@ import numpy as np
 
 from pbe.sampling.schedule import NoiseSchedule, ScheduleGrid, Step
 
-DISTILLED_TIMESTEPS = 50  # of the spacing lcm: consistency models are trained at so many
+DISTILLED_TIMESTEPS = 50  # of the spacing lcm: as many as consistency models are trained at
 
 
 class Spacing(Protocol):

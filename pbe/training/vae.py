@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -47,9 +48,9 @@ class DecodingTask(TrainingTask):
         super().__init__(optimizer, about)
         self.vae = vae
 
+    @abstractmethod
     def errors(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Each picture's errors, (B,) by name, with the noise (B, z, h, w) of its latent."""
-        raise NotImplementedError
 
     def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> tuple[Example, Tensor]:
         generators = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
