@@ -24,8 +24,9 @@ from pbe.models.paint_by_example import Distilled
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*queries and keys")
 
+TARGETS = ["attn1.to_q", "attn2.to_out.0", "ff.net.2", "proj_in", "conv1", "conv_in"]
 KINDS = {
-    "plain": {},
+    "alpha": {},
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"attn1.to_q": 2, "conv1": 8}, "alpha_pattern": {"attn1.to_q": 5, "ff.net.2": 1.5}},
     "DoRA": {"use_dora": True},
@@ -38,10 +39,18 @@ def assert_same_tensors(a, b):
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
+def loaded_by_diffusers(path):
+    """What `load_lora_weights` makes of a pipeline's network."""
+    pipeline, unet = diffusers.StableDiffusionPipeline, make_unet()
+    state, alphas, metadata = pipeline.lora_state_dict(path, unet_config=unet.config, return_lora_metadata=True)
+    pipeline.load_lora_into_unet(state, alphas, unet, metadata=metadata)
+    return unet
+
+
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_others_load_what_is_written(tmp_path, settings):
     peft = pytest.importorskip("peft")
-    source, unet = save_by_diffusers(tmp_path / "source", **settings)
+    source, unet = save_by_diffusers(tmp_path / "source", targets=TARGETS, **settings)
     model = make_model()
     adapter = read_adapter(source, model)
     write_adapter(adapter, tmp_path / "folder", "peft", model=model)
@@ -50,19 +59,15 @@ def test_others_load_what_is_written(tmp_path, settings):
 
     by_peft = peft.PeftModel.from_pretrained(make_unet(), tmp_path / "folder")
     assert torch.equal(predict(by_peft), expected)
-    by_diffusers = make_unet()
-    by_diffusers.load_lora_adapter(tmp_path / "diffusers.safetensors", prefix="unet")
-    assert torch.equal(predict(by_diffusers), expected)
     assert_same_tensors(source, tmp_path / "diffusers.safetensors")
+    assert torch.equal(predict(loaded_by_diffusers(tmp_path / "diffusers.safetensors")), expected)
 
     write_adapter(adapter, tmp_path / "kohya.safetensors", "kohya", model=model)
     for name in ("folder", "kohya.safetensors", "diffusers.safetensors"):
         assert_agree(add_adapters(make_model(), tmp_path / name), unet)
-    if not settings.get("use_dora"):  # which diffusers leaves out of kohya's files
-        state, alphas = diffusers.StableDiffusionPipeline.lora_state_dict(tmp_path / "kohya.safetensors")
-        again = make_unet()
-        diffusers.StableDiffusionPipeline.load_lora_into_unet(state, alphas, again)
-        assert (predict(again) - expected).abs().max() < 1e-5 * expected.abs().max()
+    if settings in (KINDS["alpha"], KINDS["rslora"]):  # diffusers misreads the others in kohya's files
+        again = predict(loaded_by_diffusers(tmp_path / "kohya.safetensors"))
+        assert (again - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("format", ["peft", "diffusers", "kohya", "pbe"])
@@ -79,19 +84,19 @@ def test_round_trips_are_exact_and_keep_what_stands_beside(tmp_path, format):
     assert_same_tensors(source, tmp_path / "b.safetensors")
     assert (there.format, there.distilled, back.distilled) == (format, distilled, distilled)
     for one in (there, back):
-        assert one.metadata["ss_network_dim"] == "4" and one.metadata["pbe"]["resolution"] == 512
+        assert (one.metadata["ss_network_dim"], one.metadata["pbe"]["resolution"]) == ("4", 512)
     assert "lora" not in back.metadata["pbe"]
 
 
-@pytest.mark.parametrize("name", ["LoRA, tucker", "LoHa, tucker", "LoKr", "LoKr, whole", "DoRA by inputs"])
+@pytest.mark.parametrize("name", ["LoRA, tucker", "LoKr, whole", "DoRA by inputs"])
 def test_kinds_that_kohya_s_names_alone_can_hold(tmp_path, name):
-    source, unet = save_by_lycoris(tmp_path / "a.safetensors", **LYCORIS_CASES[name])
+    source, _ = save_by_lycoris(tmp_path / "a.safetensors", **LYCORIS_CASES[name])
     model = make_model()
     adapter = read_adapter(source, model)
     write_adapter(adapter, tmp_path / "b.safetensors", "kohya", model=model)
     assert torch.equal(*(predict(add_adapters(make_model(), tmp_path / f"{x}.safetensors")) for x in "ab"))
     for format in ("peft", "diffusers", "pbe"):
-        role = {"LoRA": "lora_mid", "LoHa": "hada_t1", "LoKr": "lokr_w", "DoRA": "DoRA by inputs"}[name[:4]]
+        role = {"LoRA": "lora_mid", "LoKr": "lokr_w1", "DoRA": "DoRA by inputs"}[name[:4]]
         with pytest.raises(
             ValueError, match=rf"{format} names cannot hold .*{role}.* of \d+ layers, as model.diff.*kohya"
         ):
