@@ -38,17 +38,23 @@ def write_adapter(
     existing file or PEFT's folder unless `overwrite` is set, and for anything else that is there.
     """
     path = Path(path)
-    is_folder = format == "peft" and path.suffix != ".safetensors"
-    if not is_folder and path.suffix != ".safetensors":
-        raise ValueError(f"{path}: a file of adapters in {format} names must end in .safetensors")
-    if path.exists() and not ((path / PEFT_CONFIG).is_file() if is_folder else path.is_file()):
-        raise FileExistsError(f"{path} exists and is not {'a folder of PEFT' if is_folder else 'a file'}")
+    is_folder = check_adapter_path(path, format)
     tensors, metadata = named_tensors(adapter, format, model)
     with replacing(path, overwrite) as part:
         if is_folder:
             part.mkdir()
             (part / PEFT_CONFIG).write_text(metadata["lora_adapter_metadata"])
         save_safetensors(tensors, part / "adapter_model.safetensors" if is_folder else part, metadata)
+
+
+def check_adapter_path(path: Path, format: WrittenFormat) -> bool:
+    """Whether `write_adapter` writes a folder there; raises as it does for a name that it does not write or replace."""
+    is_folder = format == "peft" and path.suffix != ".safetensors"
+    if not is_folder and path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a file of adapters in {format} names must end in .safetensors")
+    if path.exists() and not ((path / PEFT_CONFIG).is_file() if is_folder else path.is_file()):
+        raise FileExistsError(f"{path} exists and is not {'a folder of PEFT' if is_folder else 'a file'}")
+    return is_folder
 
 
 def named_tensors(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pbe.cli.adapters import add_adapter_commands, inspect_adapters
 from pbe.cli.errors import one_line_errors, printable
 from pbe.cli.flags import Parser, Renamed, adapter
 
@@ -69,6 +69,8 @@ def parser(prog: str | None = None) -> Parser:
     sub.add_argument("adapters", type=adapter, nargs="+", metavar="FILE[:STRENGTH]", help="strength: 1 if not given")
     new = "merge-adapter CHECKPOINT FILE[:STRENGTH]… --out FILE"
     commands.add_parser("merge-lora").add_argument("arguments", nargs=argparse.REMAINDER, action=Renamed, new=new)
+
+    add_adapter_commands(add)
 
     help = "put another checkpoint's autoencoder in the place of this one's"
     sub = add("set-vae", partial(write, set_vae), help, "checkpoint")
@@ -137,32 +139,6 @@ def inspect(args: argparse.Namespace) -> int:
         print(f"  {name}: {printable(value)}")
     for reason, n in facts["not loaded"].items():
         print(f"  not loaded: {n} tensors ({reason})")
-    return 0
-
-
-def inspect_adapters(args: argparse.Namespace) -> int:
-    from pbe.checkpoints.adapters import read_adapter
-    from pbe.checkpoints.loading import build, open_recognised
-    from pbe.checkpoints.meta_device import build_on_meta
-    from pbe.io.json_text import shown
-    from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
-
-    model = build(open_recognised(args.ckpt)) if args.ckpt else build_on_meta(PaintByExample, PaintByExampleConfig())
-    found = read_adapter(args.checkpoint, model)
-    updates = found.updates.values()
-    print(printable(f"{found.path}: adapters in {found.format} names, for {len(updates)} layers of the UNet"))
-    facts: dict[str, list[Any]] = {
-        "kind": [x.kind if x.magnitude is None else f"{x.kind} under DoRA" for x in updates],
-        "rank": [x.rank or "none" for x in updates],
-        "alpha": ["the rank" if x.alpha is None else f"{x.alpha:g}" for x in updates],
-        "targets": [".".join([part for part in name.split(".") if not part.isdigit()][-2:]) for name in found.updates],
-    }
-    for name, values in facts.items():
-        print(f"  {name}: " + ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common()))
-    for key, value in found.metadata.items():
-        print(printable(f"  {key}: {shown(value)}"))
-    if found.text:
-        print(f"  not loaded: {found.text} tensors (a text encoder's)")
     return 0
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from pbe.checkpoints.adapter_writing import write_adapter
 from pbe.checkpoints.adapters import add_adapters, read_adapter
+from pbe.cli.checkpoint import main
 from pbe.models.paint_by_example import Distilled
 
 diffusers = pytest.importorskip("diffusers")
@@ -136,3 +137,14 @@ def test_matrices_of_convolutions_are_written_as_convolutions(tmp_path):
     model = make_model()
     write_adapter(read_adapter(tmp_path / "flat.safetensors", model), tmp_path / "b.safetensors", "kohya", model=model)
     assert_same_tensors(source, tmp_path / "b.safetensors")
+
+
+def test_the_command_converts_and_says_what_it_leaves_out(tiny_checkpoint, tmp_path, capsys):
+    source, out = save_kohya(tmp_path / "a.safetensors", ["conv_in"], text=2), tmp_path / "folder"
+    arguments = ["convert-adapter", str(source), "--to", "peft", "--ckpt", str(tiny_checkpoint), "--out", str(out)]
+    assert main(arguments) == 0
+    assert "a.safetensors: 2 tensors of a text encoder are left out" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert main(arguments) == 2
+    assert "folder exists; --force replaces it" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
