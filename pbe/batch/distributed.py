@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -20,7 +20,8 @@ from pbe.batch.provenance import identify
 from pbe.batch.run import Outcome, run_row
 from pbe.checkpoints.adapters import AdapterLike
 from pbe.checkpoints.loading import choose_device
-from pbe.editing.loading import check_memory, limit_threads, load_editor
+from pbe.editing.loading import Editors, check_memory, limit_threads, load_editor
+from pbe.models.paint_by_example import PaintByExample
 
 Result = TypeVar("Result")
 
@@ -133,10 +134,19 @@ def row_runner(
     check_memory(low_memory, compile)
 
     def set_up(device: torch.device) -> Callable[[int], Outcome]:
-        model = load_editor(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder)
-        limit_threads(model)
-        weights = identify(checkpoint, model.dtype, adapters, tiny_decoder)
-        run = partial(run_row, lambda: model, weights=weights, redo=redo)
-        return lambda index: run(jobs[index])
+        def load(adapters: tuple[AdapterLike, ...]) -> PaintByExample:
+            model = load_editor(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder)
+            limit_threads(model)
+            return model
+
+        def run(index: int) -> Outcome:
+            used = jobs[index].with_adapters(adapters)
+            return run_row(partial(editors, used), jobs[index], weights(used), redo)
+
+        editors = Editors(load)
+        weights = cache(lambda used: identify(checkpoint, precision, used, tiny_decoder))
+        precision = editors(adapters).dtype
+        weights(tuple(adapters))  # what is not there shows now
+        return run
 
     return set_up

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
+from pbe.editing.loading import adapter
 from pbe.editing.settings import SETTINGS, EditSettings, is_given
 from pbe.io.fields import Range, field_types, read
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    from pbe.checkpoints.adapters import AdapterLike
     from pbe.editing.preview import Preview
     from pbe.images.reading import Picture
     from pbe.models.paint_by_example import Distilled, PaintByExample
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 Box = Annotated[tuple[float, float, float, float], "a box x0,y0,x1,y1"]
 Polygon = Annotated[tuple[tuple[float, float], ...], Range(3), "a polygon of three or more points x,y x,y x,y"]
 FileNames = Annotated[tuple[str, ...], "a list of file names (in one text: separated by ';')"]
+Adapters = Annotated[tuple[str, ...], "a list of FILE or FILE:STRENGTH (in one text: separated by ';')"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Job:
     polygon: Polygon | None = None
     exemplar_mask: FileNames | None = None
     exemplar_weights: tuple[float, ...] | None = None
+    adapters: Adapters | None = None
     settings: EditSettings = field(default_factory=EditSettings)
     folder: Path = Path()
     line: int = 0  # of the batch file
@@ -65,18 +69,24 @@ class Job:
 
     @classmethod
     def from_row(
-        cls, row: Mapping[str, Any], folder: Path = Path(), line: int = 0, distilled: Distilled | None = None
+        cls,
+        row: Mapping[str, Any],
+        folder: Path = Path(),
+        line: int = 0,
+        distilled: Callable[[Job], Distilled | None] = lambda _: None,
     ) -> Job:
-        """A job from texts or JSON values by column, for a model; None and blank texts are not given.
+        """A job from texts or JSON values by column; None and blank texts are not given.
 
+        `distilled` says of a job, with its files, what its model was distilled for, which settings follow from.
         ValueError for a value that cannot be read, for a required one that is missing, and as `Job`.
         """
         fields = {name: read(name, row[name], FILES[name]) for name in FILES if is_given(row.get(name))}
         missing = [name for name in ("image", "exemplar", "out") if name not in fields]
         if missing:
             raise ValueError(f"{' and '.join(missing)} missing")
-        settings = EditSettings.from_texts({name: row[name] for name in SETTINGS if name in row}, distilled)
-        return cls(**fields, settings=settings, folder=folder, line=line)
+        job = cls(**fields, folder=folder, line=line)
+        given = {name: row[name] for name in SETTINGS if name in row}
+        return replace(job, settings=EditSettings.from_texts(given, distilled(job)))
 
     def to_row(self) -> dict[str, Any]:
         """The job as JSON values by column, without what is None; `from_row` reads them back."""
@@ -88,6 +98,12 @@ class Job:
         """The files it reads."""
         masks = [self.mask] if self.mask else []
         return [self.image, *masks, *self.exemplar, *(self.exemplar_mask or ())]
+
+    def with_adapters(self, given: Sequence[AdapterLike]) -> tuple[AdapterLike, ...]:
+        """Its own adapters and their strengths, or those given where it names none."""
+        if self.adapters is None:
+            return tuple(given)
+        return tuple((self.path(str(file)), strength) for file, strength in map(adapter, self.adapters))
 
     def path(self, name: str) -> Path:
         """The path of one of its files."""

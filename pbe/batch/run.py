@@ -27,13 +27,14 @@ class Outcome(NamedTuple):
 
 
 def read_jobs(
-    path: Path, defaults: Mapping[str, Any], distilled: Distilled | None = None
+    path: Path, defaults: Mapping[str, Any], distilled: Callable[[Job], Distilled | None] = lambda _: None
 ) -> tuple[list[Job], list[Outcome]]:
     """The jobs of a `.csv` file (with a header) or a `.jsonl` file (an object per line), and the rows that are refused.
 
-    Paths in the file are relative to its folder; where a row is silent, `defaults` holds, then what the model was
-    distilled for. ValueError for another kind
-    of file or text, an unknown column of a header, two rows with one `out`, and an `out` that is another row's input.
+    Paths in the file are relative to its folder; where a row is silent, `defaults` holds, then what its model was
+    distilled for. Jobs with the same adapters follow each other, so that each model is loaded once. ValueError for
+    another kind of file or text, an unknown column of a header, two rows with one `out`, and an `out` that is another
+    row's input.
     """
     jobs, failed = [], []
     for line, row in read_rows(path, COLUMNS, renamed=RENAMED, allow_short=True):
@@ -42,12 +43,13 @@ def read_jobs(
                 raise row
             given = {name: value for name, value in row.items() if is_given(value)}
             jobs.append(Job.from_row({**defaults, **given}, path.parent, line, distilled))
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # the latter of its adapters
             failed.append(Outcome(line, "failed", str(error)))
     if not jobs and not failed:
         raise ValueError(f"{path} has no rows")
     _check_outputs_differ(path, jobs)
-    return jobs, failed
+    groups = list(dict.fromkeys(job.adapters for job in jobs))
+    return sorted(jobs, key=lambda job: groups.index(job.adapters)), failed
 
 
 def _check_outputs_differ(path: Path, jobs: Sequence[Job]) -> None:
@@ -76,13 +78,14 @@ def run_row(
 ) -> Outcome:
     """Run one row with the model that `load` gives and save its picture, unless that is done already.
 
-    A row that cannot be run becomes an outcome; whatever `load` raises is raised.
+    A row that cannot be run becomes an outcome; whatever `load` raises is raised, unless the row's adapters may be why.
     """
     if not redo and is_done(job, weights):
         return Outcome(job.line, "skipped")
-    model = load()
+    shared = load() if job.adapters is None else None
 
     def edit() -> None:
+        model = shared or load()
         inputs = read_inputs(job)
         provenance = provenance_of(job, weights)
         check_writable(job.path(job.out), inputs.photo, provenance)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pbe.cli.adapters import add_adapter_commands, inspect_adapters
 from pbe.cli.errors import one_line_errors, printable
-from pbe.cli.flags import Parser, Renamed, adapter
+from pbe.cli.flags import Parser, Renamed
+from pbe.editing.loading import adapter
 
 if TYPE_CHECKING:  # torch is not imported for `--help`
     from torch import Tensor

@@ -27,7 +27,7 @@ from pbe.batch.run import Outcome, is_done, read_jobs, run_row
 from pbe.cli.comparison import comparison, runs, variants
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import Parser, add_model, add_renamed, add_settings, flag, load_for
-from pbe.editing.loading import check_memory, distilled_for
+from pbe.editing.loading import Editors, check_memory, distilled_for
 from pbe.editing.settings import COUNT, SETTINGS, EditSettings
 from pbe.io.fields import check
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from tqdm import tqdm
 
+    from pbe.checkpoints.adapters import AdapterLike
     from pbe.sampling import StepInfo
 
 EPILOG = f"""\
@@ -46,8 +47,9 @@ examples:
 A batch file has one edit per row: a CSV file with a header, or JSONL. Its columns are
   {", ".join(FILES)},
   {", ".join(SETTINGS)};
-paths in it are relative to its folder, several exemplars are separated by ';' (in JSONL: a list), and where a row is
-silent, the flags hold. A row whose picture is there, made with the same settings, inputs and checkpoint, is skipped.
+paths in it are relative to its folder, several exemplars, or adapters as FILE[:STRENGTH], are separated by ';' (in
+JSONL: a list), and where a row is silent, the flags hold. A row whose picture is there, made with the same settings,
+inputs, checkpoint and adapters, is skipped.
 
 exit code: 0 all done, 1 some rows failed, 2 nothing could be done, 130 interrupted
 """
@@ -150,12 +152,11 @@ def edit_one(args: argparse.Namespace) -> int:
     batch_size = 4 if args.batch_size is None else args.batch_size
     for name, count in (("num_images", num_images), ("batch_size", batch_size)):
         check(flag(name), count, COUNT)
-    job = Job.from_row(
-        {name: getattr(args, name) for name in COLUMNS}, distilled=distilled_for(args.ckpt, args.adapter)
-    )
+    given = {name: getattr(args, name, None) for name in COLUMNS}
+    job = Job.from_row(given, distilled=lambda _: distilled_for(args.ckpt, args.adapter))
     jobs, grid_path = variants(args, job, num_images)
     inputs = read_inputs(job)
-    weights, crc32 = weights_of(args), checksums(job)
+    weights, crc32 = weights_of(args, args.adapter), checksums(job)
     provenance = {key: provenance_of(variant, weights, crc32) for key, variant in jobs.items()}
     for key, variant in jobs.items():
         check_writable(variant.path(variant.out), inputs.photo, provenance[key])
@@ -203,17 +204,18 @@ def save_preview(path: Path, pictures: Sequence[Image.Image], _: object = None) 
 
 def edit_batch(args: argparse.Namespace) -> int:
     alone = (*FILES, "preview", "grid", "sweep_guidance", "seeds", "num_images", "batch_size")
-    given = [flag(name) for name in alone if getattr(args, name) is not None]
+    given = [flag(name) for name in alone if getattr(args, name, None) is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} cannot be given with --batch: each row is one edit with its own files")
     if args.devices < 1 or args.num_nodes < 1:
         raise ValueError(f"--devices and --num-nodes must be at least 1, got {args.devices} and {args.num_nodes}")
     defaults = {name: getattr(args, name) for name in SETTINGS}
-    distilled = distilled_for(args.ckpt, args.adapter)
-    EditSettings.from_texts(defaults, distilled)  # a wrong flag is not the rows' fault
-    jobs, outcomes = read_jobs(args.batch, defaults, distilled)
-    weights = weights_of(args)
-    if args.devices * args.num_nodes > 1 and (args.redo or not all(is_done(job, weights) for job in jobs)):
+    distilled, weights = cache(partial(distilled_for, args.ckpt)), cache(partial(weights_of, args))
+    EditSettings.from_texts(defaults, distilled(tuple(args.adapter)))  # a wrong flag is not the rows' fault
+    jobs, outcomes = read_jobs(args.batch, defaults, lambda job: distilled(job.with_adapters(args.adapter)))
+    rows = [(job, job.with_adapters(args.adapter)) for job in jobs]
+    are_done = (is_done(job, weights(adapters)) for job, adapters in rows)
+    if args.devices * args.num_nodes > 1 and (args.redo or not all(are_done)):
         from pbe.batch.distributed import divide, row_runner
 
         form = (args.dtype, args.low_memory, args.compile)
@@ -223,10 +225,11 @@ def edit_batch(args: argparse.Namespace) -> int:
             return 0
         outcomes += shared
     else:
-        load = cache(partial(load_for, args))
+        load = Editors(partial(load_for, args))
         with progress_bar(args, total=len(jobs), unit="row") as bar:
-            for job in jobs:
-                outcomes.append(run_row(load, job, weights, args.redo, callback=partial(show_step, bar)))
+            tell = partial(show_step, bar)
+            for job, adapters in rows:
+                outcomes.append(run_row(partial(load, adapters), job, weights(adapters), args.redo, tell))
                 bar.update()
     return report(jobs, outcomes)
 
@@ -247,11 +250,11 @@ def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:
 # --- both -------------------------------------------------------------------------------------------------
 
 
-def weights_of(args: argparse.Namespace) -> Weights:
+def weights_of(args: argparse.Namespace, adapters: Sequence[AdapterLike]) -> Weights:
     from pbe.checkpoints.loading import choose_device, choose_dtype
 
     dtype = choose_dtype(args.dtype, choose_device(args.device))
-    return identify(args.ckpt, dtype, args.adapter, args.tiny_decoder)
+    return identify(args.ckpt, dtype, adapters, args.tiny_decoder)
 
 
 def is_lossy(out: str) -> bool:

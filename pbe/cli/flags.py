@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
+from pbe.editing.loading import adapter
 from pbe.editing.settings import SETTINGS, EditSettings, setting_docs
 
 if TYPE_CHECKING:
+    from pbe.checkpoints.adapters import AdapterLike
     from pbe.models.paint_by_example import PaintByExample
 
 Group = argparse.ArgumentParser | argparse._ArgumentGroup
@@ -135,15 +137,6 @@ def add_adapter(group: Group) -> None:
     )
 
 
-def adapter(text: str) -> tuple[Path, float]:
-    """A file of adapters and its strength, of FILE or FILE:STRENGTH."""
-    file, colon, number = text.rpartition(":")
-    try:
-        return (Path(file), float(number)) if colon else (Path(text), 1.0)
-    except ValueError:  # a colon of the name's own
-        return Path(text), 1.0
-
-
 def add_device(group: Group) -> None:
     """--device"""
     group.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
@@ -170,11 +163,13 @@ def add_force(group: Group) -> None:
     group.add_argument("--force", action="store_true", help="replace what is there at --out")
 
 
-def load_for(args: argparse.Namespace) -> PaintByExample:
-    """The model that the flags of `add_model` ask for, ready for editing."""
+def load_for(args: argparse.Namespace, adapters: Sequence[AdapterLike] | None = None) -> PaintByExample:
+    """The model that the flags of `add_model` ask for, or with other adapters, ready for editing."""
     from pbe.editing.loading import limit_threads, load_editor
 
     form = (args.dtype, args.low_memory, args.compile)
-    model = load_editor(args.ckpt, args.device, *form, args.adapter, args.tiny_decoder)
+    model = load_editor(
+        args.ckpt, args.device, *form, args.adapter if adapters is None else adapters, args.tiny_decoder
+    )
     limit_threads(model)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from pbe.models.paint_by_example import Distilled, PaintByExample
 
 SMALL_RESOLUTION = 128
+
+
+class Editors:
+    """The models that `load` makes with different adapters. One is in memory: the last, which goes before the next."""
+
+    def __init__(self, load: Callable[[tuple[AdapterLike, ...]], PaintByExample]):
+        self.load = load
+        self.last: tuple[tuple[AdapterLike, ...], PaintByExample] | None = None
+
+    def __call__(self, adapters: Sequence[AdapterLike]) -> PaintByExample:
+        wanted = tuple(adapters)
+        if self.last is None or self.last[0] != wanted:
+            self.last = None
+            self.last = wanted, self.load(wanted)
+        return self.last[1]
 
 
 def load_editor(
@@ -66,6 +81,15 @@ def distilled_for(checkpoint: str | Path, adapters: Sequence[AdapterLike] = ()) 
     shown = [path for path, strength in map(with_strength, adapters) if strength]
     files = [open_checkpoint(checkpoint), *(open_adapter(path)[0] for path in shown)]
     return next((found for file in reversed(files) if (found := hints_of(file).distilled)), None)
+
+
+def adapter(text: str) -> tuple[Path, float]:
+    """A file of adapters and its strength, of FILE or FILE:STRENGTH."""
+    file, colon, number = text.rpartition(":")
+    try:
+        return (Path(file), float(number)) if colon else (Path(text), 1.0)
+    except ValueError:  # a colon of the name's own
+        return Path(text), 1.0
 
 
 def check_memory(low_memory: bool, compile: Compile | None) -> None:

@@ -138,4 +138,4 @@ def test_each_process_compiles(rows, tiny_checkpoint, monkeypatch):
     set_up = row_runner([], tiny_checkpoint, "float32", compile="regions", adapters=[("a.pt", 0.5)])
     with pytest.raises(FileNotFoundError, match=r"a\.pt"):  # its name and checksum are in the results
         divide(0, set_up, "cpu", progress=False)
-    assert asked == [("cpu", "float32", False, "regions", [("a.pt", 0.5)])]
+    assert asked == [("cpu", "float32", False, "regions", (("a.pt", 0.5),))]

@@ -28,8 +28,7 @@ import pbe
 from pbe.checkpoints.adapters import add_adapters, layers_of, read_adapter
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.cli.checkpoint import main
-from pbe.cli.flags import adapter
-from pbe.editing.loading import load_editor
+from pbe.editing.loading import adapter, load_editor
 
 diffusers = pytest.importorskip("diffusers")
 
