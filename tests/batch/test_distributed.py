@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from pbe.acceleration import offloading
@@ -124,6 +125,24 @@ def test_networks_visit_the_device_under_lightning_too(rows, tiny_checkpoint, mo
     assert work.results == {0: Outcome(1, "done")}
     assert visits
     assert not list(work.parameters())  # they would be on the device from the start
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_rows_are_edited_with_their_own_adapters(rows, tiny_checkpoint, monkeypatch):
+    factors = {"lora_down": torch.ones(1, 64, 3, 3), "lora_up": torch.ones(64, 1, 1, 1)}
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    torch.save({f"{name}.{part}.weight": x for part, x in factors.items()}, rows.parent / "style.pt")
+    seen = []
+    monkeypatch.setattr("pbe.editing.edit.edit", lambda model, image, *_, **__: [seen.append(model), image.source][1:])
+    job = Job.from_row({**json.loads(rows.open().readline()), "out": "0.png"}, rows.parent)
+    jobs = [
+        replace(job, out=f"{i}.png", adapters=own) for i, own in enumerate([None, ("style.pt:2",), ("style.pt:2",)])
+    ]
+    run = row_runner(jobs, tiny_checkpoint, "float32")(torch.device("cpu"))
+    assert [run(i) for i in range(3)] == [Outcome(0, "done")] * 3
+    assert seen[0] is not seen[1] is seen[2]
+    stored = [read_provenance(rows.parent / f"{i}.png").get("adapters", []) for i in range(3)]
+    assert [[(one["file"], one["strength"]) for one in each] for each in stored] == [[], *[[("style.pt", 2.0)]] * 2]
 
 
 @pytest.mark.usefixtures("one_thread")

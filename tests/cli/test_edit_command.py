@@ -15,6 +15,7 @@ from PIL import Image
 import pbe
 import pbe.cli
 from pbe.batch.provenance import read_provenance
+from pbe.cli import edit as edit_command
 from pbe.cli.comparison import parse_seeds, runs
 from pbe.cli.edit import main
 from pbe.editing.loading import limit_threads
@@ -126,12 +127,18 @@ def test_results_of_a_distilled_model_hold_what_was_used(cli, folder, distilled_
     assert "2 rows: 0 done, 2 done before" in capsys.readouterr().out
 
 
-def test_results_of_adapters_hold_which_and_how_strong(cli, folder, tiny_checkpoint, capsys):
+@pytest.fixture
+def adapters(folder):
+    """style.pt, and the same as lcm.pt, which says that it distils."""
     name = "lora_unet_mid_block_resnets_0_conv1"
     factors = {"lora_down": torch.ones(1, 64, 3, 3), "lora_up": torch.ones(64, 1, 1, 1)}
     torch.save({f"{name}.{part}.weight": x for part, x in factors.items()}, folder / "style.pt")
     content = torch.load(folder / "style.pt") | {"pbe": {"distilled": {"sampler": "lcm", "steps": 2, "guidance": 1.0}}}
     torch.save({"state_dict": torch.load(folder / "style.pt"), **content}, folder / "lcm.pt")
+
+
+@pytest.mark.usefixtures("adapters")
+def test_results_of_adapters_hold_which_and_how_strong(cli, folder, tiny_checkpoint, capsys):
     assert cli(out="plain.png", steps="2") == cli(out="style.png", steps="2", adapter="style.pt:-0.5") == 0
     assert "adapters" not in read_provenance(folder / "plain.png")
     crc32 = read_provenance(folder / "style.png")["adapters"][0]["crc32"]
@@ -148,6 +155,37 @@ def test_results_of_adapters_hold_which_and_how_strong(cli, folder, tiny_checkpo
     assert (stored["sampler"], stored["steps"]) == ("lcm", 2)
     assert cli(adapter="none.pt") == 2
     assert "none.pt" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("adapters")
+def test_rows_with_adapters_of_their_own(cli, folder, monkeypatch, capsys):
+    torch.save({"lora_unet_conv_out.lora_down.weight": torch.ones(1, 1)}, folder / "misfit.pt")
+    columns = ["", "style.pt", "", "lcm.pt:0.5;style.pt:-0.25", "style.pt", "none.pt", "misfit.pt", "style.pt:x"]
+    rows = [f"photo.png,mask.png,dog.png,{i}.png,{adapters}" for i, adapters in enumerate(columns)]
+    (folder / "rows.csv").write_text("\n".join(["image,mask,exemplar,out,adapters", *rows]))
+    loaded, load = [], edit_command.load_for
+    monkeypatch.setattr("pbe.cli.edit.load_for", lambda *asked: (loaded.extend(asked[1:]), load(*asked))[1])
+    assert cli(batch="rows.csv", adapter="style.pt:2", steps="2") == 1
+    out, err = capsys.readouterr()
+    assert "8 rows: 5 done, 0 done before, 3 failed" in out
+    assert "line 7 failed: there is no checkpoint none.pt" in err
+    assert "line 8 failed: misfit.pt" in err
+    assert "line 9 failed: there is no checkpoint style.pt:x" in err
+    given = {"flag": [("style.pt", 2.0)], "own": [("style.pt", 1.0)], "two": [("lcm.pt", 0.5), ("style.pt", -0.25)]}
+    named = [[(str(path), strength) for path, strength in asked] for asked in loaded]
+    assert named == [*given.values(), [("misfit.pt", 1.0)]]  # each once, though rows take turns
+    stored = [read_provenance(folder / f"{i}.png") for i in range(5)]
+    found = [[(one["file"], one["strength"]) for one in each["adapters"]] for each in stored]
+    assert found == [given[name] for name in ("flag", "own", "flag", "two", "own")]
+    assert [each["sampler"] for each in stored] == ["plms", "plms", "plms", "lcm", "plms"]
+    pictures = [(folder / f"{i}.png").read_bytes() for i in range(5)]
+    assert cli(out="again.png", adapter="style.pt", steps="2") == 0
+    assert np.array_equal(*(np.asarray(Image.open(folder / name)) for name in ("1.png", "again.png")))
+    assert len(set(pictures)) == 3
+    loaded.clear()
+    assert cli(batch="rows.csv", adapter="style.pt:2", steps="2") == 1
+    assert "5 done before" in capsys.readouterr().out
+    assert len(loaded) == 1  # by the row that fails
 
 
 @pytest.mark.parametrize(
