@@ -1,14 +1,13 @@
 """The page: load an image, draw a mask, load an exemplar, look at the results; the same over Gradio's API.
 
-Image and exemplar stay the files that were uploaded, which `pbe.app.uploads` edits; the canvases show smaller copies,
-and only the masks drawn come back from there.
+The canvases show smaller copies of image and exemplar, and only the masks drawn come back from there. The edits are
+made by `pbe.app.editor`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import inf
 from os.path import isdir
@@ -20,16 +19,15 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, drawn_mask, to_value
-from pbe.app.serving import cancel_edit, waiting_client, with_previews, workplace
-from pbe.app.uploads import MAX_RESULTS, EditFiles, save_edits, take
+from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, to_value
+from pbe.app.editor import Adapters, Editor, Upload
+from pbe.app.serving import cancel_edit, workplace
+from pbe.app.uploads import MAX_RESULTS, take
 from pbe.batch.provenance import Weights
-from pbe.editing.preview import Preview
-from pbe.editing.settings import QUICK, SETTINGS, EditSettings, settings_for
+from pbe.editing.loading import Editors
+from pbe.editing.settings import QUICK, EditSettings
 from pbe.images.pillow import open_image
 from pbe.images.reading import read_mask, read_picture
-from pbe.images.windows import mask_bounding_box
-from pbe.io.fields import read
 from pbe.models.paint_by_example import PaintByExample
 from pbe.sampling import SAMPLERS
 
@@ -42,7 +40,6 @@ EXAMPLE_FILES = (  # image, mask, exemplar
     ("china.jpg", "china_mask.png", "shuttle.png"),
 )
 HEIGHT = 520  # of image and results
-NOTHING_NEW = (gr.skip(),) * 4  # of the results while they are painted
 INTRODUCTION = """
 # Paint by Example
 Load an image, and draw a mask over what to replace. Load an exemplar: a picture of what to put there. Then paint.
@@ -51,13 +48,6 @@ Load an image, and draw a mask over what to replace. Load an exemplar: a picture
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the parts do: values in, values or updates of components out
-
-
-class Upload(NamedTuple):
-    """An uploaded picture: its file and its upright size."""
-
-    path: str
-    size: tuple[int, int]  # (height, width)
 
 
 def open_upload(path: str, name: str) -> tuple[Upload, Image.Image]:
@@ -94,88 +84,6 @@ def reuse_result(results: list[tuple[str, str]], chosen: int) -> tuple[object, .
     return show(results[chosen][0], "image")
 
 
-@dataclass(frozen=True)
-class Editor:
-    """The edits of the page and of its endpoint for programs, by one model."""
-
-    model: PaintByExample
-    weights: Weights
-    settings: EditSettings  # where no control says otherwise
-    lock: threading.Lock = field(default_factory=threading.Lock)  # Gradio goes on while a cancelled edit's step lasts
-
-    def paint(
-        self,
-        image: Upload | None,
-        drawn: dict[str, str] | None,
-        exemplar: Upload | None,
-        crop: dict[str, str] | None,
-        num_images: object,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio hands it over)
-        **controls: object,
-    ) -> Iterator[tuple[object, ...]]:
-        """What `result_view` shows: the results for what is loaded and drawn on the page."""
-        with workplace() as folder:
-            if image is None:
-                raise ValueError("There is no image yet: load one on the left.")
-            mask = drawn_mask(drawn, image.size)
-            if mask is None:
-                raise ValueError("There is no mask yet: brush or box what to replace in the image.")
-            if exemplar is None:
-                raise ValueError("There is no exemplar yet: load a picture of what to paint.")
-            shown = drawn_mask(crop, exemplar.size)
-            box = None if shown is None else mask_bounding_box(shown)
-            files, settings = EditFiles(Path(image.path), mask, Path(exemplar.path), box), self.changed(controls)
-            save = partial(self.save, files, settings, num_images, folder, progress)
-            paths = yield from with_previews(save, lambda images: (*NOTHING_NEW, gr.Gallery(images, visible=True)))
-            results = [(path, f"seed {settings.seed + i}") for i, path in enumerate(paths)]
-            # Gradio has copied the files when this function goes on, and the folder can go.
-            row, preview = gr.Row(visible=True), gr.Gallery(visible=False)
-            yield gr.Gallery(results, selected_index=0), 0, gr.DownloadButton(value=paths[0]), row, preview
-
-    def edit(
-        self,
-        image: str,
-        mask: str,
-        exemplar: str,
-        num_images: object,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-        **controls: object,
-    ) -> Iterator[list[str]]:
-        """Repaints the white part of the mask, in the image, as the exemplar's object: one PNG file per result."""
-        with workplace() as folder:
-            given = {"image": image, "mask": mask, "exemplar": exemplar}
-            missing = [name for name, file in given.items() if file is None]
-            if missing:
-                raise ValueError(f"{' and '.join(missing)} missing: give files, with gradio_client.handle_file")
-            files = EditFiles(Path(image), Path(mask), Path(exemplar))
-            yield self.save(files, self.changed(controls), num_images, folder, progress)
-
-    def save(
-        self,
-        files: EditFiles,
-        settings: EditSettings,
-        num_images: object,
-        folder: Path,
-        progress: gr.Progress,
-        preview: Preview | None = None,
-        closed: threading.Event | None = None,
-    ) -> list[str]:
-        """`save_edits`, as long as somebody waits for it."""
-        check = waiting_client(closed)
-
-        def tell(step: tuple[int, int], desc: str) -> None:
-            check()
-            progress(step, desc=desc)
-
-        with self.lock:
-            return save_edits(self.model, self.weights, files, settings, num_images, folder, tell, preview)
-
-    def changed(self, controls: dict[str, object]) -> EditSettings:
-        """The settings with the controls' values: 20.0 from a program is 20, None from an emptied field is an error."""
-        given = {name: read(name, value, SETTINGS[name]) for name, value in controls.items()}
-        return settings_for(given, self.model.config.distilled, self.settings)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What the parts look like
 
@@ -193,8 +101,9 @@ def picture_input(name: str, label: str, tools: tuple[str, ...], tools_label: st
     return PictureInput(gr.State(), file, canvas(tools_label, tools, height, elem_id=name))
 
 
-def edit_controls(settings: EditSettings) -> dict[str, gr.blocks.Block]:
-    """The controls of the settings that a page's user may change, and of the number of results, by name."""
+def edit_controls(settings: EditSettings, adapters: Adapters) -> dict[str, gr.blocks.Block]:
+    """The controls of the settings that a page's user may change, of the number of results, and of the adapters'
+    strengths, by name."""
     about_guidance = "How closely the result follows the exemplar; too much distorts it"
     guidance = gr.Slider(0, 15, settings.guidance, step=0.5, label="Guidance", info=about_guidance)
     num_images = gr.Slider(1, MAX_RESULTS, 2, step=1, label="Results")
@@ -203,7 +112,17 @@ def edit_controls(settings: EditSettings) -> dict[str, gr.blocks.Block]:
         with gr.Row():
             seed = gr.Number(settings.seed, precision=0, minimum=0, label="Seed", min_width=80)
             sampler = gr.Dropdown(list(SAMPLERS), value=settings.sampler, label="Sampler", min_width=80)
-    return {"guidance": guidance, "steps": steps, "seed": seed, "num_images": num_images, "sampler": sampler}
+    controls: dict[str, gr.blocks.Block] = {
+        "guidance": guidance,
+        "steps": steps,
+        "seed": seed,
+        "num_images": num_images,
+        "sampler": sampler,
+    }
+    for i, (path, strength) in enumerate(adapters, start=1):
+        label, least, most = f"{path.name}: strength", min(-1, strength), max(2, strength)
+        controls[f"strength_{i}"] = gr.Slider(least, most, strength, step=0.05, label=label)
+    return controls
 
 
 class ResultView(NamedTuple):
@@ -280,12 +199,14 @@ class Page(gr.Blocks):
             raise gr.Error(words[:300], print_exception=False) from error
 
 
-def build_page(model: PaintByExample, weights: Weights, settings: EditSettings = QUICK) -> gr.Blocks:
+def build_page(
+    model: PaintByExample | Editors, weights: Weights, settings: EditSettings = QUICK, adapters: Adapters = ()
+) -> gr.Blocks:
     """The page for one model; `weights` says in the results which it was, the controls begin with `settings`.
 
-    `serve` shows it.
+    Where `model` gives one by its adapters, they have a control of their strength each. `serve` shows the page.
     """
-    editor = Editor(model, weights, settings)
+    editor = Editor(model if isinstance(model, Editors) else Editors(lambda _: model), weights, settings, adapters)
     with Page(title="Paint by Example", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
@@ -297,7 +218,7 @@ def build_page(model: PaintByExample, weights: Weights, settings: EditSettings =
                     start = gr.Button("Paint", variant="primary", size="lg", scale=3, elem_id="paint")
                     cancel = gr.Button("Cancel", size="lg", scale=1, min_width=80, elem_id="cancel")
                 preview = gr.Gallery(label="Being painted", visible=False, height=180, elem_id="preview")
-                controls = edit_controls(editor.changed({}))
+                controls = edit_controls(editor.changed({}), adapters)
             with gr.Column(scale=5, min_width=400):
                 results = result_view()
         if samples := example_files():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import Parser, add_model, load_for
+from pbe.editing.loading import Editors
 from pbe.io.signals import handling
 
 
@@ -68,11 +70,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if args.compile == "whole" and choose_device(args.device).type == "cuda":
         raise ValueError("--compile whole makes CUDA graphs, which one thread alone can replay: use --compile regions")
     auth = credentials(args.auth, args.no_auth, not is_loopback(args.host))
-    model = load_for(args)
+    models, adapters = Editors(partial(load_for, args)), tuple(args.adapter)
+    dtype = models(adapters).dtype
     ends = handling(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with ends, files_of_page() as files, warnings_on_page():
-        weights = identify(args.ckpt, model.dtype, args.adapter, args.tiny_decoder)
-        page = build_page(model, weights, quick_settings(args.ckpt))
+        weights = identify(args.ckpt, dtype, adapters, args.tiny_decoder)
+        page = build_page(models, weights, quick_settings(args.ckpt), adapters)
         address = serve(page, args.host, args.port, auth, tuple(args.allow_host), files)
         print(f"serving at {address} (Ctrl+C ends it)", flush=True)
         page.block_thread()

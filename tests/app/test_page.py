@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 import pbe
-from pbe.batch.provenance import Weights, read_provenance
+from pbe.batch.provenance import Weights, identify, read_provenance
+from pbe.editing.loading import Editors
 from pbe.editing.settings import DEMO, QUICK, quick_settings
 from pbe.images.pillow import PictureWarning
 from pbe.images.windows import Box
@@ -153,7 +154,7 @@ def test_a_distilled_model_begins_with_its_own_settings(model):
     values = {block.label: block.value for block in page.blocks.values() if isinstance(block, gr.Slider | gr.Dropdown)}
     assert [values[label] for label in ("Guidance", "Steps", "Sampler")] == [1, 2, "lcm"]
     page.close(verbose=False)
-    changed = app.Editor(student, WEIGHTS, QUICK).changed
+    changed = app.Editor(Editors(lambda _: student), WEIGHTS, QUICK).changed
     assert changed({"steps": 4.0}) == replace(QUICK, sampler="lcm", steps=4, guidance=1.0, spacing="lcm")
     assert changed({"sampler": "dpm_solver", "guidance": 5, "steps": 20}) == QUICK
 
@@ -244,7 +245,7 @@ def test_progress_counts_the_steps_of_all_batches(model, files, tmp_path):
 
 def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
     """The components' updates, in the order of `result_view` with the previews after them."""
-    editor = app.Editor(model, WEIGHTS, EDIT_SETTINGS)
+    editor = app.Editor(Editors(lambda _: model), WEIGHTS, EDIT_SETTINGS)
     image, _ = app.open_upload(str(files["image"]), "image")
     exemplar, _ = app.open_upload(str(files["exemplar"]), "exemplar")
     drawn = to_value(Image.open(files["image"]), pixels(files["mask"]) > 0)
@@ -260,6 +261,38 @@ def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
     assert chosen == 0
     assert row.visible
     assert not preview.visible
+
+
+def test_adapters_have_a_strength_each_on_the_page(tiny_checkpoint, files, tmp_path):
+    factors = {"lora_down": torch.ones(1, 64, 3, 3), "lora_up": torch.ones(64, 1, 1, 1)}
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    torch.save({f"{name}.{part}.weight": x for part, x in factors.items()}, tmp_path / "style.pt")
+    loaded = []
+
+    def load(adapters):
+        loaded.append([strength for _, strength in adapters])
+        return pbe.load_model(tiny_checkpoint, "cpu", adapters=adapters)
+
+    adapters = ((tmp_path / "style.pt", 0.5), (tmp_path / "style.pt", -2.0))
+    page = app.build_page(Editors(load), identify(tiny_checkpoint, torch.float32, adapters), QUICK, adapters)
+    sliders = [block for block in page.blocks.values() if getattr(block, "label", None) == "style.pt: strength"]
+    assert [(one.value, one.minimum, one.maximum) for one in sliders] == [(0.5, -1, 2), (-2, -2, 2)]
+    with serving.warnings_on_page():
+        client = Client(serving.serve(page, port=free_port()), verbose=False)
+        results = [call(client, files, **given)[0] for given in ({}, {}, {"strength_1": 2, "strength_2": 0})]
+        with pytest.raises(AppError, match="strength_2 must be a number, got 'x'"):
+            call(client, files, strength_2="x")
+        with pytest.raises(AppError, match="greater than maximum value 2"):
+            call(client, files, strength_1=3)
+        results += call(client, files, strength_1=0, strength_2=0)
+    page.close(verbose=False)
+    assert loaded == [[0.5, -2], [2, 0], [0, 0]]
+    stored = [[one["strength"] for one in read_provenance(path)["adapters"]] for path in results]
+    assert stored == [[0.5, -2], [0.5, -2], [2, 0], [0, 0]]
+    edit = {"mask": files["mask"], "exemplar": files["exemplar"], **vars(EDIT_SETTINGS)}
+    for path, given in zip(results[1:], [adapters, [(tmp_path / "style.pt", 2.0)], []], strict=True):
+        model = pbe.load_model(tiny_checkpoint, "cpu", adapters=given)
+        assert np.array_equal(pixels(path), pixels(pbe.edit(model, files["image"], **edit)))
 
 
 def test_what_ends_an_edit_ends_its_previews():
@@ -432,7 +465,7 @@ def test_a_number_that_is_no_port_is_one_line(tiny_checkpoint, capsys):
 def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monkeypatch):
     calls = []
 
-    def page(model, weights, sampling):
+    def page(model, weights, sampling, adapters):
         calls.append(sampling)
         raise OSError("far enough")
 
@@ -446,8 +479,8 @@ def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monk
     flags = ["--device", "cpu", "--dtype", "float32", "--low-memory", "--compile", "regions"]
     flags += ["--tiny-decoder", str(tiny_checkpoint)]
     assert main(flags) == main(["--ckpt", str(tiny_checkpoint)]) == 2
-    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions", [], tiny_checkpoint), DEMO]
-    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None, [], None), QUICK]
+    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions", (), tiny_checkpoint), DEMO]
+    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None, (), None), QUICK]
 
 
 def test_cuda_graphs_are_not_for_the_page_s_threads(monkeypatch, capsys):
