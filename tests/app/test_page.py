@@ -292,7 +292,7 @@ def test_adapters_have_a_strength_each_on_the_page(tiny_checkpoint, files, tmp_p
     edit = {"mask": files["mask"], "exemplar": files["exemplar"], **vars(EDIT_SETTINGS)}
     for path, given in zip(results[1:], [adapters, [(tmp_path / "style.pt", 2.0)], []], strict=True):
         model = pbe.load_model(tiny_checkpoint, "cpu", adapters=given)
-        assert np.array_equal(pixels(path), pixels(pbe.edit(model, files["image"], **edit)))
+        assert np.array_equal(pixels(path), pixels(pbe.edit(model, files["image"], **edit)[0]))
 
 
 def test_what_ends_an_edit_ends_its_previews():
