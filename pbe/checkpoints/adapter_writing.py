@@ -78,12 +78,12 @@ def named_tensors(
     if unheld:
         found = "; ".join(f"{role} of {len(of)} layers, as {of[0]}" for role, of in unheld.items())
         raise ValueError(f"{format} names cannot hold {found}; kohya's can")
-    metadata = {name: x for name, x in adapter.metadata.items() if isinstance(x, str) and name != "format"}
-    entry = {name: x for name, x in dict(adapter.metadata.get("pbe") or {}).items() if name != "lora"}
-    if adapter.distilled:
-        entry["distilled"] = asdict(adapter.distilled)
-    if format == "pbe":
-        entry |= lora_entry(adapter)
+    texts = {name: x for name, x in adapter.metadata.items() if isinstance(x, str)}
+    metadata = {name: x for name, x in texts.items() if name not in ("format", "pbe")}
+    told = adapter.metadata.get("pbe")
+    entry = {name: x for name, x in told.items() if name != "lora"} if isinstance(told, dict) else {}
+    entry |= {"distilled": asdict(adapter.distilled)} if adapter.distilled else {}
+    entry |= lora_entry(adapter) if format == "pbe" else {}
     if format in ("peft", "diffusers"):
         prefix, settings = "unet." if format == "diffusers" else "", peft_settings(adapter, paths)
         metadata["lora_adapter_metadata"] = json.dumps({prefix + name: x for name, x in settings.items()}, indent=2)
@@ -117,15 +117,12 @@ def alpha_of(update: Update, rslora: bool = False) -> float:
 
 
 def lora_entry(adapter: Adapter) -> dict[str, Any]:
-    """Rank and alpha as training keeps them; nothing where all scales are 1, which ranks may then differ."""
-    found = {(update.rank, alpha_of(update)) for update in adapter.updates.values()}
-    if len(found) == 1 and (rank := next(iter(found))[0]):
-        targets = [re.escape(name) for name in adapter.updates]
-        return {"lora": asdict(LoRAConfig(rank, found.pop()[1], targets))}
-    if any(update.scale != 1 for update in adapter.updates.values()):
+    """Rank and alpha as training keeps them."""
+    found = {(update.rank or 1, alpha_of(update)) for update in adapter.updates.values()}
+    if len(found) > 1:
         shown = shorten([f"{rank} and {alpha:g}" for rank, alpha in sorted(found)], 4)
         raise ValueError(f"pbe names hold one rank and alpha for all layers, got {shown}; kohya's, PEFT's hold any")
-    return {}
+    return {"lora": asdict(LoRAConfig(*found.pop(), [re.escape(name) for name in adapter.updates]))}
 
 
 def peft_settings(adapter: Adapter, paths: dict[str, str]) -> dict[str, Any]:

