@@ -18,7 +18,7 @@ from pbe.app.canvas import drawn_mask
 from pbe.app.serving import waiting_client, with_previews, workplace
 from pbe.app.uploads import EditFiles, save_edits
 from pbe.batch.provenance import Weights
-from pbe.editing.loading import Editors
+from pbe.editing.loading import AdaptedModels
 from pbe.editing.preview import Preview
 from pbe.editing.settings import SETTINGS, EditSettings, settings_for
 from pbe.images.windows import mask_bounding_box
@@ -43,7 +43,7 @@ class Editor:
     controls `strength_1`, … say; `weights` are those at the given ones.
     """
 
-    models: Editors
+    models: AdaptedModels
     weights: Weights
     settings: EditSettings
     adapters: Adapters = ()

@@ -24,7 +24,7 @@ from pbe.app.editor import Adapters, Editor, Upload
 from pbe.app.serving import cancel_edit, workplace
 from pbe.app.uploads import MAX_RESULTS, take
 from pbe.batch.provenance import Weights
-from pbe.editing.loading import Editors
+from pbe.editing.loading import AdaptedModels
 from pbe.editing.settings import QUICK, EditSettings
 from pbe.images.pillow import open_image
 from pbe.images.reading import read_mask, read_picture
@@ -200,13 +200,14 @@ class Page(gr.Blocks):
 
 
 def build_page(
-    model: PaintByExample | Editors, weights: Weights, settings: EditSettings = QUICK, adapters: Adapters = ()
+    model: PaintByExample | AdaptedModels, weights: Weights, settings: EditSettings = QUICK, adapters: Adapters = ()
 ) -> gr.Blocks:
     """The page for one model; `weights` says in the results which it was, the controls begin with `settings`.
 
     Where `model` gives one by its adapters, they have a control of their strength each. `serve` shows the page.
     """
-    editor = Editor(model if isinstance(model, Editors) else Editors(lambda _: model), weights, settings, adapters)
+    models = model if isinstance(model, AdaptedModels) else AdaptedModels(lambda _: model)
+    editor = Editor(models, weights, settings, adapters)
     with Page(title="Paint by Example", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():

@@ -20,7 +20,7 @@ from pbe.batch.provenance import identify
 from pbe.batch.run import Outcome, run_row
 from pbe.checkpoints.adapters import AdapterLike
 from pbe.checkpoints.loading import choose_device
-from pbe.editing.loading import Editors, check_memory, limit_threads, load_editor
+from pbe.editing.loading import AdaptedModels, check_memory, limit_threads, load_editor
 from pbe.models.paint_by_example import PaintByExample
 
 Result = TypeVar("Result")
@@ -143,7 +143,7 @@ def row_runner(
             used = jobs[index].with_adapters(adapters)
             return run_row(partial(editors, used), jobs[index], weights(used), redo)
 
-        editors = Editors(load)
+        editors = AdaptedModels(load)
         weights = cache(lambda used: identify(checkpoint, precision, used, tiny_decoder))
         precision = editors(adapters).dtype
         weights(tuple(adapters))  # what is not there shows now

@@ -48,8 +48,8 @@ def read_jobs(
     if not jobs and not failed:
         raise ValueError(f"{path} has no rows")
     _check_outputs_differ(path, jobs)
-    groups = list(dict.fromkeys(job.adapters for job in jobs))
-    return sorted(jobs, key=lambda job: groups.index(job.adapters)), failed
+    groups = {adapters: i for i, adapters in enumerate(dict.fromkeys(job.adapters for job in jobs))}
+    return sorted(jobs, key=lambda job: groups[job.adapters]), failed
 
 
 def _check_outputs_differ(path: Path, jobs: Sequence[Job]) -> None:

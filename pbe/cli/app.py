@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import Parser, add_model, load_for
-from pbe.editing.loading import Editors
+from pbe.editing.loading import AdaptedModels
 from pbe.io.signals import handling
 
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if args.compile == "whole" and choose_device(args.device).type == "cuda":
         raise ValueError("--compile whole makes CUDA graphs, which one thread alone can replay: use --compile regions")
     auth = credentials(args.auth, args.no_auth, not is_loopback(args.host))
-    models, adapters = Editors(partial(load_for, args)), tuple(args.adapter)
+    models, adapters = AdaptedModels(partial(load_for, args)), tuple(args.adapter)
     dtype = models(adapters).dtype
     ends = handling(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with ends, files_of_page() as files, warnings_on_page():

@@ -27,7 +27,7 @@ from pbe.batch.run import Outcome, is_done, read_jobs, run_row
 from pbe.cli.comparison import comparison, runs, variants
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import Parser, add_model, add_renamed, add_settings, flag, load_for
-from pbe.editing.loading import Editors, check_memory, distilled_for
+from pbe.editing.loading import AdaptedModels, check_memory, distilled_for
 from pbe.editing.settings import COUNT, SETTINGS, EditSettings
 from pbe.io.fields import check
 
@@ -225,7 +225,7 @@ def edit_batch(args: argparse.Namespace) -> int:
             return 0
         outcomes += shared
     else:
-        load = Editors(partial(load_for, args))
+        load = AdaptedModels(partial(load_for, args))
         with progress_bar(args, total=len(jobs), unit="row") as bar:
             tell = partial(show_step, bar)
             for job, adapters in rows:

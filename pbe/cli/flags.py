@@ -167,9 +167,7 @@ def load_for(args: argparse.Namespace, adapters: Sequence[AdapterLike] | None = 
     """The model that the flags of `add_model` ask for, or with other adapters, ready for editing."""
     from pbe.editing.loading import limit_threads, load_editor
 
-    form = (args.dtype, args.low_memory, args.compile)
-    model = load_editor(
-        args.ckpt, args.device, *form, args.adapter if adapters is None else adapters, args.tiny_decoder
-    )
+    form = (args.dtype, args.low_memory, args.compile, args.adapter if adapters is None else adapters)
+    model = load_editor(args.ckpt, args.device, *form, args.tiny_decoder)
     limit_threads(model)
     return model

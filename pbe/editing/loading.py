@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SMALL_RESOLUTION = 128
 
 
-class Editors:
+class AdaptedModels:
     """The models that `load` makes with different adapters. One is in memory: the last, which goes before the next."""
 
     def __init__(self, load: Callable[[tuple[AdapterLike, ...]], PaintByExample]):

@@ -21,7 +21,7 @@ from PIL import Image
 
 import pbe
 from pbe.batch.provenance import Weights, identify, read_provenance
-from pbe.editing.loading import Editors
+from pbe.editing.loading import AdaptedModels
 from pbe.editing.settings import DEMO, QUICK, quick_settings
 from pbe.images.pillow import PictureWarning
 from pbe.images.windows import Box
@@ -154,7 +154,7 @@ def test_a_distilled_model_begins_with_its_own_settings(model):
     values = {block.label: block.value for block in page.blocks.values() if isinstance(block, gr.Slider | gr.Dropdown)}
     assert [values[label] for label in ("Guidance", "Steps", "Sampler")] == [1, 2, "lcm"]
     page.close(verbose=False)
-    changed = app.Editor(Editors(lambda _: student), WEIGHTS, QUICK).changed
+    changed = app.Editor(AdaptedModels(lambda _: student), WEIGHTS, QUICK).changed
     assert changed({"steps": 4.0}) == replace(QUICK, sampler="lcm", steps=4, guidance=1.0, spacing="lcm")
     assert changed({"sampler": "dpm_solver", "guidance": 5, "steps": 20}) == QUICK
 
@@ -245,7 +245,7 @@ def test_progress_counts_the_steps_of_all_batches(model, files, tmp_path):
 
 def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
     """The components' updates, in the order of `result_view` with the previews after them."""
-    editor = app.Editor(Editors(lambda _: model), WEIGHTS, EDIT_SETTINGS)
+    editor = app.Editor(AdaptedModels(lambda _: model), WEIGHTS, EDIT_SETTINGS)
     image, _ = app.open_upload(str(files["image"]), "image")
     exemplar, _ = app.open_upload(str(files["exemplar"]), "exemplar")
     drawn = to_value(Image.open(files["image"]), pixels(files["mask"]) > 0)
@@ -274,7 +274,7 @@ def test_adapters_have_a_strength_each_on_the_page(tiny_checkpoint, files, tmp_p
         return pbe.load_model(tiny_checkpoint, "cpu", adapters=adapters)
 
     adapters = ((tmp_path / "style.pt", 0.5), (tmp_path / "style.pt", -2.0))
-    page = app.build_page(Editors(load), identify(tiny_checkpoint, torch.float32, adapters), QUICK, adapters)
+    page = app.build_page(AdaptedModels(load), identify(tiny_checkpoint, torch.float32, adapters), QUICK, adapters)
     sliders = [block for block in page.blocks.values() if getattr(block, "label", None) == "style.pt: strength"]
     assert [(one.value, one.minimum, one.maximum) for one in sliders] == [(0.5, -1, 2), (-2, -2, 2)]
     with serving.warnings_on_page():
