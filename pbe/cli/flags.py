@@ -88,7 +88,7 @@ def metavar(annotation: Any) -> str:
     if origin is Literal:
         return "|".join(arguments)
     if origin is tuple:
-        return ",".join("N" for _ in arguments)
+        return ",".join(metavar(argument) for argument in arguments if argument is not ...)
     if not arguments:
         return "N" if annotation in (int, float) else ""
     parts = [metavar(argument) for argument in arguments if not isinstance(argument, str)]

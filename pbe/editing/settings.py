@@ -7,6 +7,7 @@ its arguments before it loads anything heavy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ Interval = Annotated[
 Window = Annotated[
     Literal["auto", "full"] | tuple[int, int, int, int], "'auto', 'full' or a box X0,Y0,X1,Y1 in whole pixels"
 ]
+Sides = tuple[tuple[Literal["left", "right", "top", "bottom"], Annotated[int, Range(1, 30_000)]], ...]
+SIDES = "sides, each once, with 1 to 30000 pixels, such as left,200 or left,200,top,100"
+Extend = Annotated[Sides | str, SIDES]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,25 @@ class EditSettings:
     one: faster, and approximate; 1 is off."""
     decoder: Literal["vae", "tiny"] = "vae"
     """What makes pictures of latents: the autoencoder or, for drafts, the tiny decoder of a model that has one."""
+    strength: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Share of the steps that are taken: below 1 they start from the photo, with as much noise as the first of them is
+    for (SDEdit), so that its shapes and poses are kept; 1 starts from noise alone."""
+    fit_mask: bool = False
+    """Resize masks of another size than their pictures; without it they are refused."""
+    invert: bool = False
+    """Repaint what the mask keeps, and keep what it repaints."""
+    extend: Extend | None = None
+    """Let the photo grow by SIDE,N pixels, several sides in a row (left,200,top,100), and repaint what is new, beside
+    the mask if there is one."""
+    fill_holes: bool = False
+    """Repaint what the mask surrounds, too."""
+    smooth: Annotated[int, Range(0, 10_000)] = 0
+    """Smooth the mask's outline: dots, gaps and corners smaller than about N photo pixels go."""
+    grow: Annotated[int, Range(-10_000, 10_000)] = 0
+    """Grow the mask by N photo pixels on all sides, or shrink it where N is negative."""
+    placement: Literal["fill", "centre", "bottom"] = "fill"
+    """Where the object stands in a mask of another shape: it may fill it, or the mask shrinks to the largest box of the
+    exemplar's aspect, in the centre or at the bottom."""
 
     def __post_init__(self) -> None:
         for name, annotation in SETTINGS.items():
@@ -97,6 +120,18 @@ class EditSettings:
             raise ValueError(f"spacing='lcm' has {MAX_LCM_STEPS} timesteps, got steps={self.steps}")
         if self.spacing == "karras" and self.sampler == "plms":
             raise ValueError("the sampler 'plms' needs even steps, as spacing='trailing' has, got 'karras'")
+        if self.extend is not None:
+            sides = read("extend", self.extend, Annotated[Sides, SIDES])
+            if len(dict(sides)) < len(sides):
+                raise ValueError(f"extend must be {SIDES}, got {self.extend}")
+            object.__setattr__(self, "extend", sides)
+            if self.placement != "fill":
+                raise ValueError(f"placement={self.placement!r} would leave a part of what extend adds unpainted")
+
+    @property
+    def steps_taken(self) -> int:
+        """How many of the steps are taken, the last ones: strength's share of them, rounded up."""
+        return max(1, math.ceil(self.strength * self.steps - 1e-9))
 
     @classmethod
     def from_texts(
@@ -116,8 +151,9 @@ class EditSettings:
 
 
 SETTINGS = field_types(EditSettings)
-# Those that the model's own picture of a window follows from, beside the seed.
+# Those that the model's own picture of a window follows from, beside the seed, where photos and masks fit.
 SAMPLING = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing", "resolution", "reuse", "decoder")
+SAMPLING += ("strength", "fill_holes", "smooth", "grow", "placement")
 
 
 class EditKeywords(TypedDict, total=False):
@@ -139,6 +175,14 @@ class EditKeywords(TypedDict, total=False):
     resolution: int | None
     reuse: int
     decoder: Literal["vae", "tiny"]
+    strength: float
+    fit_mask: bool
+    invert: bool
+    extend: Sides | str | None
+    fill_holes: bool
+    smooth: int
+    grow: int
+    placement: Literal["fill", "centre", "bottom"]
 
 
 def settings_for(

@@ -40,7 +40,8 @@ class Range:
     def __str__(self) -> str:
         multiple = f", a multiple of {self.step}" if self.step > 1 else ""
         if self.above:
-            return f"above {self.low}" + (f" and below {self.high}" if self.high < math.inf else "")
+            end = f" and {'below' if self.below else 'at most'} {self.high}" if self.high < math.inf else ""
+            return f"above {self.low}{end}"
         if self.high == math.inf:
             return f"of at least {self.low}{multiple}"
         if self.below:
@@ -173,7 +174,7 @@ def _tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         raise ValueError
     items = list(value)
     size = len(get_args(arguments[0])) if get_origin(arguments[0]) is tuple else 0
-    if size and items and isinstance(items[0], Real):  # x, y, x, y, … for points
+    if size and items and isinstance(items[0], Real | str):  # x, y, x, y, … for points
         items = [items[i : i + size] for i in range(0, len(items), size)]
     types = arguments[:1] * len(items) if arguments[-1] is ... else arguments
     if not items or len(items) != len(types):
@@ -204,5 +205,5 @@ def _from_text(text: str, annotation: Any) -> Any:
 def _list_from_text(text: str, arguments: tuple[Any, ...]) -> list[Any]:
     if arguments[0] is str:
         return [part.strip() or None for part in text.split(";")]
-    number = get_args(arguments[0])[0] if get_origin(arguments[0]) is tuple else arguments[0]
-    return [_from_text(part, number) for part in re.split(r"[,;\s]+", text)]
+    kinds = get_args(arguments[0]) if get_origin(arguments[0]) is tuple else arguments[:1]
+    return [_from_text(part, kinds[i % len(kinds)]) for i, part in enumerate(re.split(r"[,;\s]+", text))]

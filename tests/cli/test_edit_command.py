@@ -273,6 +273,13 @@ def test_flags_reach_edit(cli, edits):
         "resolution": 128,
         "reuse": 2,
         "decoder": "tiny",
+        "strength": 0.5,
+        "fit_mask": True,
+        "invert": True,
+        "extend": "left,8,top,16",
+        "fill_holes": True,
+        "smooth": 3,
+        "grow": -2,
         "batch_size": 3,
         "num_images": 2,
     }
@@ -300,6 +307,14 @@ def test_flags_reach_edit(cli, edits):
         "resolution": 128,
         "reuse": 2,
         "decoder": "tiny",
+        "strength": 0.5,
+        "fit_mask": True,
+        "invert": True,
+        "extend": (("left", 8), ("top", 16)),
+        "fill_holes": True,
+        "smooth": 3,
+        "grow": -2,
+        "placement": "fill",
     }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 from dataclasses import replace
 from typing import get_args, get_type_hints
 
@@ -82,7 +83,7 @@ def test_numbers_of_numpy_become_python_s():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_nonsense_is_refused_by_name(name):
-    for value in ([], {}, object(), float("nan"), "x", b"1", [[1]], True if name != "composite" else 2):
+    for value in ([], {}, object(), float("nan"), "x", b"1", [[1]], 2 if SETTINGS[name] is bool else True):
         with pytest.raises(ValueError, match=f"^{name} must be "):
             EditSettings(**{name: value})
         with pytest.raises(ValueError, match=f"^{name} must be "):
@@ -91,6 +92,24 @@ def test_nonsense_is_refused_by_name(name):
 
 def test_the_demo_has_its_own_quick_settings(tiny_checkpoint):
     assert (quick_settings("demo").guidance, quick_settings(tiny_checkpoint).guidance) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    "value", ["left,200,top,5", "left 200; top 5", ["left", 200, "top", 5], [["left", 200], ["top", 5]]]
+)
+def test_sides_are_texts_or_pairs(value):
+    sides = (("left", 200), ("top", 5))
+    assert EditSettings(extend=value).extend == sides
+    assert EditSettings.from_texts({"extend": value}).extend == sides
+    assert EditSettings.from_texts(json.loads(json.dumps(EditSettings(extend=value).to_json()))).extend == sides
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "taken"),
+    [(1, 50, 50), (0.5, 50, 25), (0.3, 10, 3), (0.31, 10, 4), (1e-12, 1, 1), (0.999, 9, 9)],
+)
+def test_strength_is_a_share_of_the_steps(strength, steps, taken):
+    assert EditSettings(strength=strength, steps=steps).steps_taken == taken
 
 
 # --- distilled models -------------------------------------------------------------------------------------------------
@@ -127,6 +146,11 @@ def test_a_sampler_brings_its_spacing_and_noise():
         ({"sampler": "lcm", "spacing": "lcm", "steps": 51}, "spacing='lcm' has 50 timesteps, got steps=51"),
         ({"sampler": "plms", "spacing": "karras"}, "'plms' needs even steps, as spacing='trailing' has, got 'karras'"),
         ({"sampler": "lcm", "spacing": "lcm", "steps": 4, "eta": 0.3}, "'ddim' and 'tcd' alone, not for 'lcm'"),
+        ({"strength": 0}, "strength must be a number above 0 and at most 1, got 0"),
+        ({"extend": "up,3"}, "extend must be sides, each once, .* such as left,200 .*, got 'up,3'"),
+        ({"extend": "left,3,left,4"}, "extend must be sides, each once, .* got left,3,left,4"),
+        ({"extend": "left,0"}, "with 1 to 30000 pixels, .* got 'left,0'"),
+        ({"extend": "left,3", "placement": "bottom"}, "placement='bottom' would leave a part of what extend adds"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, message):
