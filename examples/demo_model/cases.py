@@ -14,8 +14,9 @@ from torchvision.transforms.v2 import functional as T
 from examples.demo_model.embeddings import resized
 from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe import to_unit_range
-from pbe.editing.edit import check_finite, feather_width
+from pbe.editing.edit import check_finite
 from pbe.editing.settings import DEMO, settings_for
+from pbe.editing.window import feather_width
 from pbe.images.seams import poisson_blend
 from pbe.images.windows import Box, feather_weights, mask_bounding_box
 from pbe.models.clip import CLIP_MEAN, CLIP_STD

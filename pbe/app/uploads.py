@@ -71,7 +71,7 @@ def save_edits(
     provenance = provenance_of(job, weights)
     check_writable(paths[0], inputs.photo, provenance)
 
-    total = settings.steps * -(-number // BATCH_SIZE)
+    total = settings.steps_taken * -(-number // BATCH_SIZE)
     done = count()
 
     def show_progress(_: object = None) -> None:

@@ -173,7 +173,7 @@ def edit_one(args: argparse.Namespace) -> int:
     scales, seeds = (list(dict.fromkeys(values)) for values in zip(*jobs, strict=True))
     batches = sum(-(-count // batch_size) for _, count in runs(seeds))
     results = {}
-    with progress_bar(args, total=len(scales) * batches * job.settings.steps, unit="step") as bar:
+    with progress_bar(args, total=len(scales) * batches * job.settings.steps_taken, unit="step") as bar:
         for guidance, (seed, count) in product(scales, runs(seeds)):
             tell = partial(advance, bar)
             images = run_job(model, jobs[guidance, seed], inputs, count, batch_size, tell, preview)

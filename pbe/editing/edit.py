@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
 from pbe.editing.preview import Preview, with_previews
 from pbe.editing.settings import BY_SAMPLER, COUNT, SETTINGS, EditKeywords, EditSettings, settings_for
+from pbe.editing.window import crop_window, feather_width, place_window, whole_window
 from pbe.images import windows
 from pbe.images.pillow import PictureWarning
 from pbe.images.reading import (
@@ -28,7 +29,6 @@ from pbe.images.reading import (
     read_picture,
 )
 from pbe.images.seams import poisson_blend
-from pbe.images.windows import Box
 from pbe.io.fields import Range, check
 from pbe.models.paint_by_example import Condition, Distilled, PaintByExample
 from pbe.sampling import SPACINGS, Callback, NoiseSchedule, get_sampler, guided_eps, make_generators, randn
@@ -138,8 +138,9 @@ def edit_region(
         seen, keep = crop_window(batch, repaint, box, size)
         with on_device(model.vae, device):
             condition = window_condition(model, seen, keep, context, len(batch))
+            z_photo = photo_latents(model, seen) if settings.strength < 1 else None
         with on_device(model.unet, device):
-            z_0 = sample_latents(model, condition, settings, settings.seed + first, callback)
+            z_0 = sample_latents(model, condition, settings, settings.seed + first, callback, z_photo)
         with on_device(model.vae, device):
             tiny = model.tiny_decoder if settings.decoder == "tiny" else None
             edited = (tiny or model.vae.decode)(z_0.to(model.dtype))[..., : size[0], : size[1]]
@@ -154,15 +155,26 @@ def edit_region(
 
 
 def sample_latents(
-    model: PaintByExample, condition: Condition, settings: EditSettings, seed: int, callback: Callback | None = None
+    model: PaintByExample,
+    condition: Condition,
+    settings: EditSettings,
+    seed: int,
+    callback: Callback | None = None,
+    z_photo: Tensor | None = None,
 ) -> Tensor:
-    """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with the seeds `seed`, `seed + 1`, …"""
+    """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with the seeds `seed`, `seed + 1`, …
+
+    With a strength below 1 they start from the photo's, `z_photo` (B or 1, 4, h, w).
+    """
     generators = make_generators(seed, len(condition.z_masked))
-    x_T = randn(condition.z_masked.shape[1:], generators, model.device)
+    x_t = randn(condition.z_masked.shape[1:], generators, model.device)
     grid = SPACINGS[settings.spacing](NoiseSchedule.scaled_linear(), settings.steps)
+    if z_photo is not None:
+        grid = grid.last(settings.steps_taken)
+        x_t = grid.start_from(z_photo.to(x_t), x_t)
     eps = guided_eps(model, condition, settings.guidance, grid, settings.guidance_interval, settings.reuse)
     sampler = get_sampler(settings.sampler)
-    return sampler(eps, x_T, grid, eta=settings.eta, generators=generators, callback=callback)
+    return sampler(eps, x_t, grid, eta=settings.eta, generators=generators, callback=callback)
 
 
 def check_finite(edited: Tensor) -> None:
@@ -177,7 +189,7 @@ def warn_of_low_start(settings: EditSettings) -> None:
     """Warns where the first timestep is too low for pure noise: few or odd numbers of steps leave the end out."""
     schedule, steps = NoiseSchedule.scaled_linear(), settings.steps
     start = SPACINGS[settings.spacing](schedule, steps)[0].t
-    if start < 0.75 * schedule.num_timesteps:
+    if settings.strength == 1 and start < 0.75 * schedule.num_timesteps:
         warnings.warn(
             f"steps={steps} begins at timestep {start} of {schedule.num_timesteps}, where pictures show already, "
             "and the result will be poor: 4 to 333 steps, a divisor of 1000, or spacing='trailing' begin higher",
@@ -231,20 +243,17 @@ def mixed_context(
     return (w * contexts.float()).sum(dim=0, keepdim=True).to(model.dtype)
 
 
-def crop_window(photos: list[Picture], repaint: np.ndarray, box: Box, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """One window of each photo at `size` (height, width): pixels (B, 3, H, W) in [-1, 1], or (1, 3, H, W) if the photos
-    are all the same, and the mask (1, 1, H, W), 1 = keep."""
-    different = photos if any(photo is not photos[0] for photo in photos) else photos[:1]
-    pixels = torch.cat([windows.resample(photo.rgb(box), size) for photo in different])
-    return pixels, 1 - windows.extract_repaint(repaint, box, size)
-
-
 def window_condition(model: PaintByExample, pixels: Tensor, keep: Tensor, context: Tensor, batch: int) -> Condition:
     """What the UNet needs to know to repaint what `crop_window` gives, for `batch` results."""
     pixels, keep = pixels.to(model.device, model.dtype), keep.to(model.device, model.dtype)
     z_masked, mask = model.encode_masked(pixels, keep.expand(len(pixels), -1, -1, -1))
     check_visible(mask)
     return Condition(*(x.expand(batch, *x.shape[1:]) for x in (z_masked, mask, context)))
+
+
+def photo_latents(model: PaintByExample, pixels: Tensor) -> Tensor:
+    """The posterior's mean (B, 4, h, w) of what `crop_window` gives, the latents that `strength` starts from."""
+    return model.vae.encode(pixels.to(model.device, model.dtype)).mean
 
 
 LARGER_MASK = "draw it wider, zoom in on it (window='auto') or work at a higher resolution"
@@ -261,37 +270,3 @@ def check_visible(mask: Tensor) -> None:
             PictureWarning,
             stacklevel=4,
         )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The window
-
-
-def place_window(
-    repaint: np.ndarray, window: Literal["auto", "full"] | tuple[int, int, int, int], margin: float, resolution: int
-) -> Box:
-    """The window of the photo to edit; raises `ValueError` for one outside the photo or not around the mask."""
-    height, width = repaint.shape
-    if isinstance(window, str):
-        whole = Box(0, 0, width, height)
-        return whole if window == "full" else windows.choose_window(repaint, resolution, margin=margin)
-    box, inner = Box(*map(int, window)), windows.mask_bounding_box(repaint)
-    across = 0 <= box.x0 <= inner.x0 and inner.x1 <= box.x1 <= width
-    down = 0 <= box.y0 <= inner.y0 and inner.y1 <= box.y1 <= height
-    if not (across and down):
-        raise ValueError(
-            f"window {tuple(box)} must hold the mask {tuple(inner)} and lie inside the photo of {width}x{height}"
-        )
-    return box
-
-
-def feather_width(box: Box, resolution: int) -> int:
-    """The seam's width in photo pixels where none is asked for."""
-    return max(1, round(min(box.width, box.height) * max(1 / 64, 2 / resolution)))
-
-
-def whole_window(box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Weights that show all of the window and nothing of the photo there."""
-    weights = np.zeros(size, dtype=np.float32)
-    weights[box.slices] = 1
-    return weights

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pbe.editing.edit import feather_width
+from pbe.editing.window import feather_width
 from pbe.evaluation.test_set import Item
 from pbe.images import windows
 from pbe.images.pillow import UNREADABLE, open_image

@@ -58,6 +58,7 @@ def guided_eps(
     grid: Grid | None = None,
     interval: tuple[int, int] | None = None,
     reuse: int = 1,
+    null_context: Tensor | None = None,
 ) -> Eps:
     """The closure eps(x_t, t) that samplers call: eps_u + guidance (eps_c - eps_u) (arXiv 2211.13227).
 
@@ -74,6 +75,8 @@ def guided_eps(
     With `reuse` N > 1 a prepared model runs whole at one of N evaluations, and at the others reuses its deep features:
     see `PreparedUNet.bind`. Above, inside and below an interval they are separate, and each begins with a whole one.
 
+    A `null_context` (1, T, 768) stands in the place of the model's: of what eps_u paints guidance leads away.
+
     Raises:
         ValueError: if guidance is negative or not finite, there is not one context per sample, t_low is above t_high,
             or `reuse` is not 1 and the model not prepared; from the closure, if x_t is not shaped as z_masked, or
@@ -83,14 +86,14 @@ def guided_eps(
         raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
     timesteps = [step.t for step in grid or ()]
     if interval is None or guidance == 1:
-        return constantly_guided(model, condition, guidance, timesteps, reuse)
+        return constantly_guided(model, condition, guidance, timesteps, reuse, null_context)
     t_low, t_high = interval
     if t_low > t_high:
         raise ValueError(f"the guidance interval is (t_low, t_high) with t_low <= t_high, got {interval}")
     inside = [t for t in timesteps if t_low < t <= t_high]
     outside = [t for t in timesteps if not t_low < t <= t_high]
     below, guided, above = (
-        constantly_guided(model, condition, scale, known, reuse)
+        constantly_guided(model, condition, scale, known, reuse, null_context)
         for scale, known in ((1, outside), (guidance, inside), (1, outside))
     )
 
@@ -105,7 +108,12 @@ def guided_eps(
 
 
 def constantly_guided(
-    model: GuidedModel, condition: GuidanceCondition, guidance: float, timesteps: Sequence[int], reuse: int
+    model: GuidedModel,
+    condition: GuidanceCondition,
+    guidance: float,
+    timesteps: Sequence[int],
+    reuse: int,
+    null_context: Tensor | None = None,
 ) -> Eps:
     """`guided_eps` with the same guidance at all timesteps; `timesteps` may be empty, where they are not known."""
     context = condition.context  # (B, T, 768)
@@ -114,7 +122,7 @@ def constantly_guided(
             f"the condition must have one context per sample ({len(condition.z_masked)}), got {len(context)}; "
             "context.expand(B, -1, -1) gives all samples the same exemplar's"
         )
-    null_context = model.null_context.to(context).expand_as(context)
+    null_context = (model.null_context if null_context is None else null_context).to(context).expand_as(context)
     kept = torch.cat([condition.z_masked, condition.mask.to(condition.z_masked)], dim=1)  # (B, 5, h, w)
     both = guidance not in (0, 1)
     if both:

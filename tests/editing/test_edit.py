@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,8 @@ from pbe.checkpoints.seeding import seeded_state
 from pbe.editing.edit import check_finite, mixed_context
 from pbe.images.pillow import PictureWarning
 from pbe.images.seams import interpolate_harmonically, poisson_blend
-from pbe.models.paint_by_example import Distilled, PaintByExample
+from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = PaintByExample(TINY)
-    model.load_state_dict(seeded_state(TINY, 0))
-    return model.eval()
 
 
 def photo(width, height, channels=3, dtype=np.uint8, seed=0):
@@ -400,14 +392,6 @@ def test_warns_of_steps_that_leave_the_noise_out(model, steps):
 
     with pytest.warns(PictureWarning, match=f"steps={steps}"), pytest.raises(Stop):
         edit(model, photo(80, 60), (20, 20, 60, 50), steps=steps, callback=stop)
-
-
-@pytest.fixture(scope="module")
-def student(model):
-    """The same weights, as if distilled."""
-    student = PaintByExample(replace(TINY, distilled=Distilled("lcm", steps=2, guidance=1.0)))
-    student.load_state_dict(model.state_dict())
-    return student.eval()
 
 
 def test_a_distilled_model_begins_with_what_it_was_distilled_for(model, student):

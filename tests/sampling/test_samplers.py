@@ -2,6 +2,7 @@
 
 from itertools import product
 from math import log, sqrt
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -605,3 +606,72 @@ def test_dpm_solver_lowers_its_order_only_for_few_steps():
 
     assert last_step(14) < 1e-12
     assert last_step(15) > 1e-6
+
+
+# --- starting in the middle, from noised data (SDEdit) -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_the_start_has_the_noise_of_its_first_step(spacing):
+    """Data N(mu, s^2) and noise give the mean and the variance that the first step's level has, on average."""
+    grid = SPACINGS[spacing](SCHEDULE, 20).last(9)
+    data, n = Gaussian(SCHEDULE), 40_000
+    z_0 = data.mu + data.s * randn((n,), make_generators(1, 1), dtype=torch.float64)
+    noise = randn((n,), make_generators(2, 1), dtype=torch.float64)
+    x_t = grid.start_from(z_0, noise)
+    alpha_bar_t = grid[0].alpha_bar_t
+    variance = alpha_bar_t * data.s**2 + 1 - alpha_bar_t
+    assert x_t.mean().item() == pytest.approx(sqrt(alpha_bar_t) * data.mu, abs=5 * sqrt(variance / n))
+    assert x_t.var().item() == pytest.approx(variance, rel=5 * sqrt(2 / n))
+
+
+@pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("ddim", {"eta": 1.0}), ("ddim", {}), ("dpm_solver", {})])
+def test_from_noised_data_the_samplers_lead_back_to_the_data(name, options):
+    grid, data, n = leading(SCHEDULE, 1000).last(500), Gaussian(SCHEDULE), 20_000
+    z_0 = data.mu + data.s * randn((n,), make_generators(1, 1), dtype=torch.float64)
+    x_t = grid.start_from(z_0, randn((n,), make_generators(2, 1), dtype=torch.float64))
+    x_0 = SAMPLERS[name](data.eps, x_t, grid, generators=make_generators(3, 1), **options)
+    assert x_0.mean().item() == pytest.approx(data.mu, abs=5 * data.s / sqrt(n))
+    assert x_0.var().item() == pytest.approx(data.s**2, rel=5 * sqrt(2 / n) + 0.02)
+
+
+def test_the_last_steps_are_those_of_the_grid():
+    whole = karras(SCHEDULE, 12)
+    assert whole.last(5) == whole[7:]
+    assert whole.last(5).schedule is SCHEDULE
+    assert whole.last(12) == whole
+    for steps in (0, 13, -1):
+        with pytest.raises(ValueError, match=f"of 12 steps from 1 to 12 can be taken, got {steps}"):
+            whole.last(steps)
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver"])
+def test_it_is_diffusers_image_to_image_step_by_step(name, strength):
+    """Its `get_timesteps` and `add_noise`; it rounds the number of steps down where ours goes up."""
+    diffusers = pytest.importorskip("diffusers")
+    steps, taken = 30, round(strength * 30)
+    if name == "ddim":
+        scheduler = diffusers.DDIMScheduler(
+            **SD_BETAS, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1
+        )
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler = diffusers.DPMSolverMultistepScheduler(**SD_BETAS, solver_order=2, final_sigmas_type="sigma_min")
+        scheduler.set_timesteps(timesteps=timesteps_of(steps))
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    get_timesteps = diffusers.StableDiffusionImg2ImgPipeline.get_timesteps
+    timesteps, count = get_timesteps(pipeline, steps, strength, "cpu")
+    grid = leading(SCHEDULE, steps).last(taken)
+    assert count == taken
+    assert [step.t for step in grid] == timesteps.tolist()
+
+    z_0, noise = 0.5 * start(1), start(2)
+    infos, states, x_t = [], [], grid.start_from(z_0, noise)
+    theirs = scheduler.add_noise(z_0, noise, timesteps[:1].repeat(2))
+    torch.testing.assert_close(x_t, theirs, rtol=1e-5, atol=1e-5)
+    {"ddim": ddim, "dpm_solver": dpm_solver}[name](nonlinear_eps, x_t, grid, callback=infos.append)
+    for t in timesteps:
+        x_t = scheduler.step(nonlinear_eps(x_t, t.expand(2)), t, x_t).prev_sample
+        states.append(x_t)
+    assert_steps_equal(infos, states)
