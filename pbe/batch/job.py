@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
@@ -18,10 +19,9 @@ from pbe.editing.settings import SETTINGS, EditSettings, is_given
 from pbe.io.fields import Range, field_types, read
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
 
-    from pbe.checkpoints.adapters import AdapterLike
+    from pbe.editing.canvas import Canvas
     from pbe.editing.preview import Preview
     from pbe.images.reading import Picture
     from pbe.models.paint_by_example import Distilled, PaintByExample
@@ -37,7 +37,7 @@ Adapters = Annotated[tuple[str, ...], "a list of FILE or FILE:STRENGTH (in one t
 class Job:
     """One edit of a photo and where its result goes; see `pbe.edit`.
 
-    Paths are as the user wrote them, relative to `folder`. Exactly one of mask, box and polygon says what to repaint.
+    Paths are as the user wrote them, relative to `folder`. At most one of mask, box and polygon says what to repaint.
     ValueError where the fields contradict each other.
     """
 
@@ -49,19 +49,22 @@ class Job:
     polygon: Polygon | None = None
     exemplar_mask: FileNames | None = None
     exemplar_weights: tuple[float, ...] | None = None
-    adapters: Adapters | None = None
+    negative: FileNames | None = None
+    negative_mask: FileNames | None = None
+    negative_weights: tuple[float, ...] | None = None
     settings: EditSettings = field(default_factory=EditSettings)
     folder: Path = Path()
     line: int = 0  # of the batch file
 
     def __post_init__(self) -> None:
         given = [name for name in ("mask", "box", "polygon") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give one of mask, box and polygon, got {' and '.join(given) or 'none'}")
-        for name in ("exemplar_mask", "exemplar_weights"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.exemplar):
-                raise ValueError(f"{name} has {len(values)} values for {len(self.exemplar)} exemplars; give one each")
+        if len(given) > 1:
+            raise ValueError(f"give one of mask, box and polygon, got {' and '.join(given)}")
+        for kind, what in product(("exemplar", "negative"), ("mask", "weights")):
+            pictures, values = getattr(self, kind) or (), getattr(self, f"{kind}_{what}")
+            if values is not None and len(values) != len(pictures):
+                number = f"{len(values)} values for {len(pictures)} {kind}s"
+                raise ValueError(f"{kind}_{what} has {number}; give one each")
         for name in self.inputs:
             # not Path.resolve, which raises something else than ValueError for a link that leads back to itself
             if os.path.realpath(self.path(name)) == os.path.realpath(self.path(self.out)):
@@ -97,7 +100,8 @@ class Job:
     def inputs(self) -> list[str]:
         """The files it reads."""
         masks = [self.mask] if self.mask else []
-        return [self.image, *masks, *self.exemplar, *(self.exemplar_mask or ())]
+        negatives = (*(self.negative or ()), *(self.negative_mask or ()))
+        return [self.image, *masks, *self.exemplar, *(self.exemplar_mask or ()), *negatives]
 
     def with_adapters(self, given: Sequence[AdapterLike]) -> tuple[AdapterLike, ...]:
         """Its own adapters and their strengths, or those given where it names none."""
@@ -124,9 +128,14 @@ RENAMED = {
 class Inputs(NamedTuple):
     """What a job's files hold."""
 
-    picture: Picture
-    repaint: np.ndarray  # bool (H, W)
+    canvas: Canvas
     exemplars: list[Image.Image]
+    negatives: list[Image.Image] | None
+
+    @property
+    def picture(self) -> Picture:
+        """The photo, with what `extend` adds."""
+        return self.canvas.picture
 
     @property
     def photo(self) -> Image.Image:
@@ -136,19 +145,19 @@ class Inputs(NamedTuple):
 
 def read_inputs(job: Job) -> Inputs:
     """Reads a job's pictures; raises as `pbe.images.reading` does."""
-    from pbe.images.reading import read_exemplar, read_mask, read_picture
+    from pbe.editing.canvas import read_canvas
+    from pbe.editing.condition import read_exemplars
 
-    picture = read_picture(job.path(job.image))
-    if job.mask is not None:
-        repaint = read_mask(job.path(job.mask), picture.size)
-    elif job.box is not None:
-        repaint = read_mask(job.box, picture.size, name="box")
-    else:
-        repaint = read_mask(job.polygon or (), picture.size, name="polygon")
-    names = job.exemplar_mask or (None,) * len(job.exemplar)
-    masks = [None if name is None else job.path(name) for name in names]
-    exemplars = [read_exemplar(job.path(name), mask) for name, mask in zip(job.exemplar, masks, strict=True)]
-    return Inputs(picture, repaint, exemplars)
+    def read_all(names: FileNames, masks: FileNames | None, kind: str) -> list[Image.Image]:
+        paths = None if masks is None else [job.path(name) for name in masks]
+        return read_exemplars([job.path(name) for name in names], paths, kind, job.settings.fit_mask)
+
+    exemplars = read_all(job.exemplar, job.exemplar_mask, "exemplar")
+    negatives = None if job.negative is None else read_all(job.negative, job.negative_mask, "negative")
+    drawn = {"mask": job.mask and job.path(job.mask), "box": job.box, "polygon": job.polygon}
+    name, mask = next(((name, mask) for name, mask in drawn.items() if mask is not None), ("mask", None))
+    canvas = read_canvas(job.path(job.image), mask, job.settings, exemplars[0].size[::-1], name)
+    return Inputs(canvas, exemplars, negatives)
 
 
 def run_job(
@@ -168,10 +177,12 @@ def run_job(
     try:
         results = editing.edit(
             model,
-            inputs.picture,
-            inputs.repaint,
+            inputs.canvas,
+            None,
             inputs.exemplars,
             exemplar_weights=job.exemplar_weights,
+            negative=inputs.negatives,
+            negative_weights=job.negative_weights,
             num_images=num_images,
             batch_size=batch_size,
             callback=callback,

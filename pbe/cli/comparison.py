@@ -85,7 +85,7 @@ def comparison(
         return read_picture(image).to_rgb8()
 
     photo = shown(inputs.photo)
-    masked = Image.composite(Image.new("RGB", photo.size, "gray"), photo, Image.fromarray(inputs.repaint))
+    masked = Image.composite(Image.new("RGB", photo.size, "gray"), photo, Image.fromarray(inputs.canvas.repaint))
     many = len(inputs.exemplars) > 1
     cells = [photo, masked, *inputs.exemplars]
     captions = [

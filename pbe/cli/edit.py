@@ -67,12 +67,19 @@ def parser(prog: str | None = None) -> Parser:
     )
     g = p.add_argument_group("pictures")
     g.add_argument("--image", metavar="FILE", help="the photo; it keeps its size, and its pixels outside the mask")
-    g.add_argument("--mask", metavar="FILE", help="a picture of the photo's size, white = repaint")
+    g.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="a picture of the photo's size, white = repaint (default: what --extend adds, or the transparent part)",
+    )
     g.add_argument("--box", metavar="X0,Y0,X1,Y1", help="repaint this box, in pixels")
     g.add_argument("--polygon", metavar="'X,Y X,Y X,Y'", help="repaint this polygon, in pixels")
     g.add_argument("--exemplar", nargs="+", metavar="FILE", help="the object; of several, the mean condition is used")
     g.add_argument("--exemplar-mask", nargs="+", metavar="FILE", help="where it is in each picture, white = object")
     g.add_argument("--exemplar-weights", metavar="W,W", help="weights of several exemplars (default: equal)")
+    g.add_argument("--negative", nargs="+", metavar="FILE", help="what guidance leads away from: not like these")
+    g.add_argument("--negative-mask", nargs="+", metavar="FILE", help="where it is in each picture, white = object")
+    g.add_argument("--negative-weights", metavar="W,W", help="weights of several (default: equal)")
     g.add_argument(
         "--out",
         metavar="FILE",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,40 +14,38 @@ from torch import Tensor
 
 from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
+from pbe.editing.canvas import Canvas, read_canvas
+from pbe.editing.condition import mixed_context, photo_latents, read_exemplars, window_condition
 from pbe.editing.preview import Preview, with_previews
 from pbe.editing.settings import BY_SAMPLER, COUNT, SETTINGS, EditKeywords, EditSettings, settings_for
-from pbe.editing.window import crop_window, feather_width, place_window, whole_window
+from pbe.editing.window import crop_window, place_window, seam_weights
 from pbe.images import windows
 from pbe.images.pillow import PictureWarning
-from pbe.images.reading import (
-    MaskLike,
-    Picture,
-    PictureLike,
-    exemplar_tensor,
-    read_exemplar,
-    read_mask,
-    read_picture,
-)
+from pbe.images.reading import MaskLike, Picture, PictureLike
 from pbe.images.seams import poisson_blend
-from pbe.io.fields import Range, check
+from pbe.images.windows import Box
+from pbe.io.fields import check
 from pbe.models.paint_by_example import Condition, Distilled, PaintByExample
 from pbe.sampling import SPACINGS, Callback, NoiseSchedule, get_sampler, guided_eps, make_generators, randn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Weights = tuple[Annotated[float, Range(0)], ...]
-
 
 @torch.no_grad()
 def edit(
     model: PaintByExample,
-    image: PictureLike | Picture,
-    mask: MaskLike,
+    image: PictureLike | Picture | Canvas,
+    mask: MaskLike | None,
     exemplar: PictureLike | Sequence[PictureLike],
     *,
     exemplar_mask: MaskLike | Sequence[MaskLike | None] | None = None,
     exemplar_weights: Sequence[float] | None = None,
+    negative: PictureLike | Sequence[PictureLike] | None = None,
+    negative_mask: MaskLike | Sequence[MaskLike | None] | None = None,
+    negative_weights: Sequence[float] | None = None,
+    latents: Tensor | None = None,
+    output: Literal["pictures", "latents"] = "pictures",
     num_images: int = 1,
     batch_size: int = 4,
     callback: Callback | None = None,
@@ -63,10 +61,16 @@ def edit(
 
     Args:
         model: an ordinary model, or `pbe.acceleration.prepare_for_inference`'s, which saves preparing it for each edit.
-        image: the photo; or what `pbe.images.reading.read_picture` made of it.
+        image: the photo; or what `pbe.images.reading.read_picture` made of it, or `pbe.editing.canvas.read_canvas` of
+            it and the mask, which then is None.
         mask: what to repaint: a picture of the photo's size (white = repaint), a box (x0, y0, x1, y1) or a polygon.
+            None: what `extend` adds, or without that the transparent part of the photo, which becomes opaque.
         exemplar: the object to paint; or a list of them, mixed as `exemplar_weights` say (default: equally).
         exemplar_mask: where the object is in its picture (white = object); for several exemplars a list of one each.
+        negative: what guidance leads away from, as `exemplar`: it stands in the place of the learned vector.
+        negative_mask, negative_weights: as those of `exemplar`.
+        latents: standard normal noise (num_images or 1, 4, h, w) in place of the seeds', for windows of h x w latents.
+        output: "latents" for each result's z_0 (1, 4, h, w) of its window, float32 on the CPU, in place of a picture.
         num_images: how many results: the first has the seed `seed`, the others `seed + 1`, …
         batch_size: how many results are sampled at once.
         callback: called with a `StepInfo` after each step, for each batch and region again.
@@ -83,27 +87,36 @@ def edit(
     if not isinstance(model, PaintByExample):
         raise ValueError(f"editing needs a Paint by Example model, not a {type(model).__name__}")
     settings = settings_for(keywords, model.config.distilled)
-    counts = {"num_images": num_images, "batch_size": batch_size, "preview_every": preview_every}
-    for name, count in counts.items():
-        check(name, count, COUNT)
-    check("the last result's seed", settings.seed + num_images - 1, SETTINGS["seed"])
-    if settings.decoder == "tiny" and model.tiny_decoder is None:
-        raise ValueError("decoder='tiny' needs a model with a tiny decoder: --tiny-decoder FILE, tiny_decoder=FILE")
-    warn_of_low_start(settings)
-    warn_of_distillation(settings, model.config.distilled)
-    picture = read_picture(image)
-    repaint = read_mask(mask, picture.size)
+    check_edit(model, settings, num_images=num_images, batch_size=batch_size, preview_every=preview_every)
+    check("output", output, Literal["pictures", "latents"])
+    if negative is None and not (negative_mask is None and negative_weights is None):
+        raise ValueError("negative_mask and negative_weights are those of negative, which is not given")
+    fit, fills = settings.fit_mask, settings.placement == "fill"
+    if isinstance(image, Canvas):
+        canvas = image
+    else:
+        size = None if fills else read_exemplars(exemplar, exemplar_mask, fit=fit)[0].size[::-1]
+        canvas = read_canvas(image, mask, settings, size)
+    if output == "latents" and len(canvas.regions) > 1:
+        raise ValueError(f"output='latents' is of one window, and regions='each' has {len(canvas.regions)} here")
+    noise = None if latents is None else check_latents(latents, num_images)
     if not isinstance(model, PreparedModel) and not is_compiled(model):  # what a user compiled is used as it is
         model = prepare_for_inference(model)  # for each edit: the weights may have changed since the last
     if preview is not None:
         callback = with_previews(model, callback, preview, preview_every)
     with on_device(model.cond_stage_model, model.device):
-        context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights)
+        context, null_context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights, fit=fit), None
+        if negative is not None:
+            warn_of_idle_negative(settings, model.config.distilled)
+            null_context = mixed_context(model, negative, negative_mask, negative_weights, "negative", fit)
 
-    results = [picture] * num_images
-    for region in windows.connected_regions(repaint) if settings.regions == "each" else [repaint]:
-        results = edit_region(model, results, region, context, settings, batch_size, callback)
-    return [result.with_pixels(result.pixels) for result in results]
+    results = [canvas.picture] * num_images
+    for region in canvas.regions:
+        painted = paint_region(model, results, region, context, settings, batch_size, callback, null_context, noise)
+        if output == "latents":
+            return [z_0 for batch in painted for z_0 in batch.z_0.float().cpu().split(1)]
+        results = edit_region(model, region, painted, settings)
+    return [canvas.finish(result) for result in results]
 
 
 def with_settings(function: Callable[..., Any]) -> inspect.Signature:
@@ -117,36 +130,62 @@ def with_settings(function: Callable[..., Any]) -> inspect.Signature:
 edit.__signature__ = with_settings(edit)  # type: ignore[attr-defined]
 
 
-def edit_region(
+class Painted(NamedTuple):
+    """What is painted in one window of some photos, one per seed."""
+
+    photos: list[Picture]
+    box: Box
+    seen: Tensor  # what the model saw of them, (B or 1, 3, H, W) in [-1, 1]
+    keep: Tensor  # (1, 1, H, W), 1 = keep
+    z_0: Tensor  # (B, 4, h, w)
+
+
+def paint_region(
     model: PaintByExample,
     photos: list[Picture],
     repaint: np.ndarray,
     context: Tensor,
     settings: EditSettings,
     batch_size: int,
-    callback: Callback | None,
-) -> list[Picture]:
-    """The photos, one per seed, with `repaint` (H, W) edited in one window: condition → sample → decode → composite."""
+    callback: Callback | None = None,
+    null_context: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Iterator[Painted]:
+    """Latents for the region `repaint` (H, W) of the photos, one per seed, in one window: condition → sample.
+
+    `null_context` (1, 1, context_dim) and `noise` (as many as photos, or 1, 4, h, w) stand in the place of the model's
+    own and of the seeds'.
+    """
     device, resolution = model.device, settings.resolution or model.config.resolution
     box = place_window(repaint, settings.window, settings.margin, resolution)
     size = windows.model_size(box, resolution, multiple=model.config.vae.downsampling)
-    width = feather_width(box, resolution) if settings.feather is None else settings.feather
-    weights = windows.feather_weights(repaint, width) if settings.composite else whole_window(box, repaint.shape)
-    results = []
     for first in range(0, len(photos), batch_size):
         batch = photos[first : first + batch_size]
         seen, keep = crop_window(batch, repaint, box, size)
         with on_device(model.vae, device):
             condition = window_condition(model, seen, keep, context, len(batch))
             z_photo = photo_latents(model, seen) if settings.strength < 1 else None
+        own = noise if noise is None or len(noise) == 1 else noise[first : first + batch_size]
         with on_device(model.unet, device):
-            z_0 = sample_latents(model, condition, settings, settings.seed + first, callback, z_photo)
-        with on_device(model.vae, device):
+            seed = settings.seed + first
+            z_0 = sample_latents(model, condition, settings, seed, callback, z_photo, null_context, own)
+        yield Painted(batch, box, seen, keep, z_0)
+
+
+def edit_region(
+    model: PaintByExample, repaint: np.ndarray, painted: Iterable[Painted], settings: EditSettings
+) -> list[Picture]:
+    """The photos with what `paint_region` has painted in the region: decode → composite."""
+    results: list[Picture] = []
+    for batch, box, seen, keep, z_0 in painted:
+        with on_device(model.vae, model.device):
             tiny = model.tiny_decoder if settings.decoder == "tiny" else None
-            edited = (tiny or model.vae.decode)(z_0.to(model.dtype))[..., : size[0], : size[1]]
+            edited = (tiny or model.vae.decode)(z_0.to(model.dtype))[..., : seen.shape[2], : seen.shape[3]]
         check_finite(edited)
         if settings.composite and settings.seam == "poisson":
             edited = poisson_blend(edited, seen, keep)
+        if not results:
+            weights = seam_weights(repaint, box, settings, settings.resolution or model.config.resolution)
         results += [
             replace(photo, pixels=windows.composite(photo.pixels, one[None], box, weights))
             for photo, one in zip(batch, edited, strict=True)
@@ -161,20 +200,55 @@ def sample_latents(
     seed: int,
     callback: Callback | None = None,
     z_photo: Tensor | None = None,
+    null_context: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with the seeds `seed`, `seed + 1`, …
 
-    With a strength below 1 they start from the photo's, `z_photo` (B or 1, 4, h, w).
+    With a strength below 1 they start from the photo's, `z_photo` (B or 1, 4, h, w). `null_context` (1, 1, context_dim)
+    and `noise` (B or 1, 4, h, w) stand in the place of the model's own and of the seeds', whose later draws stay.
     """
-    generators = make_generators(seed, len(condition.z_masked))
-    x_t = randn(condition.z_masked.shape[1:], generators, model.device)
+    shape = condition.z_masked.shape
+    generators = make_generators(seed, shape[0])
+    x_t = randn(shape[1:], generators, model.device)
+    if noise is not None:
+        if noise.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"latents must be of shape (num_images or 1, {', '.join(map(str, shape[1:]))}) for this window, "
+                f"got {tuple(noise.shape)}"
+            )
+        x_t = noise.to(x_t).expand(shape)
     grid = SPACINGS[settings.spacing](NoiseSchedule.scaled_linear(), settings.steps)
     if z_photo is not None:
         grid = grid.last(settings.steps_taken)
         x_t = grid.start_from(z_photo.to(x_t), x_t)
-    eps = guided_eps(model, condition, settings.guidance, grid, settings.guidance_interval, settings.reuse)
+    guidance, interval = settings.guidance, settings.guidance_interval
+    eps = guided_eps(model, condition, guidance, grid, interval, settings.reuse, null_context)
     sampler = get_sampler(settings.sampler)
     return sampler(eps, x_t, grid, eta=settings.eta, generators=generators, callback=callback)
+
+
+def check_edit(model: PaintByExample, settings: EditSettings, **counts: int) -> None:
+    """ValueError for what `edit` cannot do, and warnings for what it will do badly."""
+    for name, count in counts.items():
+        check(name, count, COUNT)
+    check("the last result's seed", settings.seed + counts["num_images"] - 1, SETTINGS["seed"])
+    if settings.decoder == "tiny" and model.tiny_decoder is None:
+        raise ValueError("decoder='tiny' needs a model with a tiny decoder: --tiny-decoder FILE, tiny_decoder=FILE")
+    warn_of_low_start(settings)
+    warn_of_distillation(settings, model.config.distilled)
+
+
+def check_latents(latents: Tensor, num_images: int) -> Tensor:
+    """ValueError for what is not noise for one result, or for each."""
+    if not (
+        isinstance(latents, Tensor) and latents.is_floating_point() and latents.ndim == 4 and latents.isfinite().all()
+    ):
+        kind = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(f"latents must be a tensor of finite floats (num_images or 1, 4, h, w), got {kind}")
+    if len(latents) not in (1, num_images):
+        raise ValueError(f"latents must be noise for one result or for all {num_images}, got {len(latents)}")
+    return latents
 
 
 def check_finite(edited: Tensor) -> None:
@@ -194,7 +268,7 @@ def warn_of_low_start(settings: EditSettings) -> None:
             f"steps={steps} begins at timestep {start} of {schedule.num_timesteps}, where pictures show already, "
             "and the result will be poor: 4 to 333 steps, a divisor of 1000, or spacing='trailing' begin higher",
             PictureWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -203,70 +277,16 @@ def warn_of_distillation(settings: EditSettings, distilled: Distilled | None) ->
     used = {name: getattr(settings, name) for name in ("sampler", "steps", "guidance")}
     if distilled is None and settings.sampler in BY_SAMPLER:
         problem = f"sampler={settings.sampler!r} is for distilled models, which this one is not, and the result will"
-        warnings.warn(f"{problem} be poor: dpm_solver needs few steps of any model", PictureWarning, stacklevel=3)
+        warnings.warn(f"{problem} be poor: dpm_solver needs few steps of any model", PictureWarning, stacklevel=4)
     elif distilled is not None and used != vars(distilled):
         asked, right = (", ".join(f"{k}={v!r}" for k, v in values.items()) for values in (used, vars(distilled)))
         message = f"the model was distilled for {right}; with {asked} the result may be poor"
+        warnings.warn(message, PictureWarning, stacklevel=4)
+
+
+def warn_of_idle_negative(settings: EditSettings, distilled: Distilled | None) -> None:
+    """Warns where guidance leaves out the half that a negative exemplar is for."""
+    if settings.guidance == 1:
+        why = ", for which the model was distilled" if distilled is not None and distilled.guidance == 1 else ""
+        message = f"negative does nothing at guidance=1{why}: it acts from above 1, more the larger guidance is"
         warnings.warn(message, PictureWarning, stacklevel=3)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The condition
-
-
-def mixed_context(
-    model: PaintByExample,
-    exemplar: PictureLike | Sequence[PictureLike],
-    mask: MaskLike | Sequence[MaskLike | None] | None,
-    weights: Sequence[float] | None,
-) -> Tensor:
-    """The condition (1, 1, context_dim) of one exemplar, or the weighted mean of several exemplars' conditions."""
-    if isinstance(exemplar, list | tuple):
-        exemplars = list(exemplar)
-        masks = [None] * len(exemplars) if mask is None else list(cast("Sequence[MaskLike | None]", mask))
-        names = [f"exemplar {i + 1}" for i in range(len(exemplars))]
-    else:
-        exemplars, masks, names = [exemplar], [cast("MaskLike | None", mask)], ["exemplar"]
-    if not exemplars:
-        raise ValueError("exemplar is an empty list; at least one picture is needed")
-    shares = check("exemplar_weights", [1.0] * len(exemplars) if weights is None else weights, Weights)
-    for name, values in (("exemplar_mask", masks), ("exemplar_weights", shares)):
-        if len(values) != len(exemplars):
-            raise ValueError(f"{name} has {len(values)} values for {len(exemplars)} exemplars; give one each")
-    if not sum(shares):
-        raise ValueError(f"exemplar_weights must not all be 0, got {weights!r}")
-
-    size = model.config.exemplar.vision.image_size
-    pixels = torch.cat([exemplar_tensor(read_exemplar(*e), size) for e in zip(exemplars, masks, names, strict=True)])
-    contexts = model.encode_exemplar(pixels.to(model.device, model.dtype))  # (N, 1, context_dim)
-    w = torch.tensor(shares, dtype=torch.float32, device=model.device)[:, None, None] / sum(shares)
-    return (w * contexts.float()).sum(dim=0, keepdim=True).to(model.dtype)
-
-
-def window_condition(model: PaintByExample, pixels: Tensor, keep: Tensor, context: Tensor, batch: int) -> Condition:
-    """What the UNet needs to know to repaint what `crop_window` gives, for `batch` results."""
-    pixels, keep = pixels.to(model.device, model.dtype), keep.to(model.device, model.dtype)
-    z_masked, mask = model.encode_masked(pixels, keep.expand(len(pixels), -1, -1, -1))
-    check_visible(mask)
-    return Condition(*(x.expand(batch, *x.shape[1:]) for x in (z_masked, mask, context)))
-
-
-def photo_latents(model: PaintByExample, pixels: Tensor) -> Tensor:
-    """The posterior's mean (B, 4, h, w) of what `crop_window` gives, the latents that `strength` starts from."""
-    return model.vae.encode(pixels.to(model.device, model.dtype)).mean
-
-
-LARGER_MASK = "draw it wider, zoom in on it (window='auto') or work at a higher resolution"
-
-
-def check_visible(mask: Tensor) -> None:
-    """Raises or warns if a mask (B, 1, h, w), 1 = keep, has all but vanished at latent size."""
-    visible = (1 - mask.float()).sum().item() / len(mask)
-    if visible == 0:
-        raise ValueError(f"the mask is too small for the model to see in this window; {LARGER_MASK}")
-    if visible < 1:
-        warnings.warn(
-            f"the mask covers {visible:.2f} of one cell of what the model sees, and will hardly show; {LARGER_MASK}",
-            PictureWarning,
-            stacklevel=4,
-        )

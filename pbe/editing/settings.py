@@ -152,8 +152,8 @@ class EditSettings:
 
 SETTINGS = field_types(EditSettings)
 # Those that the model's own picture of a window follows from, beside the seed, where photos and masks fit.
-SAMPLING = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing", "resolution", "reuse", "decoder")
-SAMPLING += ("strength", "fill_holes", "smooth", "grow", "placement")
+SAMPLING: tuple[str, ...] = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing", "resolution")
+SAMPLING += ("reuse", "decoder", "strength", "fill_holes", "smooth", "grow", "placement")
 
 
 class EditKeywords(TypedDict, total=False):

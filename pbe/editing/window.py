@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pbe.editing.settings import EditSettings
 from pbe.images import windows
 from pbe.images.reading import Picture
 from pbe.images.windows import Box
@@ -36,9 +37,12 @@ def feather_width(box: Box, resolution: int) -> int:
     return max(1, round(min(box.width, box.height) * max(1 / 64, 2 / resolution)))
 
 
-def whole_window(box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Weights that show all of the window and nothing of the photo there."""
-    weights = np.zeros(size, dtype=np.float32)
+def seam_weights(repaint: np.ndarray, box: Box, settings: EditSettings, resolution: int) -> np.ndarray:
+    """How much of the edit shows, (H, W) in [0, 1]: in the mask, or in all of the window if it is not composited."""
+    if settings.composite:
+        width = feather_width(box, resolution) if settings.feather is None else settings.feather
+        return windows.feather_weights(repaint, width)
+    weights = np.zeros(repaint.shape, dtype=np.float32)
     weights[box.slices] = 1
     return weights
 

@@ -162,23 +162,24 @@ def _check_range(pixels: np.ndarray, label: str) -> None:
 # --- masks ------------------------------------------------------------------------------------------------
 
 
-def read_mask(source: MaskLike, size: tuple[int, int], name: str = "mask") -> np.ndarray:
+def read_mask(source: MaskLike, size: tuple[int, int], name: str = "mask", fit: bool = False) -> np.ndarray:
     """Read what to repaint in an image of `size` (height, width): bool (H, W), True = repaint.
 
     source: a picture (white = repaint, cut at 50 %), a bool array or tensor, a box (x0, y0, x1, y1) in pixels with
         exclusive right and bottom edges, or a polygon of three or more (x, y) points; a pixel belongs to a box or
         polygon if its centre does. Of a mask picture with alpha the luminance times alpha is taken; if its colour
         is the same everywhere and its alpha is not, alpha alone (opaque = repaint).
+    fit: resize a picture of another size.
 
     ValueError if the mask has another size than the image, reaches outside it, is empty or covers all of it.
     Warns (PictureWarning) if more than 5 % of a mask picture is gray.
     """
     height, width = size
     if isinstance(source, PictureLike):
-        values = _read_mask_values(source, size, name)
+        values = _read_mask_values(source, size, name, fit)
         name = _label(source, name)
         gray = np.count_nonzero((values > 0.1) & (values < 0.9)) / values.size
-        if gray > _GRAY_SHARE:
+        if gray > _GRAY_SHARE and not fit:  # resizing makes gray
             warnings.warn(
                 f"{gray:.0%} of {name} is gray; what is lighter than 50 % is repainted",
                 PictureWarning,
@@ -194,19 +195,19 @@ def read_mask(source: MaskLike, size: tuple[int, int], name: str = "mask") -> np
     return repaint
 
 
-def _read_mask_values(source: PictureLike, size: tuple[int, int], name: str) -> np.ndarray:
-    """A mask picture as float32 (H, W), 0 keep to 1 repaint."""
+def _read_mask_values(source: PictureLike, size: tuple[int, int], name: str, fit: bool) -> np.ndarray:
+    """A mask picture as float32 (H, W), 0 keep to 1 repaint; one of another size is resized where it is to `fit`."""
     if isinstance(source, torch.Tensor) and source.dtype == torch.bool:
         source = source.to(torch.uint8) * 255
     elif isinstance(source, np.ndarray) and source.dtype == bool:
         source = source.astype(np.uint8) * 255
     picture = _read(source, name)
-    if picture.size != tuple(size):
+    if picture.size != tuple(size) and not fit:
         (mask_height, mask_width), (height, width) = picture.size, size
         turned = " (turned: EXIF orientation is applied to both)" if picture.size == (width, height) else ""
         raise ValueError(
             f"{_label(source, name)} is {mask_width}x{mask_height}, but the picture it belongs to is {width}x{height} "
-            f"(width x height){turned}"
+            f"(width x height){turned}; fit_mask resizes it"
         )
     height, _, channels = picture.pixels.shape
     first = _floats(picture.pixels[:1, :1])[..., : channels - 1]
@@ -219,10 +220,11 @@ def _read_mask_values(source: PictureLike, size: tuple[int, int], name: str) -> 
         if channels in (2, 4):
             alpha[rows] = strip[..., -1]
             is_flat = is_flat and bool((colour == first).all())
-    if channels in (2, 4) and is_flat and alpha.min() < alpha.max():
-        return alpha
-    values *= alpha
-    return values
+    of_alpha = channels in (2, 4) and is_flat and alpha.min() < alpha.max()
+    found = alpha if of_alpha else np.multiply(values, alpha, out=values)
+    if picture.size == tuple(size):
+        return found
+    return np.asarray(Image.fromarray(found).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def _floats(pixels: np.ndarray) -> np.ndarray:
@@ -277,12 +279,14 @@ def fill_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 # --- exemplars --------------------------------------------------------------------------------------------
 
 
-def read_exemplar(source: PictureLike, mask: MaskLike | None = None, name: str = "exemplar") -> Image.Image:
+def read_exemplar(
+    source: PictureLike, mask: MaskLike | None = None, name: str = "exemplar", fit: bool = False
+) -> Image.Image:
     """Read an exemplar: an 8-bit RGB image, cropped to its object if a mask or alpha says where that is.
 
     With a `mask` (white = object; anything that read_mask takes) or, without one, with an alpha channel, the rest
-    is filled with white. Colours of an ICC profile are converted to sRGB. ValueError if the mask has another size or is
-    empty.
+    is filled with white. Colours of an ICC profile are converted to sRGB. ValueError if the mask has another size, and
+    is not to `fit`, or is empty.
     """
     picture = _read(source, name)
     colours = picture
@@ -290,7 +294,7 @@ def read_exemplar(source: PictureLike, mask: MaskLike | None = None, name: str =
     if profile and (converted := to_srgb(picture.to_rgb8(), profile, _label(source, name))) is not None:
         colours = replace(picture, pixels=np.asarray(converted))
     if isinstance(mask, PictureLike):
-        shown = _read_mask_values(mask, picture.size, f"{name}'s mask")
+        shown = _read_mask_values(mask, picture.size, f"{name}'s mask", fit)
     elif mask is not None:
         shown = _draw(mask, picture.size, f"{name}'s mask").astype(np.float32)
     elif picture.pixels.shape[2] in (2, 4):

@@ -132,7 +132,7 @@ def connected_regions(repaint: np.ndarray, gap: int = 8) -> list[np.ndarray]:
     joined = repaint[box.slices]
     for _ in range((gap + 1) // 2):
         joined = _dilate(joined, square=True)
-    labels, count = _label(joined)
+    labels, count = label_regions(joined)
     labels[~repaint[box.slices]] = -1
     if count > MAX_REGIONS:
         raise ValueError(
@@ -147,18 +147,24 @@ def connected_regions(repaint: np.ndarray, gap: int = 8) -> list[np.ndarray]:
     return regions
 
 
-def _label(joined: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number the 8-connected regions 0, 1, ... in reading order: int (H, W) labels, -1 outside; and their count.
+def runs_of(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The runs of True in a bool (H, W) mask's rows, in reading order: row, start and exclusive stop, (N,) each."""
+    padded = np.pad(mask, ((0, 0), (1, 1)))
+    row, start = np.nonzero(padded[:, 1:] & ~padded[:, :-1])
+    return row, start, np.nonzero(~padded[:, 1:] & padded[:, :-1])[1]
 
-    Runs of pixels in a row are the nodes of a graph; runs that touch in the next row are its edges.
+
+def label_regions(joined: np.ndarray, diagonal: bool = True) -> tuple[np.ndarray, int]:
+    """Number the connected regions 0, 1, ... in reading order: int (H, W) labels, -1 outside; and their count.
+
+    Runs of pixels in a row are the nodes of a graph; runs that touch in the next row, if only at a corner where
+    `diagonal` says that this counts, are its edges.
     """
     height, width = joined.shape
-    padded = np.pad(joined, ((0, 0), (1, 1)))
-    row, start = np.nonzero(padded[:, 1:] & ~padded[:, :-1])
-    stop = np.nonzero(~padded[:, 1:] & padded[:, :-1])[1]  # exclusive
-    stride = width + 1
-    first = np.searchsorted(row * stride + stop, (row + 1) * stride + start, side="left")
-    last = np.searchsorted(row * stride + start, (row + 1) * stride + stop, side="right")
+    row, start, stop = runs_of(joined)
+    stride, overlap = width + 1, 0 if diagonal else 1
+    first = np.searchsorted(row * stride + stop, (row + 1) * stride + start + overlap, side="left")
+    last = np.searchsorted(row * stride + start, (row + 1) * stride + stop - overlap, side="right")
     touching = last - first
     upper = np.repeat(np.arange(row.size), touching)
     lower = np.arange(upper.size) + np.repeat(first - (np.cumsum(touching) - touching), touching)

@@ -54,7 +54,7 @@ def edits(monkeypatch) -> list[dict]:
     calls = []
 
     def edit(model, image, mask, exemplar, **settings):
-        calls.append({"exemplar": exemplar, "mask": mask, **settings})
+        calls.append({"exemplar": exemplar, "mask": image.repaint, **settings})
         if settings["guidance"] == 13:
             raise ValueError("guidance 13 is unlucky")
         if settings["guidance"] == 14:
@@ -67,8 +67,8 @@ def edits(monkeypatch) -> list[dict]:
             raise KeyboardInterrupt
         results = []
         for i in range(settings["num_images"]):
-            result = image.source.copy()
-            result.paste((settings["seed"] + i) % 256, mask=Image.fromarray(mask))
+            result = image.picture.source.copy()
+            result.paste((settings["seed"] + i) % 256, mask=Image.fromarray(image.repaint))
             results.append(result)
         return results
 
@@ -146,7 +146,8 @@ def test_values_are_read_from_text_and_json(name, value, expected):
         ({"mask": None, "box": "1,2,3"}, "box must be a box x0,y0,x1,y1, got '1,2,3'"),
         ({"mask": None, "polygon": "1,2 3,4,5"}, "polygon must be a polygon .* got '1,2 3,4,5'"),
         ({"mask": None, "polygon": "1,2 3,4"}, "polygon must be a polygon .* got '1,2 3,4'"),
-        ({"mask": None}, "one of mask, box and polygon, got none"),
+        ({"negative_mask": "a.png"}, "negative_mask has 1 values for 0 negatives"),
+        ({"negative": "a.png;b.png", "negative_weights": "1"}, "negative_weights has 1 values for 2 negatives"),
         ({"box": "1,2,3,4"}, "got mask and box"),
         ({"window": "some"}, "window must be 'auto', 'full' or a box .* got 'some'"),
         ({"regions": "all"}, "regions must be 'together' or 'each', got 'all'"),

@@ -73,8 +73,8 @@ def edits(monkeypatch) -> list[dict]:
                     settings["preview"]([Image.new("RGB", (8, 4), (i, 0, 0))] * settings["num_images"], step)
         results = []
         for i in range(settings["num_images"]):
-            result = image.source.copy()
-            result.paste((20 * (settings["seed"] + i),) * 3, mask=Image.fromarray(mask))
+            result = image.picture.source.copy()
+            result.paste((20 * (settings["seed"] + i),) * 3, mask=Image.fromarray(image.repaint))
             results.append(result)
         return results
 
@@ -289,6 +289,8 @@ def test_flags_reach_edit(cli, edits):
     assert settings == {
         "preview": None,
         "exemplar_weights": (1, 3),
+        "negative": None,
+        "negative_weights": None,
         "steps": 4,
         "guidance": 3,
         "guidance_interval": (100, 800),

@@ -608,7 +608,7 @@ def test_dpm_solver_lowers_its_order_only_for_few_steps():
     assert last_step(15) > 1e-6
 
 
-# --- starting in the middle, from noised data (SDEdit) -----------------------------------------------------------------
+# --- starting in the middle, from noised data (SDEdit) ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
