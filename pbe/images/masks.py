@@ -11,6 +11,8 @@ from PIL import Image, ImageFilter
 
 from pbe.images.windows import Box, label_regions, mask_bounding_box, runs_of
 
+MAX_STEPS = 10**8  # of growing: some 20 seconds
+
 Sides: TypeAlias = Sequence[tuple[Literal["left", "right", "top", "bottom"], int]]
 
 
@@ -77,11 +79,15 @@ def dilate(repaint: np.ndarray, radius: int) -> np.ndarray:
     """The pixels whose centres lie within `radius` of the centre of one of the mask's, exactly.
 
     A run of pixels in one row grows to a run in each row that its discs reach: the work goes by runs, not by pixels.
+    ValueError for more of it than is worth waiting for, which only noise makes.
     """
     height, width = repaint.shape
     row, start, stop = runs_of(repaint)
     steps = np.zeros((height, width + 1), np.int32)  # of the number of runs, from each pixel to the next
-    for dy in range(-min(radius, height), min(radius, height) + 1):
+    far = min(radius, height)
+    if len(row) * far > MAX_STEPS:
+        raise ValueError(f"the mask has too many dots and lines to grow or shrink by {radius}: smooth it (smooth=3)")
+    for dy in range(-far, far + 1):
         reach, first, last = isqrt(radius**2 - dy**2), *np.searchsorted(row, (-dy, height - dy))  # rows are in order
         y = row[first:last] + dy
         np.add.at(steps, (y, np.maximum(start[first:last] - reach, 0)), 1)

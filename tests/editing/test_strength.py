@@ -1,4 +1,4 @@
-"""Editing from the photo's own latents, and from other noise than the seeds'."""
+"""Editing from the photo's own latents, from other noise than the seeds', and away from negative exemplars."""
 
 import warnings
 
@@ -11,6 +11,7 @@ import pbe
 from pbe.acceleration import prepare_for_inference
 from pbe.editing.edit import photo_latents, sample_latents, window_condition
 from pbe.editing.settings import EditSettings, settings_for
+from pbe.images.pillow import PictureWarning
 from pbe.sampling import SAMPLERS, SPACINGS, NoiseSchedule
 
 RANDOM = np.random.default_rng(0)
@@ -71,12 +72,12 @@ def test_it_starts_from_the_photo_s_posterior_mean(model):
     torch.testing.assert_close(x_t, expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
 def test_less_strength_stays_nearer_to_the_photo(model):
-    mask, image = rectangle(64, 64, BOX), np.full((64, 64, 3), (200, 40, 90), np.uint8)
-    far = [
-        np.abs(edit(model, image, BOX, steps=20, strength=s, guidance=1)[0][mask].astype(int) - image[mask]).mean()
-        for s in (0.05, 0.5, 1.0)
-    ]
+    z_photo = photo_latents(model, torch.from_numpy(IMAGE).permute(2, 0, 1)[None] / 127.5 - 1)
+    options = {"window": "full", "steps": 20, "guidance": 1, "output": "latents"}
+    far = [(edit(model, IMAGE, BOX, strength=s, **options)[0] - z_photo).norm().item() for s in (0.05, 0.5, 1)]
+    assert far[0] < 0.2 * far[2]
     assert far[0] < far[1] < far[2]
 
 
@@ -126,3 +127,119 @@ def test_few_steps_of_strength_need_no_warning(model, student):
         edit(model, IMAGE, BOX, steps=2, strength=0.5, callback=steps.append)
         pbe.edit(student, IMAGE, BOX, EXEMPLAR, strength=0.5, callback=steps.append)
     assert [step.t for step in steps] == [1, 499]
+
+
+# --- noise in, latents out --------------------------------------------------------------------------------------------
+
+
+def seeds_noise(first, count, shape=(4, 16, 16)):
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(first + i)) for i in range(count)])
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}, {"strength": 0.5, "sampler": "ddim", "eta": 1}])
+def test_the_seeds_own_noise_gives_their_results(model, options):
+    plain = edit(model, IMAGE, BOX, seed=5, num_images=3, batch_size=2, **options)
+    given = edit(model, IMAGE, BOX, seed=5, num_images=3, batch_size=2, latents=seeds_noise(5, 3), **options)
+    assert all(np.array_equal(a, b) for a, b in zip(plain, given, strict=True))
+    other = edit(model, IMAGE, BOX, seed=5, latents=seeds_noise(6, 1), **options)
+    assert not np.array_equal(other[0], plain[0])
+
+
+def test_one_noise_is_that_of_all_results(model):
+    noise = seeds_noise(5, 1).double()
+    results = edit(model, IMAGE, BOX, num_images=3, batch_size=2, latents=noise)
+    assert all(np.abs(result.astype(int) - results[0]).max() <= 1 for result in results[1:])
+
+
+def test_latents_come_out_in_place_of_pictures(model):
+    steps = []
+    latents = edit(model, IMAGE, BOX, num_images=3, batch_size=2, output="latents", callback=steps.append)
+    assert [(z_0.shape, z_0.dtype, z_0.device.type) for z_0 in latents] == [((1, 4, 16, 16), torch.float32, "cpu")] * 3
+    assert torch.equal(torch.cat(latents[:2]), steps[3].x_t)
+    # decoded, they are the pictures
+    (window,) = edit(model, IMAGE, BOX, window="full", composite=False, output="pictures")
+    (z_0,) = edit(model, IMAGE, BOX, window="full", composite=False, output="latents")
+    with torch.no_grad():
+        decoded = (prepare_for_inference(model).vae.decode(z_0).clamp(-1, 1) + 1) / 2
+    assert np.abs(decoded[0].permute(1, 2, 0).numpy() * 255 - window).max() < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latents": torch.zeros(2, 4, 16, 16)}, "latents must be noise for one result or for all 1, got 2"),
+        (
+            {"latents": torch.zeros(1, 4, 8, 8)},
+            r"shape \(num_images or 1, 4, 16, 16\) for this window, got \(1, 4, 8, 8\)",
+        ),
+        ({"latents": torch.zeros(4, 16, 16)}, r"finite floats \(num_images or 1, 4, h, w\), got \(4, 16, 16\)"),
+        ({"latents": torch.full((1, 4, 16, 16), float("nan"))}, "latents must be a tensor of finite floats"),
+        ({"latents": torch.zeros(1, 4, 16, 16, dtype=torch.long)}, "finite floats .* torch.int64"),
+        ({"latents": np.zeros((1, 4, 16, 16))}, "latents must be a tensor .* got ndarray"),
+        ({"output": "picture"}, "output must be 'pictures' or 'latents', got 'picture'"),
+    ],
+)
+def test_wrong_noise_is_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        edit(model, IMAGE, BOX, **options)
+
+
+def test_latents_are_of_one_window(model):
+    mask = rectangle(64, 64, (4, 4, 20, 20)) | rectangle(64, 64, (40, 40, 60, 60))
+    with pytest.raises(ValueError, match="output='latents' is of one window, and regions='each' has 2 here"):
+        edit(model, IMAGE, mask, regions="each", output="latents")
+
+
+# --- negative exemplars -----------------------------------------------------------------------------------------------
+
+OTHER = Image.fromarray(RANDOM.integers(0, 256, (30, 40, 3), np.uint8))
+
+
+def test_a_negative_stands_in_the_place_of_the_learned_vector(model):
+    (plain,) = edit(model, IMAGE, BOX)
+    (away,) = edit(model, IMAGE, BOX, negative=OTHER)
+    assert not np.array_equal(plain, away)
+    # at guidance 0 it alone is painted
+    (alone,) = edit(model, IMAGE, BOX, negative=OTHER, guidance=0)
+    (as_exemplar,) = pbe.edit(model, IMAGE, BOX, OTHER, steps=4, guidance=1)
+    assert np.array_equal(alone, as_exemplar)
+    # where it is the exemplar, guidance has nothing to lead away from
+    (same,) = edit(model, IMAGE, BOX, negative=EXEMPLAR, guidance=7)
+    (unguided,) = edit(model, IMAGE, BOX, guidance=1)
+    assert np.abs(same.astype(int) - unguided).max() <= 1
+
+
+def test_negatives_have_masks_and_weights(model):
+    shown = rectangle(40, 30, (5, 5, 25, 20))
+    changed = Image.fromarray(np.where(shown[..., None], np.asarray(OTHER), 255 - np.asarray(OTHER)))
+    a, b = (edit(model, IMAGE, BOX, negative=one, negative_mask=shown)[0] for one in (OTHER, changed))
+    assert np.array_equal(a, b)
+    first = edit(model, IMAGE, BOX, negative=[OTHER, EXEMPLAR], negative_weights=[1, 0])[0]
+    assert np.abs(first.astype(int) - edit(model, IMAGE, BOX, negative=OTHER)[0]).max() <= 1
+    prepared = prepare_for_inference(model)
+    reused = edit(prepared, IMAGE, BOX, negative=OTHER, guidance_interval=(0, 600), reuse=2)[0]
+    assert not np.array_equal(reused, edit(prepared, IMAGE, BOX, guidance_interval=(0, 600), reuse=2)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"negative": []}, "negative is an empty list"),
+        ({"negative": [OTHER], "negative_weights": [1, 2]}, "negative_weights has 2 values for 1 negatives"),
+        ({"negative": OTHER, "negative_weights": [0]}, "negative_weights must not all be 0"),
+        ({"negative": [OTHER, OTHER], "negative_mask": [None]}, "negative_mask has 1 values for 2 negatives"),
+        ({"negative": OTHER, "negative_mask": np.ones((9, 9), bool)}, "negative's mask is 9x9"),
+        ({"negative_weights": [1]}, "negative_mask and negative_weights are those of negative, which is not given"),
+    ],
+)
+def test_wrong_negatives_are_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        edit(model, IMAGE, BOX, **options)
+
+
+def test_a_negative_without_guidance_warns(model, student):
+    with pytest.warns(PictureWarning, match="negative does nothing at guidance=1: it acts from above 1"):
+        (idle,) = edit(model, IMAGE, BOX, negative=OTHER, guidance=1)
+    assert np.array_equal(idle, edit(model, IMAGE, BOX, guidance=1)[0])
+    with pytest.warns(PictureWarning, match="does nothing at guidance=1, for which the model was distilled"):
+        pbe.edit(student, IMAGE, BOX, EXEMPLAR, negative=OTHER)
