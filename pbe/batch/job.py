@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
@@ -21,6 +21,7 @@ from pbe.io.fields import Range, field_types, read
 if TYPE_CHECKING:
     from PIL import Image
 
+    from pbe.checkpoints.adapters import AdapterLike
     from pbe.editing.canvas import Canvas
     from pbe.editing.preview import Preview
     from pbe.images.reading import Picture
@@ -49,6 +50,7 @@ class Job:
     polygon: Polygon | None = None
     exemplar_mask: FileNames | None = None
     exemplar_weights: tuple[float, ...] | None = None
+    adapters: Adapters | None = None
     negative: FileNames | None = None
     negative_mask: FileNames | None = None
     negative_weights: tuple[float, ...] | None = None

@@ -59,17 +59,16 @@ def read_canvas(
         repaint = np.zeros(picture.size, bool) if sides else transparent_part(picture)
     names = ("invert", "fill_holes", "smooth", "grow")
     repaint = shape_mask(repaint, extend=sides, **{name: getattr(settings, name) for name in names})
-    opaque = None if mask is not None or sides else repaint
+    added = strips(picture.size, sides) if sides else None
     if sides:
-        opaque = strips(picture.size, sides)
         pixels = np.pad(picture.pixels, (*padding(sides), (0, 0)), mode="edge")
         picture = Picture(pixels, picture.with_pixels(pixels))
     regions = connected_regions(repaint) if settings.regions == "each" else [repaint]
     if settings.placement != "fill":
         assert exemplar_size is not None
         regions = [shrink_to(region, exemplar_size, settings.placement) for region in regions]
-    canvas = Canvas(picture, regions, opaque)
-    return canvas if sides or opaque is None else canvas._replace(opaque=canvas.repaint)
+    canvas = Canvas(picture, regions, added)
+    return canvas._replace(opaque=canvas.repaint) if mask is None and not sides else canvas
 
 
 def transparent_part(picture: Picture) -> np.ndarray:

@@ -68,7 +68,8 @@ def edit(
         exemplar: the object to paint; or a list of them, mixed as `exemplar_weights` say (default: equally).
         exemplar_mask: where the object is in its picture (white = object); for several exemplars a list of one each.
         negative: what guidance leads away from, as `exemplar`: it stands in the place of the learned vector.
-        negative_mask, negative_weights: as those of `exemplar`.
+        negative_mask: as `exemplar_mask`.
+        negative_weights: as `exemplar_weights`.
         latents: standard normal noise (num_images or 1, 4, h, w) in place of the seeds', for windows of h x w latents.
         output: "latents" for each result's z_0 (1, 4, h, w) of its window, float32 on the CPU, in place of a picture.
         num_images: how many results: the first has the seed `seed`, the others `seed + 1`, …

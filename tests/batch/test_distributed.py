@@ -53,7 +53,7 @@ def test_share_goes_on_after_an_error(rows, monkeypatch):
     def edit(model, image, *args, seed, **settings):
         if seed == 1:
             raise RuntimeError("unforeseen")
-        return [image.source]
+        return [image.picture.source]
 
     monkeypatch.setattr("pbe.editing.edit.edit", edit)
     jobs = [Job.from_row(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)]

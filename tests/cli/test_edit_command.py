@@ -1,5 +1,6 @@
 """`pbe edit` as its users call it: what it writes, what it says, and how it refuses."""
 
+import json
 import math
 import os
 import subprocess
@@ -201,6 +202,54 @@ def test_small_models_take_one_thread_of_a_cpu(resolution, device, chosen, threa
     assert torch.get_num_threads() == threads
 
 
+def test_a_hole_in_the_photo_is_repainted_once_for_all(cli, folder, capsys):
+    pixels = np.dstack([np.asarray(Image.open(folder / "photo.png")), np.full((80, 100), 255, np.uint8)])
+    pixels[BOX[1] : BOX[3], BOX[0] : BOX[2], 3] = 0
+    Image.fromarray(pixels).save(folder / "cut.png")
+    assert cli(image="cut.png", mask=None, num_images=2, grid=True) == 0
+    error = capsys.readouterr().err
+    assert error.count("warning: no mask is given: the transparent part of the image, 16.0% of it, is repainted") == 1
+    for name in ("out-321.png", "out-322.png"):
+        assert (np.asarray(Image.open(folder / name))[..., 3] == 255).all()
+    assert cli(image="photo.png", mask=None) == 2
+    assert "error: nothing to repaint: give one of mask, box and polygon, or extend" in capsys.readouterr().err
+
+
+def test_control_by_flags_and_by_rows(cli, folder, capsys):
+    """Settings and negative exemplars give the same by flags, by a row and in Python, and are in the picture."""
+    columns = {
+        "strength": "0.5",
+        "grow": "3",
+        "smooth": "2",
+        "extend": "left,20,top,10",
+        "negative": "cat.png",
+        "negative_mask": "cat_mask.png",
+        "fit_mask": True,
+    }
+    Image.new("L", (15, 10), "white").save(folder / "cat_mask.png")
+    assert cli(**columns) == 0
+    row = {"image": "photo.png", "mask": "mask.png", "exemplar": "dog.png", "out": "row.png", **columns}
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    assert cli(batch="rows.jsonl") == 0
+    assert cli(batch="rows.jsonl") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 row: 0 done, 1 done before, 0 failed"
+    pictures = [np.asarray(Image.open(folder / name)) for name in ("out.png", "row.png")]
+    assert pictures[0].shape == (90, 120, 3)
+    assert np.array_equal(*pictures)
+    stored = read_provenance(folder / "row.png")
+    expected = {"strength": 0.5, "grow": 3, "extend": [["left", 20], ["top", 10]], "negative": ["cat.png"]}
+    assert stored.items() >= expected.items()
+    assert {"cat.png", "cat_mask.png"} <= set(stored["inputs_crc32"])
+
+
+def test_a_row_may_have_no_mask(cli, folder, capsys):
+    rows = 'image,mask,exemplar,out,extend\nphoto.png,,dog.png,a.png,"right,16"\nphoto.png,,dog.png,b.png,\n'
+    (folder / "rows.csv").write_text(rows)
+    assert cli(batch="rows.csv") == 1
+    assert Image.open(folder / "a.png").size == (116, 80)
+    assert "line 3 failed: nothing to repaint: give one of mask, box and polygon" in capsys.readouterr().err
+
+
 def test_several_results_are_those_of_their_seeds(cli, folder):
     assert cli(num_images=3, seed=5, batch_size=2) == 0
     assert names(folder) == {"out-5.png", "out-6.png", "out-7.png"}
@@ -275,7 +324,7 @@ def test_flags_reach_edit(cli, edits):
         "decoder": "tiny",
         "strength": 0.5,
         "fit_mask": True,
-        "invert": True,
+        "no_invert": True,
         "extend": "left,8,top,16",
         "fill_holes": True,
         "smooth": 3,
@@ -311,7 +360,7 @@ def test_flags_reach_edit(cli, edits):
         "decoder": "tiny",
         "strength": 0.5,
         "fit_mask": True,
-        "invert": True,
+        "invert": False,
         "extend": (("left", 8), ("top", 16)),
         "fill_holes": True,
         "smooth": 3,
@@ -507,6 +556,11 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"batch": "rows.csv", "preview": "so_far.png"}, "--preview cannot be given with --batch"),
         ({"batch": "rows.csv", "batch_size": "2"}, "--batch-size cannot be given with --batch"),
         ({"batch": "rows.csv", "num_images": "0"}, "--num-images cannot be given with --batch"),
+        ({"negative_mask": "mask.png"}, "negative_mask has 1 values for 0 negatives"),
+        ({"negative": "none.png"}, "none.png"),
+        ({"strength": "0"}, "strength must be a number above 0 and at most 1, got '0'"),
+        ({"extend": "up,3"}, "extend must be sides, each once, with 1 to 30000 pixels, such as left,200"),
+        ({"grow": "-100"}, "with grow=-100 the mask is empty"),
         ({"batch": "rows.csv", "devices": "0"}, "at least 1"),
         ({"batch": "rows.csv", "steps": "many"}, "steps must be a whole number from 1 to 1000, got 'many'"),
         ({"batch": "rows.csv", "ckpt": "none.ckpt"}, "none.ckpt"),
@@ -576,7 +630,7 @@ def test_batch_goes_on_after_memory_was_full(cli, folder, capsys, monkeypatch):
     def edit(model, image, *args, seed, **settings):
         if seed == 1:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
-        return [image.source]
+        return [image.picture.source]
 
     monkeypatch.setattr("pbe.editing.edit.edit", edit)
     row = "photo.png,mask.png,dog.png"
@@ -595,7 +649,7 @@ def test_large_seed_is_kept(cli, edits, folder, monkeypatch):
         '{"image": "photo.png", "mask": "mask.png", "exemplar": "dog.png", "out": "b.png", "seed": 9007199254740993}'
     )
     monkeypatch.setattr(
-        "pbe.editing.edit.edit", lambda model, image, *_, **settings: edits.append(settings) or [image.source]
+        "pbe.editing.edit.edit", lambda model, image, *_, **settings: edits.append(settings) or [image.picture.source]
     )
     assert cli(seed=2**53 + 1, out="a.png") == 0
     assert cli(batch="rows.jsonl") == 0

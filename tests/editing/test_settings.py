@@ -4,19 +4,23 @@ import argparse
 import inspect
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 import pbe
+from pbe.baselines import WeightFiles, get_baseline
 from pbe.batch.job import COLUMNS
 from pbe.cli.edit import parser
+from pbe.cli.evaluate import parser as evaluate_parser
 from pbe.cli.flags import add_settings, flag
 from pbe.editing.settings import (
     ETA_SAMPLERS,
     MAX_LCM_STEPS,
     MAX_SEED,
+    SAMPLING,
     SETTINGS,
     EditKeywords,
     EditSettings,
@@ -53,6 +57,19 @@ def test_every_setting_has_a_line_a_flag_and_a_column():
         assert docs[name].endswith(".")
         assert flag(name) in text
         assert name in COLUMNS
+
+
+def test_evaluate_run_has_those_that_pictures_of_a_test_set_follow_from(capsys):
+    with pytest.raises(SystemExit):
+        evaluate_parser().parse_args(["run", "--help"])
+    text, given = capsys.readouterr().out, {"strength": "0.5", "grow": "4", "placement": "bottom"}
+    assert all(flag(name) in text for name in SAMPLING)
+    assert {*SETTINGS} - {*SAMPLING} == {
+        *("seed", "window", "regions", "composite", "seam", "feather", "margin"),  # of how it is put into the photo
+        *("fit_mask", "invert", "extend"),  # a test set's masks fit
+    }
+    chosen = get_baseline("paint-by-example").choose_settings(given, WeightFiles(paint_by_example=Path("demo")))
+    assert chosen.items() >= {"strength": 0.5, "grow": 4, "placement": "bottom", "smooth": 0}.items()
 
 
 def test_flags_give_the_settings():
