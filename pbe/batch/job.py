@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 from pbe.editing.loading import adapter
 from pbe.editing.settings import SETTINGS, EditSettings, is_given
+from pbe.editing.together import Steps, sampled
 from pbe.io.fields import Range, field_types, read
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def read_inputs(job: Job) -> Inputs:
     return Inputs(canvas, exemplars, negatives)
 
 
+@sampled
 def run_job(
     model: PaintByExample,
     job: Job,
@@ -170,14 +172,14 @@ def run_job(
     batch_size: int = 4,
     callback: Callback | None = None,
     preview: Preview | None = None,
-) -> list[Image.Image]:
+) -> Steps[list[Image.Image]]:
     """The results for the job's seed and the next ones; raises as `pbe.edit`, MemoryError on full memory."""
     import torch
 
     from pbe.editing import edit as editing
 
     try:
-        results = editing.edit(
+        results = yield from editing.edit.begin(
             model,
             inputs.canvas,
             None,

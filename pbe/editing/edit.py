@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from pbe.editing.canvas import Canvas, read_canvas
 from pbe.editing.condition import mixed_context, photo_latents, read_exemplars, window_condition
 from pbe.editing.preview import Preview, with_previews
 from pbe.editing.settings import BY_SAMPLER, COUNT, SETTINGS, EditKeywords, EditSettings, settings_for
+from pbe.editing.together import Sampling, Steps, sampled
 from pbe.editing.window import crop_window, place_window, seam_weights
 from pbe.images import windows
 from pbe.images.pillow import PictureWarning
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@torch.no_grad()
+@sampled
 def edit(
     model: PaintByExample,
     image: PictureLike | Picture | Canvas,
@@ -52,7 +53,7 @@ def edit(
     preview: Preview | None = None,
     preview_every: int = 5,
     **keywords: Unpack[EditKeywords],
-) -> list[PictureLike]:
+) -> Steps[list[PictureLike]]:
     """The photo with the masked region repainted as the exemplar's object, `num_images` times.
 
     Each result has the photo's own size, kind and bit depth: a PIL image for a path or PIL image, an array for an
@@ -113,7 +114,8 @@ def edit(
 
     results = [canvas.picture] * num_images
     for region in canvas.regions:
-        painted = paint_region(model, results, region, context, settings, batch_size, callback, null_context, noise)
+        rest = (settings, batch_size, callback, null_context, noise)
+        painted = yield from paint_region(model, results, region, context, *rest)
         if output == "latents":
             return [z_0 for batch in painted for z_0 in batch.z_0.float().cpu().split(1)]
         results = edit_region(model, region, painted, settings)
@@ -125,7 +127,7 @@ def with_settings(function: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     settings = inspect.signature(EditSettings).parameters.values()
-    return signature.replace(parameters=[*own, *settings])
+    return signature.replace(parameters=[*own, *settings], return_annotation="list[PictureLike]")
 
 
 edit.__signature__ = with_settings(edit)  # type: ignore[attr-defined]
@@ -151,7 +153,7 @@ def paint_region(
     callback: Callback | None = None,
     null_context: Tensor | None = None,
     noise: Tensor | None = None,
-) -> Iterator[Painted]:
+) -> Steps[list[Painted]]:
     """Latents for the region `repaint` (H, W) of the photos, one per seed, in one window: condition → sample.
 
     `null_context` (1, 1, context_dim) and `noise` (as many as photos, or 1, 4, h, w) stand in the place of the model's
@@ -160,6 +162,7 @@ def paint_region(
     device, resolution = model.device, settings.resolution or model.config.resolution
     box = place_window(repaint, settings.window, settings.margin, resolution)
     size = windows.model_size(box, resolution, multiple=model.config.vae.downsampling)
+    painted: list[Painted] = []
     for first in range(0, len(photos), batch_size):
         batch = photos[first : first + batch_size]
         seen, keep = crop_window(batch, repaint, box, size)
@@ -167,10 +170,10 @@ def paint_region(
             condition = window_condition(model, seen, keep, context, len(batch))
             z_photo = photo_latents(model, seen) if settings.strength < 1 else None
         own = noise if noise is None or len(noise) == 1 else noise[first : first + batch_size]
-        with on_device(model.unet, device):
-            seed = settings.seed + first
-            z_0 = sample_latents(model, condition, settings, seed, callback, z_photo, null_context, own)
-        yield Painted(batch, box, seen, keep, z_0)
+        seeds = range(settings.seed + first, settings.seed + first + len(batch))
+        z_0 = yield Sampling(model, condition, settings, seeds, callback, z_photo, null_context, own)
+        painted.append(Painted(batch, box, seen, keep, z_0))
+    return painted
 
 
 def edit_region(
@@ -198,19 +201,20 @@ def sample_latents(
     model: PaintByExample,
     condition: Condition,
     settings: EditSettings,
-    seed: int,
+    seeds: Sequence[int],
     callback: Callback | None = None,
     z_photo: Tensor | None = None,
     null_context: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with the seeds `seed`, `seed + 1`, …
+    """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with one of the seeds each.
 
-    With a strength below 1 they start from the photo's, `z_photo` (B or 1, 4, h, w). `null_context` (1, 1, context_dim)
-    and `noise` (B or 1, 4, h, w) stand in the place of the model's own and of the seeds', whose later draws stay.
+    With a strength below 1 they start from the photo's, `z_photo` (B or 1, 4, h, w). `null_context` (B or 1, 1,
+    context_dim) and `noise` (B or 1, 4, h, w) stand in the place of the model's own and of the seeds', whose later
+    draws stay.
     """
     shape = condition.z_masked.shape
-    generators = make_generators(seed, shape[0])
+    generators = [generator for seed in seeds for generator in make_generators(seed, 1)]
     x_t = randn(shape[1:], generators, model.device)
     if noise is not None:
         if noise.shape[1:] != shape[1:]:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fakes import at_once
 from PIL import Image
 
 from pbe.acceleration import offloading
@@ -55,7 +56,7 @@ def test_share_goes_on_after_an_error(rows, monkeypatch):
             raise RuntimeError("unforeseen")
         return [image.picture.source]
 
-    monkeypatch.setattr("pbe.editing.edit.edit", edit)
+    monkeypatch.setattr("pbe.editing.edit.edit", at_once(edit))
     jobs = [Job.from_row(json.loads(text), rows.parent, line) for line, text in enumerate(rows.open(), start=1)]
     run = partial(run_row, SimpleNamespace, weights=Weights("model.ckpt", "0123abcd", "float32"))
     share = DividedWork(len(jobs), lambda device: None)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import at_once
 from PIL import ExifTags, Image
 
 import pbe
@@ -72,7 +73,7 @@ def edits(monkeypatch) -> list[dict]:
             results.append(result)
         return results
 
-    monkeypatch.setattr("pbe.editing.edit.edit", edit)
+    monkeypatch.setattr("pbe.editing.edit.edit", at_once(edit))
     return calls
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fakes import at_once
 from PIL import Image
 
 import pbe
@@ -79,7 +80,7 @@ def edits(monkeypatch) -> list[dict]:
             results.append(result)
         return results
 
-    monkeypatch.setattr("pbe.editing.edit.edit", edit)
+    monkeypatch.setattr("pbe.editing.edit.edit", at_once(edit))
     return calls
 
 
@@ -587,7 +588,7 @@ def test_ctrl_c_ends_in_one_line_and_leaves_nothing(cli, folder, capsys, monkeyp
     def interrupted(*args, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pbe.editing.edit.edit", interrupted)
+    monkeypatch.setattr("pbe.editing.edit.edit", at_once(interrupted))
     before = names(folder)
     assert cli() == 130
     assert capsys.readouterr().err == "interrupted\n"
@@ -632,7 +633,7 @@ def test_batch_goes_on_after_memory_was_full(cli, folder, capsys, monkeypatch):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
         return [image.picture.source]
 
-    monkeypatch.setattr("pbe.editing.edit.edit", edit)
+    monkeypatch.setattr("pbe.editing.edit.edit", at_once(edit))
     row = "photo.png,mask.png,dog.png"
     (folder / "rows.csv").write_text(f"image,mask,exemplar,out,seed\n{row},a.png,1\n{row},b.png,2\n")
     assert cli(batch="rows.csv") == 1
@@ -649,7 +650,8 @@ def test_large_seed_is_kept(cli, edits, folder, monkeypatch):
         '{"image": "photo.png", "mask": "mask.png", "exemplar": "dog.png", "out": "b.png", "seed": 9007199254740993}'
     )
     monkeypatch.setattr(
-        "pbe.editing.edit.edit", lambda model, image, *_, **settings: edits.append(settings) or [image.picture.source]
+        "pbe.editing.edit.edit",
+        at_once(lambda model, image, *_, **settings: edits.append(settings) or [image.picture.source]),
     )
     assert cli(seed=2**53 + 1, out="a.png") == 0
     assert cli(batch="rows.jsonl") == 0
@@ -683,7 +685,7 @@ def test_programming_errors_keep_their_traceback(cli, monkeypatch):
     def edit(*args, **settings):
         raise TypeError("a bug")
 
-    monkeypatch.setattr("pbe.editing.edit.edit", edit)
+    monkeypatch.setattr("pbe.editing.edit.edit", at_once(edit))
     with pytest.raises(TypeError, match="a bug"):
         cli()
 

@@ -121,7 +121,7 @@ def sample(model: PaintByExample, examples: Example, settings: EditSettings) -> 
     source, mask, exemplar = (x.to(model.device) for x in (examples.source, examples.mask, examples.exemplar))
     condition = model.condition(source, mask, exemplar)
     condition = condition._replace(z_masked=condition.z_masked.float())  # whatever autocast chose
-    z_0 = sample_latents(model, condition, settings, settings.seed)
+    z_0 = sample_latents(model, condition, settings, range(settings.seed, settings.seed + len(source)))
     H, W = source.shape[-2:]
     return model.vae.decode(z_0)[..., :H, :W]
 
