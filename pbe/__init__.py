@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pbe.checkpoints.adapters import add_adapters, remove_adapters
     from pbe.checkpoints.loading import load_model
     from pbe.editing.edit import edit
+    from pbe.editing.regions import Region, edit_regions
     from pbe.editing.settings import EditSettings
     from pbe.models.paint_by_example import PaintByExample
 
@@ -20,9 +21,11 @@ __version__ = "0.1.0"
 __all__ = [
     "EditSettings",
     "PaintByExample",
+    "Region",
     "__version__",
     "add_adapters",
     "edit",
+    "edit_regions",
     "load_model",
     "prepare_for_inference",
     "remove_adapters",
@@ -32,8 +35,10 @@ __all__ = [
 _HOMES = {
     "EditSettings": "pbe.editing.settings",
     "PaintByExample": "pbe.models.paint_by_example",
+    "Region": "pbe.editing.regions",
     "add_adapters": "pbe.checkpoints.adapters",
     "edit": "pbe.editing.edit",
+    "edit_regions": "pbe.editing.regions",
     "load_model": "pbe.checkpoints.loading",
     "prepare_for_inference": "pbe.acceleration",
     "remove_adapters": "pbe.checkpoints.adapters",

@@ -63,7 +63,7 @@ def read_canvas(
     if sides:
         pixels = np.pad(picture.pixels, (*padding(sides), (0, 0)), mode="edge")
         picture = Picture(pixels, picture.with_pixels(pixels))
-    regions = connected_regions(repaint) if settings.regions == "each" else [repaint]
+    regions = connected_regions(repaint) if settings.split_mask else [repaint]
     if settings.placement != "fill":
         assert exemplar_size is not None
         regions = [shrink_to(region, exemplar_size, settings.placement) for region in regions]

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pbe.editing.settings import EditSettings
 from pbe.images.pillow import PictureWarning
 from pbe.images.reading import MaskLike, PictureLike, exemplar_tensor, read_exemplar
 from pbe.io.fields import Range, check
-from pbe.models.paint_by_example import Condition, PaintByExample
+from pbe.models.paint_by_example import Condition, Distilled, PaintByExample
 
 Weights = tuple[Annotated[float, Range(0)], ...]
 
@@ -63,6 +64,50 @@ def mixed_context(
     contexts = model.encode_exemplar(pixels.to(model.device, model.dtype))  # (N, 1, context_dim)
     w = torch.tensor(shares, dtype=torch.float32, device=model.device)[:, None, None] / sum(shares)
     return (w * contexts.float()).sum(dim=0, keepdim=True).to(model.dtype)
+
+
+def contexts(
+    model: PaintByExample,
+    settings: EditSettings,
+    exemplar: PictureLike | Sequence[PictureLike],
+    exemplar_mask: MaskLike | Sequence[MaskLike | None] | None,
+    exemplar_weights: Sequence[float] | None,
+    negative: PictureLike | Sequence[PictureLike] | None,
+    negative_mask: MaskLike | Sequence[MaskLike | None] | None,
+    negative_weights: Sequence[float] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`mixed_context` of the exemplars, and of the negative ones if there are any."""
+    fit = settings.fit_mask
+    context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights, fit=fit)
+    if negative is None:
+        return context, None
+    warn_of_idle_negative(settings, model.config.distilled)
+    return context, mixed_context(model, negative, negative_mask, negative_weights, "negative", fit)
+
+
+def check_negative(negative: object, negative_mask: object, negative_weights: object) -> None:
+    """ValueError for masks or weights of negative exemplars that are not given."""
+    if negative is None and not (negative_mask is None and negative_weights is None):
+        raise ValueError("negative_mask and negative_weights are those of negative, which is not given")
+
+
+def warn_of_idle_negative(settings: EditSettings, distilled: Distilled | None) -> None:
+    """Warns where guidance leaves out the half that a negative exemplar is for."""
+    if settings.guidance == 1:
+        why = ", for which the model was distilled" if distilled is not None and distilled.guidance == 1 else ""
+        message = f"negative does nothing at guidance=1{why}: it acts from above 1, more the larger guidance is"
+        warnings.warn(message, PictureWarning, stacklevel=3)
+
+
+def placed_size(
+    exemplar: PictureLike | Sequence[PictureLike],
+    exemplar_mask: MaskLike | Sequence[MaskLike | None] | None,
+    settings: EditSettings,
+) -> tuple[int, int] | None:
+    """(height, width) of the first exemplar, where a mask's `placement` needs it."""
+    if settings.placement == "fill":
+        return None
+    return read_exemplars(exemplar, exemplar_mask, fit=settings.fit_mask)[0].size[::-1]
 
 
 def window_condition(model: PaintByExample, pixels: Tensor, keep: Tensor, context: Tensor, batch: int) -> Condition:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
 from pbe.editing.canvas import Canvas, read_canvas
-from pbe.editing.condition import mixed_context, photo_latents, read_exemplars, window_condition
+from pbe.editing.condition import check_negative, contexts, photo_latents, placed_size, window_condition
 from pbe.editing.preview import Preview, with_previews
 from pbe.editing.settings import BY_SAMPLER, COUNT, SETTINGS, EditKeywords, EditSettings, settings_for
 from pbe.editing.together import Sampling, Steps, sampled
@@ -86,31 +86,20 @@ def edit(
         FileNotFoundError: for a picture that is not there.
         ValueError: for any other input that cannot be edited, naming it and what would be right.
     """
-    if not isinstance(model, PaintByExample):
-        raise ValueError(f"editing needs a Paint by Example model, not a {type(model).__name__}")
-    settings = settings_for(keywords, model.config.distilled)
-    check_edit(model, settings, num_images=num_images, batch_size=batch_size, preview_every=preview_every)
+    settings = choose_settings(model, keywords, num_images, batch_size, preview_every)
     check("output", output, Literal["pictures", "latents"])
-    if negative is None and not (negative_mask is None and negative_weights is None):
-        raise ValueError("negative_mask and negative_weights are those of negative, which is not given")
-    fit, fills = settings.fit_mask, settings.placement == "fill"
+    told = exemplar, exemplar_mask, exemplar_weights, negative, negative_mask, negative_weights
+    check_negative(*told[3:])
     if isinstance(image, Canvas):
         canvas = image
     else:
-        size = None if fills else read_exemplars(exemplar, exemplar_mask, fit=fit)[0].size[::-1]
-        canvas = read_canvas(image, mask, settings, size)
+        canvas = read_canvas(image, mask, settings, placed_size(exemplar, exemplar_mask, settings))
     if output == "latents" and len(canvas.regions) > 1:
-        raise ValueError(f"output='latents' is of one window, and regions='each' has {len(canvas.regions)} here")
+        raise ValueError(f"output='latents' is of one window, and split_mask has {len(canvas.regions)} here")
     noise = None if latents is None else check_latents(latents, num_images)
-    if not isinstance(model, PreparedModel) and not is_compiled(model):  # what a user compiled is used as it is
-        model = prepare_for_inference(model)  # for each edit: the weights may have changed since the last
-    if preview is not None:
-        callback = with_previews(model, callback, preview, preview_every)
+    model, callback = make_ready(model, callback, preview, preview_every)
     with on_device(model.cond_stage_model, model.device):
-        context, null_context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights, fit=fit), None
-        if negative is not None:
-            warn_of_idle_negative(settings, model.config.distilled)
-            null_context = mixed_context(model, negative, negative_mask, negative_weights, "negative", fit)
+        context, null_context = contexts(model, settings, *told)
 
     results = [canvas.picture] * num_images
     for region in canvas.regions:
@@ -118,7 +107,7 @@ def edit(
         painted = yield from paint_region(model, results, region, context, *rest)
         if output == "latents":
             return [z_0 for batch in painted for z_0 in batch.z_0.float().cpu().split(1)]
-        results = edit_region(model, region, painted, settings)
+        results = edit_region(model, results, region, painted, settings)
     return [canvas.finish(result) for result in results]
 
 
@@ -133,10 +122,29 @@ def with_settings(function: Callable[..., Any]) -> inspect.Signature:
 edit.__signature__ = with_settings(edit)  # type: ignore[attr-defined]
 
 
+def choose_settings(
+    model: PaintByExample, keywords: EditKeywords, num_images: int, batch_size: int, preview_every: int
+) -> EditSettings:
+    """The settings of an edit by a model; ValueError for what it cannot do, and warnings as `check_edit`."""
+    if not isinstance(model, PaintByExample):
+        raise ValueError(f"editing needs a Paint by Example model, not a {type(model).__name__}")
+    settings = settings_for(keywords, model.config.distilled)
+    check_edit(model, settings, num_images=num_images, batch_size=batch_size, preview_every=preview_every)
+    return settings
+
+
+def make_ready(
+    model: PaintByExample, callback: Callback | None, preview: Preview | None, preview_every: int
+) -> tuple[PaintByExample, Callback | None]:
+    """The model as it edits, and what is called after its steps."""
+    if not isinstance(model, PreparedModel) and not is_compiled(model):  # what a user compiled is used as it is
+        model = prepare_for_inference(model)  # for each edit: the weights may have changed since the last
+    return model, callback if preview is None else with_previews(model, callback, preview, preview_every)
+
+
 class Painted(NamedTuple):
     """What is painted in one window of some photos, one per seed."""
 
-    photos: list[Picture]
     box: Box
     seen: Tensor  # what the model saw of them, (B or 1, 3, H, W) in [-1, 1]
     keep: Tensor  # (1, 1, H, W), 1 = keep
@@ -172,16 +180,20 @@ def paint_region(
         own = noise if noise is None or len(noise) == 1 else noise[first : first + batch_size]
         seeds = range(settings.seed + first, settings.seed + first + len(batch))
         z_0 = yield Sampling(model, condition, settings, seeds, callback, z_photo, null_context, own)
-        painted.append(Painted(batch, box, seen, keep, z_0))
+        painted.append(Painted(box, seen, keep, z_0))
     return painted
 
 
 def edit_region(
-    model: PaintByExample, repaint: np.ndarray, painted: Iterable[Painted], settings: EditSettings
+    model: PaintByExample,
+    photos: Sequence[Picture],
+    repaint: np.ndarray,
+    painted: Iterable[Painted],
+    settings: EditSettings,
 ) -> list[Picture]:
     """The photos with what `paint_region` has painted in the region: decode → composite."""
     results: list[Picture] = []
-    for batch, box, seen, keep, z_0 in painted:
+    for box, seen, keep, z_0 in painted:
         with on_device(model.vae, model.device):
             tiny = model.tiny_decoder if settings.decoder == "tiny" else None
             edited = (tiny or model.vae.decode)(z_0.to(model.dtype))[..., : seen.shape[2], : seen.shape[3]]
@@ -192,7 +204,7 @@ def edit_region(
             weights = seam_weights(repaint, box, settings, settings.resolution or model.config.resolution)
         results += [
             replace(photo, pixels=windows.composite(photo.pixels, one[None], box, weights))
-            for photo, one in zip(batch, edited, strict=True)
+            for photo, one in zip(photos[len(results) :], edited, strict=False)
         ]
     return results
 
@@ -287,11 +299,3 @@ def warn_of_distillation(settings: EditSettings, distilled: Distilled | None) ->
         asked, right = (", ".join(f"{k}={v!r}" for k, v in values.items()) for values in (used, vars(distilled)))
         message = f"the model was distilled for {right}; with {asked} the result may be poor"
         warnings.warn(message, PictureWarning, stacklevel=4)
-
-
-def warn_of_idle_negative(settings: EditSettings, distilled: Distilled | None) -> None:
-    """Warns where guidance leaves out the half that a negative exemplar is for."""
-    if settings.guidance == 1:
-        why = ", for which the model was distilled" if distilled is not None and distilled.guidance == 1 else ""
-        message = f"negative does nothing at guidance=1{why}: it acts from above 1, more the larger guidance is"
-        warnings.warn(message, PictureWarning, stacklevel=3)

@@ -67,8 +67,8 @@ class EditSettings:
     window: Window = "auto"
     """The part of the photo that the model sees: around the mask, so that it is neither tiny nor without context; the
     whole photo; or a box."""
-    regions: Literal["together", "each"] = "together"
-    """Edit the whole mask in one window, or each of its separate regions in a window of its own."""
+    split_mask: bool = False
+    """Edit each separate part of the mask in a window of its own; without it the whole mask shares one."""
     composite: bool = True
     """Put only the masked pixels into the photo; without it the model's own picture of the whole window."""
     seam: Literal["poisson", "feather"] = "poisson"
@@ -167,7 +167,7 @@ class EditKeywords(TypedDict, total=False):
     spacing: SpacingName
     seed: int
     window: Literal["auto", "full"] | tuple[int, int, int, int]
-    regions: Literal["together", "each"]
+    split_mask: bool
     composite: bool
     seam: Literal["poisson", "feather"]
     feather: int | None

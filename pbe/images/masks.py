@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from math import isqrt
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from pbe.images.pillow import open_image
+from pbe.images.reading import PictureLike, read_picture
 from pbe.images.windows import Box, label_regions, mask_bounding_box, runs_of
 
 MAX_STEPS = 10**8  # of growing: some 20 seconds
+COLOUR_REACH = 32  # of 255: files with losses change colours
 
 Sides: TypeAlias = Sequence[tuple[Literal["left", "right", "top", "bottom"], int]]
 
@@ -45,6 +50,43 @@ def shape_mask(
         state = "covers the whole image" if repaint.any() else "is empty"
         raise ValueError(f"with {changes or 'its pixels as they are'} the mask {state}; white = repaint")
     return repaint
+
+
+def masks_by_colour(source: PictureLike, colours: Sequence[str | int]) -> list[np.ndarray]:
+    """For each colour, "ff0000", or value of an index picture, 0 to 255, where a mask picture has it: bool (H, W).
+
+    Colours need not be exact, since files are not: a pixel has the nearest of those within 32 of 255 a channel.
+    Index pictures are those of a palette, and integers (H, W). ValueError where a colour is none, or nowhere.
+    """
+    texts = [str(colour).lower().removeprefix("#") for colour in colours]
+    if all(re.fullmatch(r"\d{1,3}", text) for text in texts):
+        values, wanted, reach = read_indices(source), np.array([[int(text)] for text in texts]), 0
+    elif all(re.fullmatch(r"[0-9a-f]{6}", text) for text in texts):
+        values, reach = np.asarray(read_picture(source, "mask").to_rgb8()), COLOUR_REACH
+        wanted = np.array([list(bytes.fromhex(text)) for text in texts])
+    else:
+        raise ValueError(f"colours must be like ff0000, or all be values of an index picture, 0 to 255, got {colours}")
+    far = np.stack([np.abs(values.astype(np.int16) - one.astype(np.int16)).max(axis=2) for one in wanted])
+    nearest, found = far.argmin(axis=0), far.min(axis=0) <= reach
+    masks = [found & (nearest == i) for i in range(len(wanted))]
+    for colour, mask in zip(colours, masks, strict=True):
+        if not mask.any():
+            pairs = sorted(Image.fromarray(values.squeeze().astype(np.uint8)).getcolors(2**24) or (), reverse=True)
+            most = ", ".join(bytes(one).hex() if isinstance(one, tuple) else str(one) for _, one in pairs[:5])
+            raise ValueError(f"the mask has no pixel of colour {colour}; it has most of {most}")
+    return masks
+
+
+def read_indices(source: PictureLike) -> np.ndarray:
+    """The values of an index picture: integers (H, W, 1)."""
+    if isinstance(source, str | Path):
+        with open_image(Path(source), f"mask {source}") as image:
+            values = np.asarray(image)
+    else:
+        values = np.asarray(source)
+    if values.ndim != 2 or values.dtype.kind not in "ui":
+        raise ValueError("colours given as numbers need a mask of one channel, of a palette or gray: write ff0000")
+    return values[..., None].clip(0, 256).astype(np.int16)
 
 
 def padding(sides: Sides) -> tuple[tuple[int, int], tuple[int, int]]:

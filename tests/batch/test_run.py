@@ -151,7 +151,7 @@ def test_values_are_read_from_text_and_json(name, value, expected):
         ({"negative": "a.png;b.png", "negative_weights": "1"}, "negative_weights has 1 values for 2 negatives"),
         ({"box": "1,2,3,4"}, "got mask and box"),
         ({"window": "some"}, "window must be 'auto', 'full' or a box .* got 'some'"),
-        ({"regions": "all"}, "regions must be 'together' or 'each', got 'all'"),
+        ({"split_mask": "all"}, "split_mask must be true or false, got 'all'"),
         ({"composite": "maybe"}, "composite must be true or false, got 'maybe'"),
         ({"image": 3}, "image must be text, got 3"),
         ({"exemplar": "a.png;;b.png"}, "exemplar must be a list of file names .* got 'a.png;;b.png'"),

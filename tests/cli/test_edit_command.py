@@ -313,7 +313,7 @@ def test_flags_reach_edit(cli, edits):
         "guidance_interval": "100,800",
         "seed": 9,
         "window": "0,0,64,64",
-        "regions": "each",
+        "split_mask": True,
     }
     more = {
         "no_composite": True,
@@ -351,7 +351,7 @@ def test_flags_reach_edit(cli, edits):
         "num_images": 2,
         "batch_size": 3,
         "window": (0, 0, 64, 64),
-        "regions": "each",
+        "split_mask": True,
         "composite": False,
         "seam": "feather",
         "feather": 4,

@@ -106,7 +106,7 @@ def test_the_transparent_part_can_be_grown_and_cut_into_regions(model):
     holes = rectangle(120, 60, (10, 20, 30, 40)) | rectangle(120, 60, (80, 20, 100, 40))
     pixels[..., 3] = np.where(holes, 0, 255)
     with pytest.warns(PictureWarning, match="transparent"):
-        result = edit(model, pixels, None, grow=4, regions="each", composite=False)
+        result = edit(model, pixels, None, grow=4, split_mask=True, composite=False)
     assert (result[shape_mask(holes, grow=4), 3] == 255).all()
 
 
@@ -178,7 +178,7 @@ def test_a_mask_is_repainted_beside_what_is_added(model):
     result = edit(model, image, mask, extend="right,20")
     assert np.array_equal(result[:, :80][~mask], image[~mask])
     assert (result[:, :80][mask] != image[mask]).any(axis=-1).mean() > 0.9
-    canvas = read_canvas(image, BOX, EditSettings(extend="right,20", regions="each"))
+    canvas = read_canvas(image, BOX, EditSettings(extend="right,20", split_mask=True))
     assert [int(region.sum()) for region in canvas.regions] == [20 * 60, 40 * 30]
 
 
@@ -234,6 +234,6 @@ def test_the_exemplar_s_silhouette_says_its_aspect(model):
 def test_each_region_is_placed_in(model):
     image = photo(160, 60)
     mask = rectangle(160, 60, (10, 10, 70, 40)) | rectangle(160, 60, (100, 5, 130, 55))
-    regions = read_canvas(image, mask, EditSettings(placement="bottom", regions="each"), (10, 10)).regions
+    regions = read_canvas(image, mask, EditSettings(placement="bottom", split_mask=True), (10, 10)).regions
     expected = [rectangle(160, 60, (100, 25, 130, 55)), rectangle(160, 60, (25, 10, 55, 40))]
     assert all(np.array_equal(a, b) for a, b in zip(regions, expected, strict=True))

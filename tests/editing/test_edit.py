@@ -14,7 +14,8 @@ import pbe
 from pbe.acceleration import prepare_for_inference
 from pbe.baselines.poisson import membrane
 from pbe.checkpoints.seeding import seeded_state
-from pbe.editing.edit import check_finite, mixed_context
+from pbe.editing.condition import mixed_context
+from pbe.editing.edit import check_finite
 from pbe.images.pillow import PictureWarning
 from pbe.images.seams import interpolate_harmonically, poisson_blend
 from pbe.models.paint_by_example import PaintByExample
@@ -153,7 +154,7 @@ def test_exemplar_masks(model):
 def test_two_regions_together_or_one_by_one(model):
     image = photo(400, 200)
     mask = rectangle(400, 200, (20, 50, 80, 110)) | rectangle(400, 200, (330, 80, 380, 150))
-    together, each = (edit(model, image, mask, regions=regions)[0] for regions in ("together", "each"))
+    together, each = (edit(model, image, mask, split_mask=split)[0] for split in (False, True))
     for result in (together, each):
         assert np.array_equal(result[~mask], image[~mask])
         assert (result[50:110, 20:80] != image[50:110, 20:80]).any()
@@ -298,7 +299,7 @@ def test_half_precision_edits(tmp_path):
         ({"num_images": 1.0}, "num_images must be a whole number from 1 .* got 1.0"),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": "2"}, "batch_size must be a whole number from 1 .* got '2'"),
-        ({"regions": "both"}, "'both'"),
+        ({"split_mask": "both"}, "split_mask .* 'both'"),
         ({"window": "half"}, "'half'"),
         ({"window": None}, "None"),
         ({"window": (0, 0, 40.5, 60)}, "whole pixels"),

@@ -65,7 +65,7 @@ def test_evaluate_run_has_those_that_pictures_of_a_test_set_follow_from(capsys):
     text, given = capsys.readouterr().out, {"strength": "0.5", "grow": "4", "placement": "bottom"}
     assert all(flag(name) in text for name in SAMPLING)
     assert {*SETTINGS} - {*SAMPLING} == {
-        *("seed", "window", "regions", "composite", "seam", "feather", "margin"),  # of how it is put into the photo
+        *("seed", "window", "split_mask", "composite", "seam", "feather", "margin"),  # of how it is put into the photo
         *("fit_mask", "invert", "extend"),  # a test set's masks fit
     }
     chosen = get_baseline("paint-by-example").choose_settings(given, WeightFiles(paint_by_example=Path("demo")))

@@ -93,7 +93,7 @@ def test_strength_works_with_what_changes_the_steps(model):
     mask = rectangle(64, 64, (4, 4, 20, 20)) | rectangle(64, 64, (40, 40, 60, 60))
     shown, seen = [], []
     options = {"sampler": "ddim", "steps": 8, "strength": 0.5}
-    more = {"guidance_interval": (0, 300), "reuse": 2, "regions": "each"}
+    more = {"guidance_interval": (0, 300), "reuse": 2, "split_mask": True}
     (result,) = edit(
         prepared,
         IMAGE,
@@ -113,7 +113,7 @@ def test_strength_works_with_what_changes_the_steps(model):
 
 
 def test_a_result_of_strength_depends_on_its_seed_alone(model):
-    four = edit(model, IMAGE, BOX, seed=10, num_images=3, batch_size=2, strength=0.5, regions="each")
+    four = edit(model, IMAGE, BOX, seed=10, num_images=3, batch_size=2, strength=0.5, split_mask=True)
     for i in range(3):
         (alone,) = edit(model, IMAGE, BOX, seed=10 + i, strength=0.5)
         assert np.abs(alone.astype(int) - four[i].astype(int)).max() <= 1
@@ -186,8 +186,8 @@ def test_wrong_noise_is_named(model, options, message):
 
 def test_latents_are_of_one_window(model):
     mask = rectangle(64, 64, (4, 4, 20, 20)) | rectangle(64, 64, (40, 40, 60, 60))
-    with pytest.raises(ValueError, match="output='latents' is of one window, and regions='each' has 2 here"):
-        edit(model, IMAGE, mask, regions="each", output="latents")
+    with pytest.raises(ValueError, match="output='latents' is of one window, and split_mask has 2 here"):
+        edit(model, IMAGE, mask, split_mask=True, output="latents")
 
 
 # --- negative exemplars -----------------------------------------------------------------------------------------------
