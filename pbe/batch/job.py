@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pbe.checkpoints.adapters import AdapterLike
     from pbe.editing.canvas import Canvas
     from pbe.editing.preview import Preview
+    from pbe.editing.regions import Region
     from pbe.images.reading import Picture
     from pbe.models.paint_by_example import Distilled, PaintByExample
     from pbe.sampling import Callback
@@ -35,29 +36,23 @@ FileNames = Annotated[tuple[str, ...], "a list of file names (in one text: separ
 Adapters = Annotated[tuple[str, ...], "a list of FILE or FILE:STRENGTH (in one text: separated by ';')"]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One edit of a photo and where its result goes; see `pbe.edit`.
+@dataclass(frozen=True, kw_only=True)
+class RegionFiles:
+    """What is repainted, and with what. At most one of mask, box and polygon says where.
 
-    Paths are as the user wrote them, relative to `folder`. At most one of mask, box and polygon says what to repaint.
+    Each exemplar may be COLOUR=FILE, as `regions_by_colour` has it: it is for what has that colour in the mask.
     ValueError where the fields contradict each other.
     """
 
-    image: str
     exemplar: FileNames
-    out: str
     mask: str | None = None
     box: Box | None = None
     polygon: Polygon | None = None
     exemplar_mask: FileNames | None = None
     exemplar_weights: tuple[float, ...] | None = None
-    adapters: Adapters | None = None
     negative: FileNames | None = None
     negative_mask: FileNames | None = None
     negative_weights: tuple[float, ...] | None = None
-    settings: EditSettings = field(default_factory=EditSettings)
-    folder: Path = Path()
-    line: int = 0  # of the batch file
 
     def __post_init__(self) -> None:
         given = [name for name in ("mask", "box", "polygon") if getattr(self, name) is not None]
@@ -68,6 +63,49 @@ class Job:
             if values is not None and len(values) != len(pictures):
                 number = f"{len(values)} values for {len(pictures)} {kind}s"
                 raise ValueError(f"{kind}_{what} has {number}; give one each")
+        colours = [colour for colour, _ in map(with_colour, self.exemplar)]
+        if any(colours) and (not all(colours) or self.mask is None or self.exemplar_weights is not None):
+            raise ValueError("exemplars as COLOUR=FILE need a mask picture and no weights, and all have a colour")
+
+    @property
+    def files(self) -> list[str]:
+        """The files it reads."""
+        exemplars = [file for _, file in map(with_colour, self.exemplar)]
+        others = (self.exemplar_mask, self.negative, self.negative_mask)
+        return [*([self.mask] if self.mask else []), *exemplars, *(name for names in others for name in names or ())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextRegion(RegionFiles):
+    """One of an edit's regions after the first, which may have settings of its own: a row's mask_2, guidance_2, …"""
+
+    guidance: float | None = None
+    strength: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask is None and self.box is None and self.polygon is None:
+            raise ValueError("mask, box or polygon missing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(RegionFiles):
+    """One edit of a photo and where its result goes; see `pbe.edit` and `pbe.edit_regions`.
+
+    Paths are as the user wrote them, relative to `folder`. ValueError where the fields contradict each other.
+    """
+
+    image: str
+    out: str
+    adapters: Adapters | None = None
+    regions: tuple[NextRegion, ...] = ()
+    settings: EditSettings = field(default_factory=EditSettings)
+    folder: Path = Path()
+    line: int = 0  # of the batch file
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.inputs:
             # not Path.resolve, which raises something else than ValueError for a link that leads back to itself
             if os.path.realpath(self.path(name)) == os.path.realpath(self.path(self.out)):
@@ -90,21 +128,22 @@ class Job:
         missing = [name for name in ("image", "exemplar", "out") if name not in fields]
         if missing:
             raise ValueError(f"{' and '.join(missing)} missing")
-        job = cls(**fields, folder=folder, line=line)
+        regions = tuple(filter(None, (next_region(row, n) for n in NUMBERS)))
+        job = cls(**fields, regions=regions, folder=folder, line=line)
         given = {name: row[name] for name in SETTINGS if name in row}
         return replace(job, settings=EditSettings.from_texts(given, distilled(job)))
 
     def to_row(self) -> dict[str, Any]:
         """The job as JSON values by column, without what is None; `from_row` reads them back."""
         files = {name: getattr(self, name) for name in FILES if getattr(self, name) is not None}
+        for n, region in enumerate(self.regions, 2):
+            files |= {f"{name}_{n}": value for name, value in vars(region).items() if value is not None}
         return {**files, **self.settings.to_json()}
 
     @property
     def inputs(self) -> list[str]:
         """The files it reads."""
-        masks = [self.mask] if self.mask else []
-        negatives = (*(self.negative or ()), *(self.negative_mask or ()))
-        return [self.image, *masks, *self.exemplar, *(self.exemplar_mask or ()), *negatives]
+        return [self.image, *self.files, *(name for region in self.regions for name in region.files)]
 
     def with_adapters(self, given: Sequence[AdapterLike]) -> tuple[AdapterLike, ...]:
         """Its own adapters and their strengths, or those given where it names none."""
@@ -117,14 +156,35 @@ class Job:
         return self.folder / name
 
 
-FILES = {name: kind for name, kind in field_types(Job).items() if name not in ("settings", "folder", "line")}
-COLUMNS = (*FILES, *SETTINGS)
+def with_colour(name: str) -> tuple[str | None, str]:
+    """The colour and the file of an exemplar, COLOUR=FILE or FILE."""
+    found = re.fullmatch(r"(#?[0-9a-fA-F]{6}|\d{1,3})=(.+)", name)
+    return (found[1], found[2]) if found else (None, name)
+
+
+def next_region(row: Mapping[str, Any], n: int) -> NextRegion | None:
+    """The n-th region of a row, if it has one; ValueError naming the region or the column."""
+    names = {name: f"{name}_{n}" for name in PARTS}
+    given = {name: read(own, row[own], PARTS[name]) for name, own in names.items() if is_given(row.get(own))}
+    if given and "exemplar" not in given:
+        raise ValueError(f"exemplar_{n} missing")
+    try:
+        return NextRegion(**given) if given else None
+    except ValueError as error:
+        raise ValueError(f"region {n}: {error}") from None
+
+
+FILES = {name: kind for name, kind in field_types(Job).items() if name not in ("regions", "settings", "folder", "line")}
+PARTS = field_types(NextRegion)
+NUMBERS = range(2, 10)  # of the regions after the first
+COLUMNS = (*FILES, *SETTINGS, *(f"{name}_{n}" for n in NUMBERS for name in PARTS))
 RENAMED = {
     "reference": "exemplar",
     "reference_mask": "exemplar_mask",
     "reference_weights": "exemplar_weights",
     "scale": "guidance",
     "raw": "composite",
+    "regions": "split_mask",
 }
 
 
@@ -134,6 +194,7 @@ class Inputs(NamedTuple):
     canvas: Canvas
     exemplars: list[Image.Image]
     negatives: list[Image.Image] | None
+    regions: Sequence[Region] = ()  # where there are several, or colours
 
     @property
     def picture(self) -> Picture:
@@ -148,19 +209,39 @@ class Inputs(NamedTuple):
 
 def read_inputs(job: Job) -> Inputs:
     """Reads a job's pictures; raises as `pbe.images.reading` does."""
-    from pbe.editing.canvas import read_canvas
+    from pbe.editing.canvas import Canvas, read_canvas
     from pbe.editing.condition import read_exemplars
+    from pbe.editing.regions import Region, read_canvases, regions_by_colour
+    from pbe.images.reading import read_picture
 
     def read_all(names: FileNames, masks: FileNames | None, kind: str) -> list[Image.Image]:
         paths = None if masks is None else [job.path(name) for name in masks]
         return read_exemplars([job.path(name) for name in names], paths, kind, job.settings.fit_mask)
 
-    exemplars = read_all(job.exemplar, job.exemplar_mask, "exemplar")
-    negatives = None if job.negative is None else read_all(job.negative, job.negative_mask, "negative")
-    drawn = {"mask": job.mask and job.path(job.mask), "box": job.box, "polygon": job.polygon}
-    name, mask = next(((name, mask) for name, mask in drawn.items() if mask is not None), ("mask", None))
-    canvas = read_canvas(job.path(job.image), mask, job.settings, exemplars[0].size[::-1], name)
-    return Inputs(canvas, exemplars, negatives)
+    exemplars: list[Image.Image] = []  # of all regions
+    regions: list[Region] = []
+    for one in (job, *job.regions):
+        colours, names = zip(*map(with_colour, one.exemplar), strict=True)
+        own = read_all(names, one.exemplar_mask, "exemplar")
+        negatives = None if one.negative is None else read_all(one.negative, one.negative_mask, "negative")
+        mask: Any = job.path(one.mask) if one.mask else one.box or one.polygon
+        found = [Region(mask, own, exemplar_weights=one.exemplar_weights)]
+        if any(colours):
+            by_colour = {key: [x for c, x in zip(colours, own, strict=True) if c == key] for key in colours}
+            found = regions_by_colour(mask, by_colour)
+        also = {name: getattr(one, name) for name in PARTS.keys() - FILES.keys()} if isinstance(one, NextRegion) else {}
+        also |= {"negative": negatives, "negative_weights": one.negative_weights}
+        regions += [replace(region, **also) for region in found]
+        exemplars += own
+
+    image = job.path(job.image)
+    if len(regions) == 1:
+        name = next((name for name in ("box", "polygon") if getattr(job, name) is not None), "mask")
+        canvas = read_canvas(image, regions[0].mask, job.settings, exemplars[0].size[::-1], name)
+        return Inputs(canvas, exemplars, negatives)
+    picture = read_picture(image)
+    areas = [area for canvas in read_canvases(picture, regions, job.settings) for area in canvas.regions]
+    return Inputs(Canvas(picture, areas), exemplars, None, regions)
 
 
 @sampled
@@ -177,8 +258,13 @@ def run_job(
     import torch
 
     from pbe.editing import edit as editing
+    from pbe.editing.regions import edit_regions
 
+    rest: dict[str, Any] = {"num_images": num_images, "batch_size": batch_size, "callback": callback}
+    rest |= {"preview": preview, **vars(job.settings)}
     try:
+        if inputs.regions:
+            return cast("list[Image.Image]", edit_regions(model, inputs.picture, inputs.regions, **rest))
         results = yield from editing.edit.begin(
             model,
             inputs.canvas,
@@ -187,11 +273,7 @@ def run_job(
             exemplar_weights=job.exemplar_weights,
             negative=inputs.negatives,
             negative_weights=job.negative_weights,
-            num_images=num_images,
-            batch_size=batch_size,
-            callback=callback,
-            preview=preview,
-            **vars(job.settings),
+            **rest,
         )
         return cast("list[Image.Image]", results)
     except RuntimeError as error:

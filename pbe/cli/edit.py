@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections import Counter
@@ -14,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbe.batch.job import COLUMNS, FILES, RENAMED, Job, read_inputs, run_job
+from pbe.batch.job import COLUMNS, FILES, NUMBERS, RENAMED, Job, read_inputs, run_job
 from pbe.batch.provenance import (
     Weights,
     check_writable,
@@ -42,11 +43,13 @@ EPILOG = f"""\
 examples:
   %(prog)s --image cat.png --mask mask.png --exemplar dog.png --ckpt model.ckpt --out edited.png
   %(prog)s --image cat.png --box 40,60,200,220 --exemplar dog.png --ckpt model.ckpt --out results/ -n 4 --grid
+  %(prog)s --image cat.png --region hat.png cap.png --region 40,60,90,99 bow.png --ckpt model.ckpt --out edited.png
   %(prog)s --batch rows.csv --ckpt model.ckpt
 
 A batch file has one edit per row: a CSV file with a header, or JSONL. Its columns are
   {", ".join(FILES)},
   {", ".join(SETTINGS)};
+further regions have mask_2 (box_2, polygon_2), exemplar_2, … guidance_2, strength_2, seed_2, up to _{NUMBERS[-1]};
 paths in it are relative to its folder, several exemplars, or adapters as FILE[:STRENGTH], are separated by ';' (in
 JSONL: a list), and where a row is silent, the flags hold. A row whose picture is there, made with the same settings,
 inputs, checkpoint and adapters, is skipped.
@@ -74,9 +77,23 @@ def parser(prog: str | None = None) -> Parser:
     )
     g.add_argument("--box", metavar="X0,Y0,X1,Y1", help="repaint this box, in pixels")
     g.add_argument("--polygon", metavar="'X,Y X,Y X,Y'", help="repaint this polygon, in pixels")
-    g.add_argument("--exemplar", nargs="+", metavar="FILE", help="the object; of several, the mean condition is used")
+    g.add_argument(
+        "--exemplar",
+        nargs="+",
+        metavar="[COLOUR=]FILE",
+        help="the object; of several, the mean condition is used. As ff0000=FILE, or 1=FILE for index pictures, it is "
+        "painted where --mask has that colour",
+    )
     g.add_argument("--exemplar-mask", nargs="+", metavar="FILE", help="where it is in each picture, white = object")
     g.add_argument("--exemplar-weights", metavar="W,W", help="weights of several exemplars (default: equal)")
+    g.add_argument(
+        "--region",
+        nargs=2,
+        action="append",
+        metavar=("MASK", "EXEMPLAR"),
+        help="a region with an exemplar of its own: a mask picture, a box or a polygon, and a picture; may be given "
+        "several times, the later ones on top",
+    )
     g.add_argument("--negative", nargs="+", metavar="FILE", help="what guidance leads away from: not like these")
     g.add_argument("--negative-mask", nargs="+", metavar="FILE", help="where it is in each picture, white = object")
     g.add_argument("--negative-weights", metavar="W,W", help="weights of several (default: equal)")
@@ -159,7 +176,7 @@ def edit_one(args: argparse.Namespace) -> int:
     batch_size = 4 if args.batch_size is None else args.batch_size
     for name, count in (("num_images", num_images), ("batch_size", batch_size)):
         check(flag(name), count, COUNT)
-    given = {name: getattr(args, name, None) for name in COLUMNS}
+    given = {name: getattr(args, name, None) for name in COLUMNS} | region_columns(args)
     job = Job.from_row(given, distilled=lambda _: distilled_for(args.ckpt, args.adapter))
     jobs, grid_path = variants(args, job, num_images)
     inputs = read_inputs(job)
@@ -179,8 +196,9 @@ def edit_one(args: argparse.Namespace) -> int:
     model = load_for(args)
     scales, seeds = (list(dict.fromkeys(values)) for values in zip(*jobs, strict=True))
     batches = sum(-(-count // batch_size) for _, count in runs(seeds))
+    steps = job.settings.steps_taken * max(len(inputs.regions), 1)
     results = {}
-    with progress_bar(args, total=len(scales) * batches * job.settings.steps_taken, unit="step") as bar:
+    with progress_bar(args, total=len(scales) * batches * steps, unit="step") as bar:
         for guidance, (seed, count) in product(scales, runs(seeds)):
             tell = partial(advance, bar)
             images = run_job(model, jobs[guidance, seed], inputs, count, batch_size, tell, preview)
@@ -192,6 +210,20 @@ def edit_one(args: argparse.Namespace) -> int:
 
         save_picture(comparison(inputs, results, scales, seeds), grid_path)
     return 0
+
+
+def region_columns(args: argparse.Namespace) -> dict[str, object]:
+    """What --region says, by column: the regions after that of --mask and --exemplar, if that is given."""
+    has_first = any(getattr(args, name) is not None for name in ("mask", "box", "polygon", "exemplar"))
+    columns: dict[str, object] = {}
+    for n, (mask, exemplar) in enumerate(args.region or (), 2 if has_first else 1):
+        if n > NUMBERS[-1]:
+            raise ValueError(f"there are more than {NUMBERS[-1]} regions; pbe.edit_regions takes any number")
+        numbers = re.findall(r"[\d.]+", mask) if re.fullmatch(r"[\d.,\s]*,[\d.,\s]*", mask) else []
+        kind = {0: "mask", 4: "box"}.get(len(numbers), "polygon")
+        end = "" if n == 1 else f"_{n}"
+        columns |= {kind + end: mask, f"exemplar{end}": [exemplar]}
+    return columns
 
 
 def save_preview(path: Path, pictures: Sequence[Image.Image], _: object = None) -> None:
@@ -210,7 +242,7 @@ def save_preview(path: Path, pictures: Sequence[Image.Image], _: object = None) 
 
 
 def edit_batch(args: argparse.Namespace) -> int:
-    alone = (*FILES, "preview", "grid", "sweep_guidance", "seeds", "num_images", "batch_size")
+    alone = (*FILES, "region", "preview", "grid", "sweep_guidance", "seeds", "num_images", "batch_size")
     given = [flag(name) for name in alone if getattr(args, name, None) is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} cannot be given with --batch: each row is one edit with its own files")

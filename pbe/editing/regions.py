@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pbe.acceleration.offloading import on_device
-from pbe.editing.canvas import read_canvas
+from pbe.editing.canvas import Canvas, read_canvas
 from pbe.editing.condition import check_negative, contexts, placed_size
 from pbe.editing.edit import Painted, check_edit, choose_settings, edit_region, make_ready, paint_region, with_settings
 from pbe.editing.preview import Preview
@@ -108,7 +108,15 @@ def edit_regions(
     """
     settings = choose_settings(model, keywords, num_images, batch_size, preview_every)
     picture = read_picture(image)
-    areas = read_areas(model, picture, regions, settings, num_images)
+    areas = []
+    for i, canvas in enumerate(read_canvases(picture, regions, settings)):
+        with naming(i):
+            own = regions[i].settings(settings)
+            if own != settings:
+                check_edit(model, own, num_images=num_images)
+            for repaint in canvas.regions:
+                box = place_window(repaint, own.window, own.margin, own.resolution or model.config.resolution)
+                areas.append(Area(i, own, repaint, box))
     model, callback = make_ready(model, callback, preview, preview_every)
     told: list[tuple[Tensor, Tensor | None]] = []
     with on_device(model.cond_stage_model, model.device):
@@ -133,27 +141,24 @@ def edit_regions(
 edit_regions.__signature__ = with_settings(edit_regions)  # type: ignore[attr-defined]
 
 
-def read_areas(
-    model: PaintByExample, picture: Picture, regions: Sequence[Region], settings: EditSettings, num_images: int
-) -> list[Area]:
-    """What is painted, window by window, in order; ValueError as `edit_regions`."""
+def read_canvases(picture: Picture, regions: Sequence[Region], settings: EditSettings) -> list[Canvas]:
+    """Where each region is painted; ValueError as `edit_regions`."""
     if not regions:
         raise ValueError("regions is empty; at least one Region(mask, exemplar) is needed")
     if settings.extend:
         raise ValueError("extend is for one mask: extend the photo by an edit of its own, then edit its regions")
-    areas = []
+    canvases = []
     for i, region in enumerate(regions):
         with naming(i):
-            own = region.settings(settings)
-            if own != settings:
-                check_edit(model, own, num_images=num_images)
             if region.mask is None:
                 raise ValueError("it has no mask")
             check_negative(*region.told[3:])
-            for repaint in read_canvas(picture, region.mask, own, placed_size(*region.told[:2], own)).regions:
-                box = place_window(repaint, own.window, own.margin, own.resolution or model.config.resolution)
-                areas.append(Area(i, own, repaint, box))
-    return areas
+            canvases.append(
+                read_canvas(
+                    picture, region.mask, settings, placed_size(region.exemplar, region.exemplar_mask, settings)
+                )
+            )
+    return canvases
 
 
 @contextmanager

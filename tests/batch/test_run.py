@@ -13,7 +13,7 @@ from fakes import at_once
 from PIL import ExifTags, Image
 
 import pbe
-from pbe.batch.job import COLUMNS, Job, read_inputs
+from pbe.batch.job import COLUMNS, Job, NextRegion, read_inputs
 from pbe.batch.provenance import (
     NUM_SAMPLES,
     SAMPLE_BYTES,
@@ -96,8 +96,9 @@ def write_jsonl(folder: Path, *rows: dict | str) -> Path:
 
 
 def test_columns_are_the_fields_of_a_job():
-    own = set(Job.__dataclass_fields__) - {"settings", "folder", "line"}
-    assert set(COLUMNS) == own | set(EditSettings.__dataclass_fields__)
+    own = set(Job.__dataclass_fields__) - {"regions", "settings", "folder", "line"}
+    numbered = {f"{name}_{n}" for name in NextRegion.__dataclass_fields__ for n in range(2, 10)}
+    assert set(COLUMNS) == own | set(EditSettings.__dataclass_fields__) | numbered
 
 
 @pytest.mark.parametrize(
@@ -533,3 +534,73 @@ def test_stored_settings_are_a_row(folder):
     job = Job.from_row({**GIVEN, "mask": None, "polygon": "1,1 9,1 5,9", "guidance": 3}, folder)
     row = {name: v for name, v in provenance_of(job, WEIGHTS).items() if name in COLUMNS}
     assert Job.from_row({**row, "out": "out.png"}, folder) == job
+
+
+# --- regions ----------------------------------------------------------------------------------------------
+
+SECOND = {"mask_2": "more.png", "exemplar_2": "cat.png;dog.png", "exemplar_weights_2": "1,3", "guidance_2": "3"}
+
+
+def test_rows_have_more_regions(folder):
+    row = {**GIVEN, **SECOND, "box_4": [1, 2, 3, 4], "exemplar_4": "cat.png", "seed_4": 7, "negative_4": "dog.png"}
+    job = Job.from_row(row)
+    assert [region.guidance for region in job.regions] == [3, None]
+    assert job.regions[0].exemplar == ("cat.png", "dog.png")
+    assert job.inputs == ["photo.png", "mask.png", "dog.png", "more.png", "cat.png", "dog.png", "cat.png", "dog.png"]
+    again = json.loads(json.dumps(job.to_row()))
+    assert again.items() >= {"mask_2": "more.png", "exemplar_weights_2": [1, 3], "seed_3": 7}.items()
+    assert Job.from_row(again) == job
+    (folder / "rows.csv").write_text(f"image,mask_2,exemplar_2,box_10\n{','.join(GIVEN)}\n")
+    with pytest.raises(ValueError, match="unknown column 'box_10'"):
+        read_jobs(folder / "rows.csv", {})
+
+
+def test_regions_are_read_and_run(folder, monkeypatch):
+    calls = []
+
+    def edit_regions(model, picture, regions, **settings):
+        calls.append((picture, regions, settings))
+        return [picture.source]
+
+    monkeypatch.setattr("pbe.editing.regions.edit_regions", edit_regions)
+    colours = Image.new("RGB", (48, 40))
+    colours.paste("red", (0, 0, 9, 9))
+    colours.paste("blue", (20, 20, 40, 30))
+    colours.save(folder / "colours.png")
+    row = {**GIVEN, "mask": "colours.png", "exemplar": "ff0000=dog.png;#0000ff=photo.png;ff0000=photo.png"}
+    more = {"polygon_2": "1,1 9,1 9,9", "exemplar_2": "dog.png", "guidance_2": 3, "negative_2": "photo.png"}
+    job = Job.from_row({**row, **more, "guidance": 2}, folder)
+    inputs = read_inputs(job)
+    assert [region.sum() for region in inputs.canvas.regions] == [81, 200, inputs.canvas.regions[2].sum()]
+    assert len(inputs.exemplars) == 4
+    assert run_row(Model, job, WEIGHTS) == Outcome(0, "done")
+    ((_, regions, settings),) = calls
+    assert [len(region.exemplar) for region in regions] == [2, 1, 1]
+    assert [region.guidance for region in regions] == [None, None, 3]
+    assert [region.negative is None for region in regions] == [True, True, False]
+    assert settings["guidance"] == 2
+    stored = read_provenance(folder / "out.png")
+    assert stored["exemplar"] == ["ff0000=dog.png", "#0000ff=photo.png", "ff0000=photo.png"]
+    assert set(stored["inputs_crc32"]) == {"photo.png", "colours.png", "dog.png"}
+    assert is_done(job, WEIGHTS)
+    alone = read_inputs(Job.from_row({**row, "exemplar": "ff0000=dog.png"}, folder))
+    assert alone.canvas.repaint.sum() == 81
+    assert not alone.regions
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mask_2": "a.png"}, "exemplar_2 missing"),
+        ({"exemplar_3": "a.png"}, "region 3: mask, box or polygon missing"),
+        ({**SECOND, "box_2": "1,2,3,4"}, "region 2: give one of mask, box and polygon, got mask and box"),
+        ({**SECOND, "guidance_2": "much"}, "guidance_2 must be a number"),
+        ({**SECOND, "mask_2": "out.png"}, "also an input"),
+        ({"exemplar": "ff0000=a.png;b.png"}, "COLOUR=FILE need"),
+        ({"exemplar": "1=a.png", "mask": None, "box": "1,2,3,4"}, "COLOUR=FILE need a mask picture"),
+        ({"exemplar": "1=a.png;2=b.png", "exemplar_weights": "1,2"}, "no weights"),
+    ],
+)
+def test_bad_regions_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Job.from_row({**GIVEN, **changes})

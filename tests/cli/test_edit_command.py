@@ -370,6 +370,24 @@ def test_flags_reach_edit(cli, edits):
     }
 
 
+def test_regions_by_flags(cli, folder, capsys):
+    regions = ["--region", "0,0,20,20", "cat.png", "--region", "80,2 95,2 95,20", "dog.png"]
+    assert cli(region=regions[1:], steps="1") == 0
+    before, after = (np.asarray(Image.open(folder / name)) for name in ("photo.png", "out.png"))
+    changed = (before != after).any(axis=2)
+    assert [changed[:20, :20].any(), changed[2:20, 80:95].any(), changed[30:40, 30:40].any()] == [True] * 3
+    assert not changed[:16, 21:80].any()
+    stored = read_provenance(folder / "out.png")
+    assert stored.items() >= {"mask": "mask.png", "box_2": [0, 0, 20, 20], "exemplar_3": ["dog.png"]}.items()
+    assert stored["inputs_crc32"].keys() == {"photo.png", "mask.png", "dog.png", "cat.png"}
+    assert cli(mask=None, exemplar=None, region=regions[1:], out="two.png", steps="1", grid=True) == 0
+    assert read_provenance(next(folder.glob("two-*.png")))["box"] == [0, 0, 20, 20]
+    assert cli(region=[*regions[1:], *regions * 4]) == 2
+    assert "more than 9 regions" in capsys.readouterr().err
+    assert cli(batch="rows.csv", region=regions[1:]) == 2
+    assert "--region cannot be given with --batch" in capsys.readouterr().err
+
+
 def test_settings_are_in_the_picture(cli, edits, folder, tiny_checkpoint):
     assert cli(seed=9, guidance=2.5, reuse=3) == 0
     settings = read_provenance(folder / "out.png")
