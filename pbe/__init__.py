@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pbe.editing.edit import edit
     from pbe.editing.regions import Region, edit_regions
     from pbe.editing.settings import EditSettings
+    from pbe.images.grabcut import select_object
     from pbe.models.paint_by_example import PaintByExample
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "load_model",
     "prepare_for_inference",
     "remove_adapters",
+    "select_object",
 ]
 
 # Imported on first use: torch takes seconds, and `pbe --help` needs none of it.
@@ -42,6 +44,7 @@ _HOMES = {
     "load_model": "pbe.checkpoints.loading",
     "prepare_for_inference": "pbe.acceleration",
     "remove_adapters": "pbe.checkpoints.adapters",
+    "select_object": "pbe.images.grabcut",
 }
 
 

@@ -20,25 +20,32 @@ from pbe.editing.together import Steps, sampled
 from pbe.io.fields import Range, field_types, read
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from pbe.checkpoints.adapters import AdapterLike
     from pbe.editing.canvas import Canvas
     from pbe.editing.preview import Preview
     from pbe.editing.regions import Region
-    from pbe.images.reading import Picture
+    from pbe.images.reading import Picture, PictureLike
     from pbe.models.paint_by_example import Distilled, PaintByExample
     from pbe.sampling import Callback
 
 Box = Annotated[tuple[float, float, float, float], "a box x0,y0,x1,y1"]
 Polygon = Annotated[tuple[tuple[float, float], ...], Range(3), "a polygon of three or more points x,y x,y x,y"]
+Select = Annotated[
+    tuple[float, float] | tuple[float, float, float, float], "a point x,y on the object or a box x0,y0,x1,y1 around it"
+]
 FileNames = Annotated[tuple[str, ...], "a list of file names (in one text: separated by ';')"]
 Adapters = Annotated[tuple[str, ...], "a list of FILE or FILE:STRENGTH (in one text: separated by ';')"]
 
 
+WHERE = ("mask", "box", "polygon", "select")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RegionFiles:
-    """What is repainted, and with what. At most one of mask, box and polygon says where.
+    """What is repainted, and with what. At most one of mask, box, polygon and select says where.
 
     Each exemplar may be COLOUR=FILE, as `regions_by_colour` has it: it is for what has that colour in the mask.
     ValueError where the fields contradict each other.
@@ -48,6 +55,8 @@ class RegionFiles:
     mask: str | None = None
     box: Box | None = None
     polygon: Polygon | None = None
+    select: Select | None = None
+    exemplar_select: Select | None = None
     exemplar_mask: FileNames | None = None
     exemplar_weights: tuple[float, ...] | None = None
     negative: FileNames | None = None
@@ -55,9 +64,11 @@ class RegionFiles:
     negative_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("mask", "box", "polygon") if getattr(self, name) is not None]
+        given = [name for name in WHERE if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"give one of mask, box and polygon, got {' and '.join(given)}")
+            raise ValueError(f"give one of mask, box, polygon and select, got {' and '.join(given)}")
+        if self.exemplar_select is not None and (self.exemplar_mask is not None or len(self.exemplar) > 1):
+            raise ValueError("exemplar_select is for one exemplar without an exemplar_mask")
         for kind, what in product(("exemplar", "negative"), ("mask", "weights")):
             pictures, values = getattr(self, kind) or (), getattr(self, f"{kind}_{what}")
             if values is not None and len(values) != len(pictures):
@@ -85,8 +96,8 @@ class NextRegion(RegionFiles):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mask is None and self.box is None and self.polygon is None:
-            raise ValueError("mask, box or polygon missing")
+        if all(getattr(self, name) is None for name in WHERE):
+            raise ValueError("mask, box, polygon or select missing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,19 +223,30 @@ def read_inputs(job: Job) -> Inputs:
     from pbe.editing.canvas import Canvas, read_canvas
     from pbe.editing.condition import read_exemplars
     from pbe.editing.regions import Region, read_canvases, regions_by_colour
-    from pbe.images.reading import read_picture
+    from pbe.images.reading import read_exemplar, read_picture
 
     def read_all(names: FileNames, masks: FileNames | None, kind: str) -> list[Image.Image]:
         paths = None if masks is None else [job.path(name) for name in masks]
         return read_exemplars([job.path(name) for name in names], paths, kind, job.settings.fit_mask)
 
+    def select(source: PictureLike | Picture, where: Any, name: str = "image") -> np.ndarray:
+        from pbe.images.grabcut import select_object  # needs the extra masks
+
+        return select_object(source, **{"point" if len(where) == 2 else "box": where}, name=name)
+
+    picture = read_picture(job.path(job.image))
     exemplars: list[Image.Image] = []  # of all regions
     regions: list[Region] = []
     for one in (job, *job.regions):
         colours, names = zip(*map(with_colour, one.exemplar), strict=True)
-        own = read_all(names, one.exemplar_mask, "exemplar")
+        if one.exemplar_select is None:
+            own = read_all(names, one.exemplar_mask, "exemplar")
+        else:
+            own = [read_exemplar(file := job.path(*names), select(file, one.exemplar_select, "exemplar"))]
         negatives = None if one.negative is None else read_all(one.negative, one.negative_mask, "negative")
         mask: Any = job.path(one.mask) if one.mask else one.box or one.polygon
+        if one.select is not None:
+            mask = select(picture, one.select)
         found = [Region(mask, own, exemplar_weights=one.exemplar_weights)]
         if any(colours):
             by_colour = {key: [x for c, x in zip(colours, own, strict=True) if c == key] for key in colours}
@@ -234,12 +256,10 @@ def read_inputs(job: Job) -> Inputs:
         regions += [replace(region, **also) for region in found]
         exemplars += own
 
-    image = job.path(job.image)
     if len(regions) == 1:
         name = next((name for name in ("box", "polygon") if getattr(job, name) is not None), "mask")
-        canvas = read_canvas(image, regions[0].mask, job.settings, exemplars[0].size[::-1], name)
+        canvas = read_canvas(picture, regions[0].mask, job.settings, exemplars[0].size[::-1], name)
         return Inputs(canvas, exemplars, negatives)
-    picture = read_picture(image)
     areas = [area for canvas in read_canvases(picture, regions, job.settings) for area in canvas.regions]
     return Inputs(Canvas(picture, areas), exemplars, None, regions)
 

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbe.batch.job import COLUMNS, FILES, NUMBERS, RENAMED, Job, read_inputs, run_job
+from pbe.batch.job import COLUMNS, FILES, NUMBERS, RENAMED, WHERE, Job, read_inputs, run_job
 from pbe.batch.provenance import (
     Weights,
     check_writable,
@@ -76,6 +76,7 @@ def parser(prog: str | None = None) -> Parser:
         help="a picture of the photo's size, white = repaint (default: what --extend adds, or the transparent part)",
     )
     g.add_argument("--box", metavar="X0,Y0,X1,Y1", help="repaint this box, in pixels")
+    g.add_argument("--select", metavar="X,Y", help="repaint the object at this point, or in a rough box X0,Y0,X1,Y1")
     g.add_argument("--polygon", metavar="'X,Y X,Y X,Y'", help="repaint this polygon, in pixels")
     g.add_argument(
         "--exemplar",
@@ -85,6 +86,7 @@ def parser(prog: str | None = None) -> Parser:
         "painted where --mask has that colour",
     )
     g.add_argument("--exemplar-mask", nargs="+", metavar="FILE", help="where it is in each picture, white = object")
+    g.add_argument("--exemplar-select", metavar="X,Y", help="it is at this point, or in a rough box X0,Y0,X1,Y1")
     g.add_argument("--exemplar-weights", metavar="W,W", help="weights of several exemplars (default: equal)")
     g.add_argument(
         "--region",
@@ -214,7 +216,7 @@ def edit_one(args: argparse.Namespace) -> int:
 
 def region_columns(args: argparse.Namespace) -> dict[str, object]:
     """What --region says, by column: the regions after that of --mask and --exemplar, if that is given."""
-    has_first = any(getattr(args, name) is not None for name in ("mask", "box", "polygon", "exemplar"))
+    has_first = any(getattr(args, name) is not None for name in (*WHERE, "exemplar"))
     columns: dict[str, object] = {}
     for n, (mask, exemplar) in enumerate(args.region or (), 2 if has_first else 1):
         if n > NUMBERS[-1]:

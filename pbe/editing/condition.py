@@ -78,17 +78,13 @@ def contexts(
 ) -> tuple[Tensor, Tensor | None]:
     """`mixed_context` of the exemplars, and of the negative ones if there are any."""
     fit = settings.fit_mask
+    if negative is None and not (negative_mask is None and negative_weights is None):
+        raise ValueError("negative_mask and negative_weights are those of negative, which is not given")
     context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights, fit=fit)
     if negative is None:
         return context, None
     warn_of_idle_negative(settings, model.config.distilled)
     return context, mixed_context(model, negative, negative_mask, negative_weights, "negative", fit)
-
-
-def check_negative(negative: object, negative_mask: object, negative_weights: object) -> None:
-    """ValueError for masks or weights of negative exemplars that are not given."""
-    if negative is None and not (negative_mask is None and negative_weights is None):
-        raise ValueError("negative_mask and negative_weights are those of negative, which is not given")
 
 
 def warn_of_idle_negative(settings: EditSettings, distilled: Distilled | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
 from pbe.editing.canvas import Canvas, read_canvas
-from pbe.editing.condition import check_negative, contexts, photo_latents, placed_size, window_condition
+from pbe.editing.condition import contexts, photo_latents, placed_size, window_condition
 from pbe.editing.preview import Preview, with_previews
 from pbe.editing.settings import BY_SAMPLER, COUNT, SETTINGS, EditKeywords, EditSettings, settings_for
 from pbe.editing.together import Sampling, Steps, sampled
@@ -89,7 +89,6 @@ def edit(
     settings = choose_settings(model, keywords, num_images, batch_size, preview_every)
     check("output", output, Literal["pictures", "latents"])
     told = exemplar, exemplar_mask, exemplar_weights, negative, negative_mask, negative_weights
-    check_negative(*told[3:])
     if isinstance(image, Canvas):
         canvas = image
     else:

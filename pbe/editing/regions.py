@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pbe.acceleration.offloading import on_device
 from pbe.editing.canvas import Canvas, read_canvas
-from pbe.editing.condition import check_negative, contexts, placed_size
+from pbe.editing.condition import contexts, placed_size
 from pbe.editing.edit import Painted, check_edit, choose_settings, edit_region, make_ready, paint_region, with_settings
 from pbe.editing.preview import Preview
 from pbe.editing.settings import EditKeywords, EditSettings
@@ -152,12 +152,8 @@ def read_canvases(picture: Picture, regions: Sequence[Region], settings: EditSet
         with naming(i):
             if region.mask is None:
                 raise ValueError("it has no mask")
-            check_negative(*region.told[3:])
-            canvases.append(
-                read_canvas(
-                    picture, region.mask, settings, placed_size(region.exemplar, region.exemplar_mask, settings)
-                )
-            )
+            size = placed_size(region.exemplar, region.exemplar_mask, settings)
+            canvases.append(read_canvas(picture, region.mask, settings, size))
     return canvases
 
 
