@@ -592,8 +592,8 @@ def test_regions_are_read_and_run(folder, monkeypatch):
     "changes, message",
     [
         ({"mask_2": "a.png"}, "exemplar_2 missing"),
-        ({"exemplar_3": "a.png"}, "region 3: mask, box or polygon missing"),
-        ({**SECOND, "box_2": "1,2,3,4"}, "region 2: give one of mask, box and polygon, got mask and box"),
+        ({"exemplar_3": "a.png"}, "region 3: mask, box, polygon or select missing"),
+        ({**SECOND, "box_2": "1,2,3,4"}, "region 2: give one of mask, box, polygon and select, got mask and box"),
         ({**SECOND, "guidance_2": "much"}, "guidance_2 must be a number"),
         ({**SECOND, "mask_2": "out.png"}, "also an input"),
         ({"exemplar": "ff0000=a.png;b.png"}, "COLOUR=FILE need"),
