@@ -101,7 +101,7 @@ def edit_regions(
     Args:
         regions: at least one; all have the same seeds, but for those with a `seed` of their own.
         batch_size: how many windows are sampled at once: results times regions.
-        callback, preview: called for each region.
+        callback: called for each region, as is `preview`.
 
     Raises:
         FileNotFoundError, ValueError: as `pbe.edit`, naming the region (1, 2, …).
