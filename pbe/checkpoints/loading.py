@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pbe.checkpoints.adapters import AdapterLike, add_adapters, holds_adapters
+from pbe.checkpoints.formats.lazy_tensors import converted
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, Shapes
 from pbe.checkpoints.key_map import KeyMap, TensorMapping, mismatches, shorten
@@ -42,7 +43,8 @@ def load_model(
     What is not converted is memory-mapped on the CPU, not read: keep the file where it is while the model is in use.
     Otherwise tensors are converted one by one, so that the file's contents never stand in memory beside the model.
 
-    Raises `FileNotFoundError`, or `CheckpointError` where the file has no known layout, is damaged, or does not fit;
+    Raises `FileNotFoundError`, or `CheckpointError` where the file has no known layout, is damaged, does not fit, or
+    overflows float16;
     `ValueError` for an unknown device or precision, and for a tiny decoder of other latents or another kind of model.
     """
     device = choose_device(device)
@@ -97,10 +99,13 @@ class RecognisedCheckpoint(NamedTuple):
         return self.file.path
 
     def tensor(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor under our name; what was read of the file to convert it is given back to the system."""
+        """One tensor under our name; what was read of the file to convert it is given back to the system.
+
+        Raises `CheckpointError` where it overflows float16.
+        """
         mapping = self.mappings[name]
         mapped = mapping.build(*(self.file.tensor(source) for source in mapping.sources))
-        tensor = mapped.to(device=device, dtype=dtype).contiguous()
+        tensor = converted(mapped, dtype, f"{self.path}: {name}", device).contiguous()
         if tensor.data_ptr() != mapped.data_ptr():
             self.release(name)
         return tensor
@@ -120,10 +125,10 @@ def open_recognised(path: str | Path) -> RecognisedCheckpoint:
     return recognise(open_checkpoint(path))
 
 
-def recognise(file: Checkpoint) -> RecognisedCheckpoint:
-    """A checkpoint under our names; `CheckpointError` if its layout is not known."""
+def recognise(file: Checkpoint, layout: Layout | None = None) -> RecognisedCheckpoint:
+    """A checkpoint under our names, of a layout if that is given; `CheckpointError` if its layout is not known."""
     path, names = file.path, list(file.names())
-    layout = find_layout(names)
+    layout = layout or find_layout(names)
     if layout is None and holds_adapters(file):
         raise CheckpointError(f"{path} holds adapters alone: give it beside a checkpoint (--adapter), not as one")
     if layout is None:

@@ -6,12 +6,13 @@ the tensors are written.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.formats.lazy_tensors import converted
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry
 from pbe.checkpoints.key_map import MAX_LAYERS, mismatches, shorten
@@ -58,7 +59,7 @@ def extract_ema(checkpoint: RecognisedCheckpoint, dtype: torch.dtype | None = No
         raise CheckpointError(f"{checkpoint.path} has no averaged copy of {len(missing)}: {shorten(missing)}")
     tensors = network(checkpoint, dtype)
     for name, ema in averaged.items():
-        tensors[name] = checkpoint.file.tensor(ema).to(dtype=dtype)
+        tensors[name] = converted(checkpoint.file.tensor(ema), dtype, f"{checkpoint.path}: {ema}")
         if tensors[name].shape != checkpoint.shapes[name]:
             shapes = f"{tuple(tensors[name].shape)}, not {checkpoint.shapes[name]} as {name}"
             raise CheckpointError(f"{checkpoint.path}: {ema} has the shape {shapes}")
@@ -149,7 +150,7 @@ def fresh_exemplar_mapping(config: ExemplarConfig, context_dim: int, generator: 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Comparing and merging
+# Comparing, and putting an autoencoder in another's place
 
 
 class Difference(NamedTuple):
@@ -188,33 +189,7 @@ def set_vae(checkpoint: RecognisedCheckpoint, vae: Mapping[str, Tensor]) -> Tens
     own = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith("first_stage_model.")}
     if faults := mismatches({name: tuple(x.shape) for name, x in vae.items()}, own):
         raise CheckpointError(f"the autoencoder has other sizes than that of {checkpoint.path}: it {'; '.join(faults)}")
-    return {**network(checkpoint), **{name: x.to(checkpoint.dtype(name)) for name, x in vae.items()}}
-
-
-def merge(checkpoints: Sequence[RecognisedCheckpoint], weights: Sequence[float]) -> Tensors:
-    """The weighted sum of checkpoints, computed in float32, in the first one's dtypes.
-
-    Raises `CheckpointError` unless all have the same sizes and the same meaning of the UNet's inputs.
-    """
-    if len(checkpoints) != len(weights) or not checkpoints:
-        raise ValueError(f"{len(checkpoints)} checkpoints and {len(weights)} weights: give one weight per checkpoint")
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
-        if other.mappings.keys() != first.mappings.keys() or config_of(other) != config_of(first):
-            raise CheckpointError(f"{other.path} has other sizes than {first.path}, or was distilled otherwise")
-        if f"{FIRST_CONVOLUTION}.weight" in first.shapes and input_order(other) != input_order(first):
-            raise CheckpointError(
-                f"{other.path} has the inputs {input_order(other)}, {first.path} has "
-                f"{input_order(first)}: `pbe checkpoint expand` brings them into one order"
-            )
-    merged = {}
-    for name in first.mappings:
-        total = torch.zeros(first.shapes[name])
-        for checkpoint, weight in zip(checkpoints, weights, strict=True):
-            total += weight * checkpoint.tensor(name, dtype=torch.float32)
-            checkpoint.release(name)
-        merged[name] = total.to(first.dtype(name))
-    return merged
+    return {**network(checkpoint), **{name: converted(x, checkpoint.dtype(name), name) for name, x in vae.items()}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

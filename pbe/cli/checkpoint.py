@@ -61,9 +61,14 @@ def parser(prog: str | None = None) -> Parser:
     sub = add("diff", diff, "list how two checkpoints differ; exit code 1 if they do", "a", "b", out=None)
     sub.add_argument("--tolerance", type=float, default=0.0, help="ignore differences of values up to this (default 0)")
 
-    sub = add("merge", partial(write, merge), "write the weighted sum of checkpoints")
+    sub = add("merge", partial(write, merge), "write the weighted sum of checkpoints, or A + W (B - C)")
     sub.add_argument("checkpoints", type=Path, nargs="+")
-    sub.add_argument("--weights", type=float, nargs="+", required=True, help="one per checkpoint, adding up to 1")
+    help = "one per checkpoint, adding up to 1; with --add-difference W alone (default 1)"
+    sub.add_argument("--weights", "--weight", type=float, nargs="+", metavar="W", help=help)
+    help = "A + W (B - C) of three checkpoints: a fine-tune B of Stable Diffusion C, carried over to Paint by Example A"
+    sub.add_argument("--add-difference", action="store_true", help=help)
+    help = "other weights for unet, vae, text, exemplar or tiny_decoder, as many as --weights; repeatable"
+    sub.add_argument("--part", type=part, action="append", default=[], metavar="PART=W[,W…]", help=help)
 
     help = "make adapters, our own and others', part of a checkpoint's weights"
     sub = add("merge-adapter", partial(write, merge_adapter), help, "checkpoint")
@@ -86,6 +91,15 @@ def parser(prog: str | None = None) -> Parser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     return p
+
+
+def part(text: str) -> tuple[str, list[float]]:
+    """A network and its weights, of PART=W[,W…]."""
+    name, _, numbers = text.partition("=")
+    try:
+        return name, [float(number) for number in numbers.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a network and its weight, such as unet=0.5") from None
 
 
 @one_line_errors
@@ -205,13 +219,26 @@ def diff(args: argparse.Namespace) -> int:
 
 
 def merge(args: argparse.Namespace) -> Contents:
-    from pbe.checkpoints import surgery
-    from pbe.checkpoints.loading import open_recognised
+    from pbe.checkpoints import merging, surgery
 
-    if not abs(sum(args.weights) - 1) <= 1e-6:  # nor NaN
-        raise ValueError(f"the weights {args.weights} add up to {sum(args.weights):g}, not to 1")
-    checkpoints = [open_recognised(path) for path in args.checkpoints]
-    return surgery.merge(checkpoints, args.weights), surgery.entry_of(checkpoints[0])
+    weights, parts = args.weights or [1.0], dict(args.part)
+    expected = 1 if args.add_difference else len(args.checkpoints)
+    for given in (weights, *parts.values()):
+        if len(given) != expected:
+            raise ValueError(f"the weights {given} are {len(given)}; this merge needs {expected}")
+        if not (args.add_difference or abs(sum(given) - 1) <= 1e-6):  # nor NaN
+            raise ValueError(f"the weights {given} add up to {sum(given):g}, not to 1")
+    if args.add_difference and len(args.checkpoints) != 3:
+        raise ValueError(f"--add-difference takes three checkpoints, A B C, got {len(args.checkpoints)}")
+    checkpoints = [merging.open_for_merging(path) for path in args.checkpoints]
+    if not args.add_difference:
+        return merging.merge(checkpoints, weights, parts), surgery.entry_of(checkpoints[0])
+    (weight,), by_part = weights, {name: one for name, (one,) in parts.items()}
+    tensors, left_out = merging.add_difference(*checkpoints, weight=weight, parts=by_part)
+    if left_out:
+        counts = ", ".join(f"{network} ({count} tensors)" for network, count in left_out.items())
+        print(f"left out, since one of the three lacks them: {counts}")
+    return tensors, surgery.entry_of(checkpoints[0])
 
 
 def merge_adapter(args: argparse.Namespace) -> Contents:

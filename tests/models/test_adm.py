@@ -16,9 +16,10 @@ from pbe.baselines.learned_variance import learned_variance_ddpm, respaced
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.loading import open_recognised, recognise
+from pbe.checkpoints.merging import merge
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.checkpoints.seeding import draw
-from pbe.checkpoints.surgery import config_of, describe, entry_of, merge, network
+from pbe.checkpoints.surgery import config_of, describe, entry_of, network
 from pbe.checkpoints.writing import save_checkpoint
 from pbe.models.adm import ADM, ADMConfig
 from pbe.sampling import NoiseSchedule, ddim, ddpm, leading, make_generators, randn

@@ -30,6 +30,19 @@ class CheckpointError(ValueError):
     """A file is not the expected checkpoint; the message names it, says what it is and what was expected."""
 
 
+def converted(tensor: Tensor, dtype: torch.dtype | None, name: str, device: torch.device | str | None = None) -> Tensor:
+    """The tensor called `name` in `dtype`, or as it is.
+
+    Raises `CheckpointError` where that makes a finite value infinite: float16 ends at 65504.
+    """
+    result = tensor.to(device=device, dtype=dtype)
+    if result.dtype == torch.float16 != tensor.dtype and result.isinf().any():
+        finite = tensor[tensor.isfinite()].abs()
+        if finite.half().isinf().any():
+            raise CheckpointError(f"{name} holds {finite.max():.6g}, beyond float16's 65504: use bfloat16 or float32")
+    return result
+
+
 class MappedFile:
     """A whole file as private, copy-on-write memory."""
 
