@@ -18,20 +18,34 @@ def version() -> str:
 
 
 SAFETENSORS = ["safetensors>=0.4"]
+HUB = ["huggingface_hub>=0.30", *SAFETENSORS]
 LOG = ["tensorboard>=2.14"]
 PLOT = ["matplotlib>=3.7"]
 APP = ["gradio>=6.29", "starlette>=0.40"]  # starlette is what gradio serves with
 MASKS = ["opencv-python-headless>=4.8"]
 EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
 # diffusers loads weights tensor by tensor, and moves networks off a small card, only with accelerate.
-BENCH = ["diffusers>=0.33", "transformers>=4.48", "accelerate>=0.31", "openvino>=2025.0", *SAFETENSORS]
+VERIFY = ["diffusers>=0.33", "transformers>=4.48", "accelerate>=0.31", *SAFETENSORS]
+BENCH = ["openvino>=2025.0", *VERIFY]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 # ruff and mypy are pinned, here and nowhere else: another version finds other things, or formats another way.
 # mypy reads typing_extensions, which no code imports when it runs.
 CHECKS = ["ruff==0.17.6", "mypy==2.4.1", "typing_extensions>=4.10"]
 # what writes the adapters that others use
 ADAPTERS = ["peft>=0.17", "lycoris-lora>=4.1"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", *ADAPTERS, *CHECKS, *DOCS, *BENCH, *APP, *EVAL, *MASKS]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    *HUB,
+    *ADAPTERS,
+    *CHECKS,
+    *DOCS,
+    *BENCH,
+    *APP,
+    *EVAL,
+    *MASKS,
+]
 
 setup(
     name="pbe",
@@ -68,11 +82,13 @@ setup(
     ],
     extras_require={
         "safetensors": SAFETENSORS,
+        "hub": HUB,
         "log": LOG,
         "plot": PLOT,
         "app": APP,
         "eval": EVAL,
         "masks": MASKS,
+        "verify": VERIFY,
         "bench": BENCH,
         "docs": DOCS,
         "test": TEST,

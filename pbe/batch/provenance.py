@@ -47,9 +47,9 @@ def identify(
     from pbe.checkpoints.formats.opening import find_checkpoint
 
     checkpoint = find_checkpoint(checkpoint)
-    files = [(Path(path), strength) for path, strength in map(with_strength, adapters)]
+    files = [(find_checkpoint(path), strength) for path, strength in map(with_strength, adapters)]
     about = [{"file": path.name, "crc32": crc_of(path), "strength": strength} for path, strength in files]
-    tiny = crc_of(tiny_decoder) if tiny_decoder else None
+    tiny = crc_of(find_checkpoint(tiny_decoder)) if tiny_decoder else None
     return Weights(checkpoint.name, crc_of(checkpoint), str(dtype).removeprefix("torch."), tuple(about), tiny)
 
 

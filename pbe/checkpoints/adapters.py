@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe.checkpoints.formats.lazy_tensors import release_mapped
-from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
+from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, is_number
 from pbe.checkpoints.key_map import KeyMap, shorten
 from pbe.checkpoints.layouts import diffusers_unet, find_layout
@@ -118,7 +118,7 @@ class Adapter:
 
 def open_adapter(path: str | Path) -> tuple[Checkpoint, dict[str, Any]]:
     """A file of adapters, or PEFT's or diffusers' folder, and the settings that PEFT keeps beside the tensors."""
-    path = Path(path)
+    path = find_checkpoint(path)
     if path.is_dir():
         files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
         if not files:

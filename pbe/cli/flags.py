@@ -103,8 +103,8 @@ def add_model(group: Group, default: Path | None = None) -> None:
         required=default is None,
         default=default,
         metavar="FILE",
-        help="a checkpoint, a folder of diffusers, or demo, the small model that comes with this package"
-        + (f" (default: {default})" if default else ""),
+        help="a checkpoint, a folder of diffusers, hf:OWNER/NAME[/FILE][@REVISION] on the Hugging Face Hub, "
+        "or demo, the small model that comes with this package" + (f" (default: {default})" if default else ""),
     )
     add_adapter(group)
     group.add_argument(

@@ -194,7 +194,7 @@ def report_outcomes(name: str, outcomes: Sequence[Outcome], test_set: TestSet) -
 def describe(one: SystemRun) -> dict[str, Any]:
     """How a system's results were made, for the report."""
     from pbe.checkpoints.formats.opening import find_checkpoint
-    from pbe.evaluation.backbones import sha256_of
+    from pbe.io.checksums import sha256_of
 
     files = {kind: find_checkpoint(one.weights.path(kind)) for kind in one.baseline.files}
     if not files:

@@ -1,12 +1,11 @@
 """The networks whose features are compared, each from a file the user names.
 
 `clip=ViT-B-32.pt` · `dino=dino_vits16_pretrain.pth` · `torchvision:resnet50=resnet50.pth` · `inception=….pth` ·
-`surrogate=….ckpt`. Loading is strict, and nothing is ever downloaded.
+`surrogate=….ckpt`. Loading is strict, and nothing is downloaded but what is named hf:….
 """
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer, get_model, list_models
 
-from pbe.checkpoints.formats.opening import CheckpointError, read_state_dict
+from pbe.checkpoints.formats.opening import CheckpointError, find_checkpoint, read_state_dict
 from pbe.checkpoints.key_map import KeyMap, UnlistedNames, mismatches, renamed, shorten
 from pbe.checkpoints.loading import load_model
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.evaluation.cocoee import centre, normalise, to_tensor
 from pbe.evaluation.surrogate import load_surrogate, surrogate_input
+from pbe.io.checksums import sha256_of
 from pbe.models.clip import CLIP
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -75,7 +75,7 @@ def load_backbone(text: str, device: str | torch.device = "cpu") -> Backbone:
     ValueError for another text; FileNotFoundError, CheckpointError, or ImportError naming the extra, for the file.
     """
     kind, separator, file = text.partition("=")
-    path, device = Path(file), torch.device(device)
+    path, device = find_checkpoint(file), torch.device(device)
     name, _, model = kind.partition(":")
     if not (separator and file and name in BACKBONES and (name == "torchvision") == bool(model)):
         raise ValueError(f"{text!r} is not a backbone; give KIND=FILE, with KIND one of {', '.join(KINDS)}")
@@ -86,17 +86,6 @@ def load_backbone(text: str, device: str | torch.device = "cpu") -> Backbone:
     with torch.inference_mode():
         num_features = call(prepare(Image.new("RGB", (64, 64)))[None].to(device)).shape[1]
     return Backbone(kind, label, call, prepare, num_features, path.name, sha256_of(path), device)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file, or of a folder's files in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 # --- the kinds --------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from pbe.cli.evaluate import main
 from pbe.cli.systems import FLAGS, SYSTEMS
 from pbe.editing.settings import EditSettings
 from pbe.evaluation import report
-from pbe.evaluation.backbones import sha256_of
 from pbe.evaluation.test_set import TestSet, read_labels
 from pbe.images import grids
+from pbe.io.checksums import sha256_of
 from pbe.models.paint_by_example import PaintByExample
 from tests.baselines.test_baselines import smooth
 from tests.baselines.test_baselines import weights as tiny_weights  # noqa: F401  (a fixture)

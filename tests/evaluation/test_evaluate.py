@@ -23,7 +23,7 @@ from pbe.checkpoints.writing import save_checkpoint
 from pbe.cli.evaluate import main
 from pbe.data.coco import Coco
 from pbe.data.records import DataWarning
-from pbe.evaluation.backbones import load_backbone, sha256_of
+from pbe.evaluation.backbones import load_backbone
 from pbe.evaluation.bootstrap import Bootstrap, Moments
 from pbe.evaluation.build import BuildConfig, build_test_set
 from pbe.evaluation.compositing import composite_result
@@ -31,6 +31,7 @@ from pbe.evaluation.quality_score import GaussianMixture
 from pbe.evaluation.scoring import Judges, identity, real_moments, score_results
 from pbe.evaluation.surrogate import Surrogate, SurrogateConfig, save_surrogate
 from pbe.evaluation.test_set import TestSet
+from pbe.io.checksums import sha256_of
 from pbe.models.clip import CLIP, CLIP_MEAN, CLIP_STD, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 SYSTEM = "paint-by-example"

@@ -59,15 +59,20 @@ OTHER_FORMATS = {
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """Where a checkpoint is: `path`, or for "demo" the small model that is part of this package (docs/demo-model.md).
+    """Where a checkpoint is: `path`, for "demo" the small model that is part of this package (docs/demo-model.md), for
+    hf:OWNER/NAME[/FILE][@REVISION] where `hub.fetch` puts what the Hugging Face Hub has.
 
     A file of one's own that is called demo is "./demo".
     """
+    if (text := Path(path).as_posix()).startswith("hf:"):
+        from pbe.checkpoints.formats.hub import fetch
+
+        return fetch(text)
     return DEMO_MODEL if os.fspath(path) == "demo" else Path(path)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a checkpoint, or "demo", without reading its tensors or executing anything in it.
+    """Open a checkpoint, which `find_checkpoint` finds, without reading its tensors or executing anything in it.
 
     Reads zip and pre-zip files of `torch.save` (Lightning checkpoints, whose weights are their `state_dict`, and plain
     state dicts), TorchScript archives, safetensors files, diffusers folders (names are prefixed with the component, as
@@ -122,14 +127,8 @@ def _describe(head: bytes, size: int) -> str:
 
 def _open_folder(path: Path) -> Checkpoint:
     if (path / "model_index.json").is_file():
-        index = _read_json(path / "model_index.json")
-        components = [name for name in COMPONENTS if _is_listed(index, name)]
-        if components and (path / "tiny_decoder").is_dir():  # this library's own, which diffusers would warn of
-            components.append("tiny_decoder")
-        if not components:
-            raise CheckpointError(f"{path / 'model_index.json'} lists none of {', '.join(COMPONENTS)}")
-        parts = {f"{name}.": _read_component(path / name) for name in components}
-        kind, extras = "diffusers folder", {"model_index": index}
+        parts = {f"{name}.": _read_component(path / name) for name in component_folders(path)}
+        kind, extras = "diffusers folder", {"model_index": _read_json(path / "model_index.json")}
     elif (path / "config.json").is_file():
         parts = {"": _read_component(path)}
         kind, extras = "Hugging Face model folder", {}
@@ -146,6 +145,19 @@ def _open_folder(path: Path) -> Checkpoint:
         tensors |= {prefix + name: tensor for name, tensor in part.tensors.items()}
         extras |= {"pbe": part.extras["pbe"]} if "pbe" in part.extras else {}
     return Checkpoint(path, kind, tensors, extras)
+
+
+def component_folders(path: Path) -> list[str]:
+    """The folders with weights in a diffusers folder; of another folder "", itself."""
+    if not (path / "model_index.json").is_file():
+        return [""]
+    index = _read_json(path / "model_index.json")
+    components = [name for name in COMPONENTS if _is_listed(index, name)]
+    if components and (path / "tiny_decoder").is_dir():  # this library's own, which diffusers would warn of
+        components.append("tiny_decoder")
+    if not components:
+        raise CheckpointError(f"{path / 'model_index.json'} lists none of {', '.join(COMPONENTS)}")
+    return components
 
 
 def _is_listed(index: dict[str, Any], component: str) -> bool:
