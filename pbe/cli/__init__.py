@@ -11,6 +11,7 @@ COMMANDS = {
     "edit": ("pbe.cli.edit", "repaint the masked part of a photo, or of a batch of photos"),
     "app": ("pbe.cli.app", "serve a page on which photos are edited by hand"),
     "checkpoint": ("pbe.cli.checkpoint", "look into checkpoints and change them"),
+    "verify": ("pbe.cli.verify", "compare what a checkpoint computes here and in diffusers"),
     "train": ("pbe.cli.train", "train or fine-tune, as a YAML file says"),
     "index-boxes": ("pbe.cli.index_boxes", "make the boxes of OpenImages quick to look up"),
     "evaluate": ("pbe.cli.evaluate", "score a checkpoint, or any results, on COCOEE or a test set like it"),
