@@ -16,23 +16,14 @@ from pbe.checkpoints.formats.opening import open_checkpoint
 from pbe.checkpoints.key_map import mismatches
 from pbe.checkpoints.layouts import LAYOUTS, find_layout
 from pbe.checkpoints.loading import RecognisedCheckpoint, recognise
-from pbe.checkpoints.surgery import FIRST_CONVOLUTION, Tensors, config_of, input_order, network
+from pbe.checkpoints.surgery import FIRST_CONVOLUTION, Tensors, config_of, input_order, network, network_of
 
 STABLE_DIFFUSION_FILE = next(x for x in LAYOUTS if x.name == "Stable Diffusion v1, original layout")
 
-# The networks that a merge may weight apart, as a model's config calls them: how their tensors' names begin.
-PARTS = {
-    "unet": ("model.diffusion_model.",),
-    "vae": ("first_stage_model.",),
-    "text": ("cond_stage_model.transformer.text_model.",),
-    "exemplar": ("cond_stage_model.", "proj_out.", "learnable_vector"),
-    "tiny_decoder": ("tiny_decoder.",),
-}
-
 
 def part_of(name: str) -> str:
-    """The network of `PARTS` that a tensor belongs to; "" for models of one network."""
-    return next((part for part, beginnings in PARTS.items() if name.startswith(beginnings)), "")
+    """The network that a tensor belongs to: unet, vae, clip-text, clip-vision, condition, tiny-decoder, …"""
+    return network_of(name).lower().replace(" ", "-")
 
 
 def check_parts(parts: Iterable[str], held: Iterable[str]) -> None:
@@ -48,8 +39,8 @@ def merge(
 ) -> Tensors:
     """The weighted sum of checkpoints, computed in float32, in the first one's dtypes.
 
-    `parts` has other weights for networks of `PARTS`. Raises `CheckpointError` unless all have the same sizes and the
-    same meaning of the UNet's inputs, and where the sum overflows float16; `ValueError` for a part that is not there.
+    `parts` has other weights for single networks (`part_of`). Raises `CheckpointError` unless all have the same sizes
+    and the same meaning of the UNet's inputs, and where the sum overflows float16; `ValueError` for an unknown part.
     """
     parts = parts or {}
     if not checkpoints or {len(checkpoints)} != set(map(len, (weights, *parts.values()))):
@@ -77,7 +68,7 @@ def merge(
 def open_for_merging(path: str | Path) -> RecognisedCheckpoint:
     """`open_recognised`, and of Stable Diffusion also a file that lacks its text tower or its autoencoder."""
     file = open_checkpoint(path)
-    is_part = not find_layout(file.names()) and any(name.startswith(PARTS["unet"]) for name in file.names())
+    is_part = not find_layout(file.names()) and f"{FIRST_CONVOLUTION}.weight" in file.names()
     return recognise(file, STABLE_DIFFUSION_FILE if is_part else None)
 
 
@@ -92,7 +83,7 @@ def add_difference(
     tensors of each network were left out, since one of the three lacks it.
 
     Where the UNets' inputs differ, as those of Stable Diffusion and Paint by Example do, of their first convolution the
-    inputs z_t alone change. `parts` has other weights for networks of `PARTS`.
+    inputs z_t alone change. `parts` has other weights for single networks (`part_of`).
 
     Raises `CheckpointError` where a network that all three have differs in names or shapes, and where the result
     overflows float16; `ValueError` for a weight that is not finite and a part that is not merged.

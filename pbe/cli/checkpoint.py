@@ -67,7 +67,7 @@ def parser(prog: str | None = None) -> Parser:
     sub.add_argument("--weights", "--weight", type=float, nargs="+", metavar="W", help=help)
     help = "A + W (B - C) of three checkpoints: a fine-tune B of Stable Diffusion C, carried over to Paint by Example A"
     sub.add_argument("--add-difference", action="store_true", help=help)
-    help = "other weights for unet, vae, text, exemplar or tiny_decoder, as many as --weights; repeatable"
+    help = "other weights for one network that `inspect` lists (unet, clip-vision, …), as many as --weights; repeatable"
     sub.add_argument("--part", type=part, action="append", default=[], metavar="PART=W[,W…]", help=help)
 
     help = "make adapters, our own and others', part of a checkpoint's weights"

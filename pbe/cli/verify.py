@@ -34,15 +34,16 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     from pbe.io.checksums import sha256_of
 
     path = find_checkpoint(args.checkpoint)
-    found = compare_with_diffusers(path, lambda stage: print(f"running {stage} …", file=sys.stderr))
+    print("running every network twice: a model of full size takes minutes", file=sys.stderr)
+    found = compare_with_diffusers(path)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
     print(f"pbe {pbe.__version__}, {packages}, Python {platform.python_version()}, {platform.platform()}\n")
-    for file in sorted(path.glob("*/*.[sb]*")) if path.is_dir() else [path]:
+    for file in sorted(path.glob("*/*.[sb]*")) if path.is_dir() else [path]:  # safetensors, bin
         print(printable(f"- {file.relative_to(path.parent)}: {file.stat().st_size} bytes, sha256 {sha256_of(file)}"))
     about = describe(open_recognised(path))
-    print(f"- {about['layout']}, {about['kind']}, {about['dtypes']}\n- {about['config']}\n")
+    print(f"- {about['layout']}, {', '.join(about['dtypes'])}\n- {about['config']}\n")
     rows = [(one.output, *(f"{x:.2e}" for x in one[1:]), "yes" if one.agrees else "NO") for one in found]
     print(table(("output", "largest difference", "relative", "limit", "agrees"), rows))
-    differing = [one.output for one in found if not one.agrees]
-    print(f"\nThe two differ in {', '.join(differing)}." if differing else "\nThe two agree.")
+    differing = ", ".join(one.output for one in found if not one.agrees)
+    print(f"\nThe two differ in {differing}." if differing else "\nThe two agree.")
     return 1 if differing else 0

@@ -72,10 +72,10 @@ def test_a_fine_tune_of_stable_diffusion_is_carried_over(a, b, c, capsys):
     merged = merge(a, b, c, "--add-difference", "--weight", "0.5", "--part", "vae=0")
     said = capsys.readouterr().out
     texts = sum(".text_model." in name for name in sd_state(2))
-    exemplars = sum(not name.startswith(("model.", "first_")) for name in merged)
-    assert (
-        said == f"left out, since one of the three lacks them: exemplar ({exemplars} tensors), text ({texts} tensors)\n"
-    )
+    visions = sum(".vision_model." in name for name in merged)
+    conditions = sum(not name.startswith(("model.", "first_")) for name in merged) - visions
+    left_out = f"clip-text ({texts} tensors), clip-vision ({visions} tensors), condition ({conditions} tensors)"
+    assert said == f"left out, since one of the three lacks them: {left_out}\n"
     ours, tuned, base = seeded_state(TINY, 1), sd_state(2), sd_state(3)
     assert merged.keys() == ours.keys()
     for name, tensor in ours.items():
@@ -102,7 +102,7 @@ def test_equal_inputs_take_the_whole_difference(a, b, c):
     """Of three models with our nine inputs, and of three with Stable Diffusion's four."""
     states = [seeded_state(TINY, seed) for seed in (1, 4, 5)]
     ours = [write(a.with_name(f"{i}.ckpt"), state, pbe=pbe_entry(TINY)) for i, state in enumerate(states)]
-    merged = merge(*ours, "--add-difference", "--part", "exemplar=2")
+    merged = merge(*ours, "--add-difference", "--part", "condition=2")
     assert torch.equal(merged[KERNEL], states[0][KERNEL] + (states[1][KERNEL] - states[2][KERNEL]))
     x, y, z = (state["proj_out.weight"] for state in states)
     assert torch.equal(merged["proj_out.weight"], x + 2 * (y - z))
@@ -149,8 +149,10 @@ def test_wrong_weights_and_parts(a, b, c, capsys):
     assert "takes three checkpoints, A B C, got 2" in refused(capsys, a, b, "--add-difference")
     assert "needs 1" in refused(capsys, a, b, c, "--add-difference", "--weight", "1", "2")
     assert "must be finite, got nan" in refused(capsys, a, b, c, "--add-difference", "--weight", "nan")
-    assert "no part 'text' to merge" in refused(capsys, a, b, c, "--add-difference", "--part", "text=0.5")
-    assert "choose exemplar, unet, vae" in refused(capsys, a, a, "--weights", "0.5", "0.5", "--part", "u=1,0")
+    assert "no part 'clip-text' to merge" in refused(capsys, a, b, c, "--add-difference", "--part", "clip-text=0.5")
+    assert "choose clip-vision, condition, unet, vae" in refused(
+        capsys, a, a, "--weights", "0.5", "0.5", "--part", "u=1,0"
+    )
     assert "add up to 0.5" in refused(capsys, a, a, "--weights", "0.5", "0.5", "--part", "unet=0.25,0.25")
     assert "needs 2" in refused(capsys, a, a, "--weights", "0.5", "0.5", "--part", "unet=1")
     assert "needs 2" in refused(capsys, a, a)

@@ -7,7 +7,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from pbe.checkpoints.formats.opening import component_folders
+from pbe.checkpoints.formats.opening import COMPONENTS
 from pbe.io.checksums import sha256_of
 
 FORM = "hf:OWNER/NAME[/FILE][@REVISION][#sha256=64 HEX DIGITS]"
@@ -68,14 +68,13 @@ def fetch_folder(repo: str, revision: str | None) -> Path:
     """The folder of a repository with one form of each network's weights."""
     from huggingface_hub import snapshot_download
 
-    wanted: list[str] = []
-    for form in ((), *FORMS):  # first the JSON files, which say what else is needed
+    path = Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json"]))
+    lacking = [name for name in (*COMPONENTS, "tiny_decoder", ".") if any((path / name).glob("*config.json"))] or ["."]
+    for form in FORMS:
         names = [stem + end for stem in STEMS for end in form]
-        patterns = ["*.json", *(f"{folder}{name}" for folder in wanted for name in names)]
-        path = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-        if not form:
-            wanted = [f"{folder}/" if folder else "" for folder in component_folders(path)]
-        wanted = [folder for folder in wanted if not any(any((path / folder).glob(name)) for name in names)]
-        if not wanted:
+        patterns = [f"{folder}/{name}".removeprefix("./") for folder in lacking for name in names]
+        snapshot_download(repo, revision=revision, allow_patterns=["*.json", *patterns])
+        lacking = [folder for folder in lacking if not any(any((path / folder).glob(name)) for name in names)]
+        if not lacking:
             break
     return path

@@ -127,8 +127,14 @@ def _describe(head: bytes, size: int) -> str:
 
 def _open_folder(path: Path) -> Checkpoint:
     if (path / "model_index.json").is_file():
-        parts = {f"{name}.": _read_component(path / name) for name in component_folders(path)}
-        kind, extras = "diffusers folder", {"model_index": _read_json(path / "model_index.json")}
+        index = _read_json(path / "model_index.json")
+        components = [name for name in COMPONENTS if _is_listed(index, name)]
+        if components and (path / "tiny_decoder").is_dir():  # this library's own, which diffusers would warn of
+            components.append("tiny_decoder")
+        if not components:
+            raise CheckpointError(f"{path / 'model_index.json'} lists none of {', '.join(COMPONENTS)}")
+        parts = {f"{name}.": _read_component(path / name) for name in components}
+        kind, extras = "diffusers folder", {"model_index": index}
     elif (path / "config.json").is_file():
         parts = {"": _read_component(path)}
         kind, extras = "Hugging Face model folder", {}
@@ -145,19 +151,6 @@ def _open_folder(path: Path) -> Checkpoint:
         tensors |= {prefix + name: tensor for name, tensor in part.tensors.items()}
         extras |= {"pbe": part.extras["pbe"]} if "pbe" in part.extras else {}
     return Checkpoint(path, kind, tensors, extras)
-
-
-def component_folders(path: Path) -> list[str]:
-    """The folders with weights in a diffusers folder; of another folder "", itself."""
-    if not (path / "model_index.json").is_file():
-        return [""]
-    index = _read_json(path / "model_index.json")
-    components = [name for name in COMPONENTS if _is_listed(index, name)]
-    if components and (path / "tiny_decoder").is_dir():  # this library's own, which diffusers would warn of
-        components.append("tiny_decoder")
-    if not components:
-        raise CheckpointError(f"{path / 'model_index.json'} lists none of {', '.join(COMPONENTS)}")
-    return components
 
 
 def _is_listed(index: dict[str, Any], component: str) -> bool:
