@@ -233,12 +233,12 @@ def merge(args: argparse.Namespace) -> Contents:
     checkpoints = [merging.open_for_merging(path) for path in args.checkpoints]
     if not args.add_difference:
         return merging.merge(checkpoints, weights, parts), surgery.entry_of(checkpoints[0])
-    (weight,), by_part = weights, {name: one for name, (one,) in parts.items()}
-    tensors, left_out = merging.add_difference(*checkpoints, weight=weight, parts=by_part)
+    a, b, c = checkpoints
+    tensors, left_out = merging.add_difference(a, b, c, weights[0], {name: one for name, (one,) in parts.items()})
     if left_out:
         counts = ", ".join(f"{network} ({count} tensors)" for network, count in left_out.items())
         print(f"left out, since one of the three lacks them: {counts}")
-    return tensors, surgery.entry_of(checkpoints[0])
+    return tensors, surgery.entry_of(a)
 
 
 def merge_adapter(args: argparse.Namespace) -> Contents:

@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     found = compare_with_diffusers(path)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
     print(f"pbe {pbe.__version__}, {packages}, Python {platform.python_version()}, {platform.platform()}\n")
-    for file in sorted(path.glob("*/*.[sb]*")) if path.is_dir() else [path]:  # safetensors, bin
+    files = [file for file in sorted(path.glob("*/*")) if file.suffix in (".safetensors", ".bin")] or [path]
+    for file in files:
         print(printable(f"- {file.relative_to(path.parent)}: {file.stat().st_size} bytes, sha256 {sha256_of(file)}"))
     about = describe(open_recognised(path))
     print(f"- {about['layout']}, {', '.join(about['dtypes'])}\n- {about['config']}\n")

@@ -10,7 +10,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def outputs_of_diffusers(
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
     schedule = {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
     scheduler = PNDMScheduler(**schedule, skip_prk_steps=True, steps_offset=1)
-    pipeline = PaintByExamplePipeline(vae, encoder, unet, scheduler, safety_checker=None, feature_extractor=None)
+    pipeline: Any = PaintByExamplePipeline(vae, encoder, unet, scheduler, safety_checker=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
     scale = vae.config.scaling_factor
     # its own draws from the posterior, of which this library takes the mean

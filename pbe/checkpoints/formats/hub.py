@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face Hub: hf:OWNER/NAME[/FILE][@REVISION][#sha256=HEX], by the package huggingface_hub.
+"""Checkpoints on the Hugging Face Hub, `hf:OWNER/NAME[/FILE][@REVISION][#sha256=HEX]`, by the package huggingface_hub.
 
 Its own are progress, resuming, the cache, tokens and the offline mode.
 """

@@ -36,7 +36,8 @@ def converted(tensor: Tensor, dtype: torch.dtype | None, name: str, device: torc
     Raises `CheckpointError` where that makes a finite value infinite: float16 ends at 65504.
     """
     result = tensor.to(device=device, dtype=dtype)
-    if result.dtype == torch.float16 != tensor.dtype and result.isinf().any():
+    narrowed = result.dtype == torch.float16 != tensor.dtype and result.numel() > 0
+    if narrowed and not torch.stack(torch.aminmax(result)).isfinite().all():
         finite = tensor[tensor.isfinite()].abs()
         if finite.half().isinf().any():
             raise CheckpointError(f"{name} holds {finite.max():.6g}, beyond float16's 65504: use bfloat16 or float32")

@@ -60,7 +60,7 @@ OTHER_FORMATS = {
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """Where a checkpoint is: `path`, for "demo" the small model that is part of this package (docs/demo-model.md), for
-    hf:OWNER/NAME[/FILE][@REVISION] where `hub.fetch` puts what the Hugging Face Hub has.
+    `hf:OWNER/NAME[/FILE][@REVISION]` where `hub.fetch` puts what the Hugging Face Hub has.
 
     A file of one's own that is called demo is "./demo".
     """
