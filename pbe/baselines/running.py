@@ -91,6 +91,8 @@ def describe(name: str, weights: WeightFiles, settings: Mapping[str, Any]) -> di
         dtype = choose_dtype(weights.dtype, choose_device(weights.device))
         found = {kind: identify(Path(weights.path(kind)), dtype, weights.adapters) for kind in files}
         about["weights"] = {kind: {"file": one.checkpoint, "crc32": one.crc32} for kind, one in found.items()}
+        if weights.weights != "auto" and "paint_by_example" in files:
+            about["weights"]["paint_by_example"]["weights"] = weights.weights
         about["dtype"] = str(dtype).removeprefix("torch.")
         if weights.adapters and "paint_by_example" in files:
             about["adapters"] = list(found["paint_by_example"].adapters)

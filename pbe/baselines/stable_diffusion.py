@@ -112,6 +112,7 @@ def guided_by_context(model: StableDiffusion, context: Tensor, null_context: Ten
 
 def encode_text(model: StableDiffusion, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """The contexts (B, 77, context_dim) of texts."""
+    assert model.config.text, "load_model refuses files without their text tower"
     token_ids = tokenizer(texts, model.config.text.context_length, truncate=True)
     return model.encode_text(token_ids.to(next(model.parameters()).device))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pbe.checkpoints.adapters import AdapterLike
 from pbe.checkpoints.loading import load_model
+from pbe.checkpoints.recognised import WeightChoice
 from pbe.editing.loading import distilled_for
 from pbe.editing.settings import SETTINGS, EditSettings
 from pbe.images import windows
@@ -150,6 +151,7 @@ class WeightFiles:
     device: str | torch.device = "auto"
     dtype: str | torch.dtype = "auto"
     adapters: tuple[AdapterLike, ...] = ()  # of Paint by Example
+    weights: WeightChoice = "auto"  # its averages or what they average
 
     def path(self, name: str) -> str | Path:
         """The file called `name`; a ValueError that says what it is if it was not given."""
@@ -160,8 +162,8 @@ class WeightFiles:
 
     def load(self, name: str, kind: type[Network]) -> Network:
         """The network in the file called `name`. Raises as `path` and `load_model` do; ValueError for another kind."""
-        adapters = self.adapters if name == "paint_by_example" else ()
-        model = load_model(self.path(name), self.device, self.dtype, adapters)
+        adapters, weights = (self.adapters, self.weights) if name == "paint_by_example" else ((), "auto")
+        model = load_model(self.path(name), self.device, self.dtype, adapters, weights=weights)
         if not isinstance(model, kind):
             raise ValueError(f"{self.path(name)} holds {type(model).__name__}, not {FILE_KINDS[name]}")
         return model

@@ -20,8 +20,8 @@ from pbe.batch.provenance import identify
 from pbe.batch.run import Outcome, run_row
 from pbe.checkpoints.adapters import AdapterLike
 from pbe.checkpoints.loading import choose_device
-from pbe.editing.loading import AdaptedModels, check_memory, limit_threads, load_editor
-from pbe.models.paint_by_example import PaintByExample
+from pbe.checkpoints.recognised import WeightChoice
+from pbe.editing.loading import check_memory, limit_threads, load_editor
 
 Result = TypeVar("Result")
 
@@ -129,24 +129,17 @@ def row_runner(
     redo: bool = False,
     adapters: Sequence[AdapterLike] = (),
     tiny_decoder: Path | None = None,
+    vae: Path | None = None,
+    weights: WeightChoice = "auto",
 ) -> Callable[[torch.device], Callable[[int], Outcome]]:
     """What loads the model by `load_editor` on a device and runs the jobs with it, for `divide`; raises as they do."""
     check_memory(low_memory, compile)
 
     def set_up(device: torch.device) -> Callable[[int], Outcome]:
-        def load(adapters: tuple[AdapterLike, ...]) -> PaintByExample:
-            model = load_editor(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder)
-            limit_threads(model)
-            return model
-
-        def run(index: int) -> Outcome:
-            used = jobs[index].with_adapters(adapters)
-            return run_row(partial(editors, used), jobs[index], weights(used), redo)
-
-        editors = AdaptedModels(load)
-        weights = cache(lambda used: identify(checkpoint, precision, used, tiny_decoder))
-        precision = editors(adapters).dtype
-        weights(tuple(adapters))  # what is not there shows now
-        return run
+        model = load_editor(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder, vae, weights)
+        limit_threads(model)
+        identified = identify(checkpoint, model.dtype, adapters, tiny_decoder, vae, weights)
+        run = partial(run_row, lambda: model, weights=identified, redo=redo)
+        return lambda index: run(jobs[index])
 
     return set_up

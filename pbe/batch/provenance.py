@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pbe.checkpoints.adapters import AdapterLike
+    from pbe.checkpoints.recognised import WeightChoice
 
 # What of a checkpoint tells it from another.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")  # in a folder
@@ -34,12 +35,19 @@ class Weights(NamedTuple):
     dtype: str
     adapters: tuple[dict[str, Any], ...] = ()  # of each the file's name, crc32 and strength
     tiny_decoder_crc32: str | None = None  # of a file of its own
+    vae_crc32: str | None = None  # of a file of its own
+    choice: WeightChoice = "auto"  # of averages or what they average
 
 
 def identify(
-    checkpoint: Path, dtype: torch.dtype, adapters: Sequence[AdapterLike] = (), tiny_decoder: Path | None = None
+    checkpoint: Path,
+    dtype: torch.dtype,
+    adapters: Sequence[AdapterLike] = (),
+    tiny_decoder: Path | None = None,
+    vae: Path | None = None,
+    weights: WeightChoice = "auto",
 ) -> Weights:
-    """The weights in a checkpoint, a file or a folder, and its adapters, as a model of `dtype` uses them.
+    """The weights that `pbe.load_model` takes of a checkpoint, a file or a folder, and what it is given beside it.
 
     FileNotFoundError where one of them is not there.
     """
@@ -49,8 +57,9 @@ def identify(
     checkpoint = find_checkpoint(checkpoint)
     files = [(find_checkpoint(path), strength) for path, strength in map(with_strength, adapters)]
     about = [{"file": path.name, "crc32": crc_of(path), "strength": strength} for path, strength in files]
-    tiny = crc_of(find_checkpoint(tiny_decoder)) if tiny_decoder else None
-    return Weights(checkpoint.name, crc_of(checkpoint), str(dtype).removeprefix("torch."), tuple(about), tiny)
+    tiny, own_vae = (crc_of(find_checkpoint(path)) if path else None for path in (tiny_decoder, vae))
+    name = str(dtype).removeprefix("torch.")
+    return Weights(checkpoint.name, crc_of(checkpoint), name, tuple(about), tiny, own_vae, weights)
 
 
 def crc_of(checkpoint: Path) -> str:
@@ -93,6 +102,8 @@ def provenance_of(job: Job, weights: Weights, inputs: Mapping[str, str] | None =
         "checkpoint_crc32": weights.crc32,
         "dtype": weights.dtype,
         **({"adapters": list(weights.adapters)} if weights.adapters else {}),
+        **({"vae_crc32": weights.vae_crc32} if weights.vae_crc32 else {}),
+        **({"weights": weights.choice} if weights.choice != "auto" else {}),
     }
 
 

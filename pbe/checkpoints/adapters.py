@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pbe.checkpoints.diffusers_layouts import diffusers_unet
 from pbe.checkpoints.formats.lazy_tensors import release_mapped
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, is_number
 from pbe.checkpoints.key_map import KeyMap, shorten
-from pbe.checkpoints.layouts import diffusers_unet, find_layout
+from pbe.checkpoints.layouts import find_layout
 from pbe.io.json_text import parse_json, shown
 from pbe.models.adapters import FACTORS, Update
 from pbe.models.lora import TARGETS, LoRAConfig, check_plain, target_layers

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pbe.checkpoints.formats.opening import CheckpointError
-from pbe.checkpoints.key_map import count
+from pbe.checkpoints.key_map import MAX_LAYERS, count
+from pbe.checkpoints.original_layouts import SD_TEXT_MODEL
 from pbe.io.fields import Range, check, field_types
 from pbe.io.json_text import shown
 from pbe.models.adm import ADMConfig
-from pbe.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from pbe.models.clip import Activation, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig
 from pbe.models.paint_by_example import Distilled, PaintByExampleConfig
 from pbe.models.stable_diffusion import StableDiffusionConfig
@@ -22,11 +23,13 @@ from pbe.models.tiny_autoencoder import TinyConfig
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import VAEConfig
 
-ModelSizes = PaintByExampleConfig | StableDiffusionConfig | CLIPConfig | ADMConfig | TinyConfig
+WholeModel = PaintByExampleConfig | StableDiffusionConfig
+ModelSizes = WholeModel | VAEConfig | CLIPConfig | CLIPVisionConfig | ADMConfig | TinyConfig
 
 MAX_HINT = 1 << 16  # of heads, or of pixels along a side
 TINY_PREFIX = "tiny_decoder."  # of a Paint by Example's own
 Count = Annotated[int, Range(1, MAX_HINT)]
+LevelHeads = Annotated[list[Count], Range(1, MAX_LAYERS), "a list of whole numbers, one per level"]
 CLIP_HEAD_WIDTH = 64  # in every CLIP that OpenAI released
 DISTILLED = {
     "sampler": Literal["lcm", "tcd"],
@@ -40,8 +43,10 @@ class Hints:
     """What the shapes cannot tell; None stands for the original's constant. `CheckpointError` for impossible values."""
 
     unet_heads: Count | None = None
+    level_heads: LevelHeads | None = None
     vision_heads: Count | None = None
     text_heads: Count | None = None
+    clip_activation: Activation | None = None
     mapper_heads: Count | None = None
     adm_head_channels: Count | None = None
     exemplar_tokens: Literal["class", "all"] | None = None
@@ -63,31 +68,41 @@ class Hints:
     @classmethod
     def from_configs(cls, configs: Mapping[str, Mapping[str, Any]]) -> "Hints":
         """The hints in the `config.json` files of a diffusers folder, by component, or of a CLIP's folder, under ""."""
-        unet, vae, clip = (configs.get(name, {}) for name in ("unet", "vae", ""))
-        vision = configs.get("image_encoder") or clip.get("vision_config") or {}
-        text = configs.get("text_encoder") or clip.get("text_config") or {}
-        for tower in (vision, text):
-            if not isinstance(tower, Mapping):
-                raise CheckpointError(f"{shown(tower)} for the sizes of a CLIP tower; expected a JSON object")
-            if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
-                raise CheckpointError(f"hidden_act={shown(tower['hidden_act'])}; only 'quick_gelu' is supported")
-        if clip.get("act_fn", "relu") != "relu":  # an AutoencoderTiny's
-            raise CheckpointError(f"act_fn={shown(clip['act_fn'])}; only 'relu' is supported")
+        alone = configs.get("", {})
+        unet, vae = configs.get("unet", {}), configs.get("vae", alone)
+        clip = alone.get("model_cfg", alone)  # open_clip's settings are one level down
+        vision = configs.get("image_encoder") or get(clip, "vision_config") or alone
+        text = configs.get("text_encoder") or get(clip, "text_config") or get(clip, "text_cfg") or {}
+        activations: list[Any] = [get(tower, "hidden_act") or "quick_gelu" for tower in (vision, text) if tower]
+        if clip is not alone:
+            activations = ["quick_gelu" if get(clip, "quick_gelu") else "gelu"]
+        for activation in activations:
+            if activation not in ("quick_gelu", "gelu") or activation != activations[0]:
+                raise CheckpointError(f"hidden_act={shown(activation)}; expected 'quick_gelu' or 'gelu' in both towers")
+        if "down_block_types" not in alone and alone.get("act_fn", "relu") != "relu":  # an AutoencoderTiny's
+            raise CheckpointError(f"act_fn={shown(alone['act_fn'])}; only 'relu' is supported")
         sample_size, widths = unet.get("sample_size"), vae.get("block_out_channels", ())
         if not isinstance(widths, list | tuple) or len(widths) > 16:
             raise CheckpointError(f"block_out_channels={shown(widths)}; expected a list of one width per level")
         levels = len(widths)
         # named attention_head_dim by a historical slip; it counts heads in every v1 model
-        unet_heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
-        if isinstance(unet_heads, list):
-            raise CheckpointError(f"{shown(unet_heads)} heads by level; Stable Diffusion v1 has one number for all")
+        heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
         return cls(
-            unet_heads=unet_heads,
+            unet_heads=None if isinstance(heads, list) else heads,
+            level_heads=heads if isinstance(heads, list) else None,
             vision_heads=vision.get("num_attention_heads"),
-            text_heads=text.get("num_attention_heads"),
+            text_heads=text.get("num_attention_heads") or text.get("heads"),
+            clip_activation=activations[0] if activations else None,
             latent_scale=vae.get("scaling_factor"),
             resolution=sample_size * 2 ** (levels - 1) if isinstance(sample_size, int) and levels else None,
         )
+
+
+def get(tower: object, name: str) -> Any:
+    """What the settings of a CLIP or one of its towers say; `CheckpointError` where they are not a JSON object."""
+    if not isinstance(tower, Mapping):
+        raise CheckpointError(f"{shown(tower)} for the sizes of a CLIP tower; expected a JSON object")
+    return tower.get(name)
 
 
 def read_distilled(value: object) -> Distilled | None:
@@ -142,6 +157,7 @@ def unet_config(shapes: Shapes, hints: Hints, prefix: str = "model.diffusion_mod
             f"{shapes.path} has {blocks} blocks and {widths} channels per level; a UNet of this family has one number "
             f"of blocks and multiples of {model_channels} channels"
         )
+    heads = hints.level_heads or [hints.unet_heads or UNetConfig.num_heads]
     return UNetConfig(
         in_channels=in_channels,
         out_channels=shapes[f"{prefix}out.2.weight"][0],
@@ -149,7 +165,8 @@ def unet_config(shapes: Shapes, hints: Hints, prefix: str = "model.diffusion_mod
         channel_mult=tuple(width // model_channels for width in widths),
         num_res_blocks=blocks[0],
         attention_levels=tuple(sorted(attention_levels)),
-        num_heads=hints.unet_heads or UNetConfig.num_heads,
+        num_heads=heads[0],
+        level_heads=tuple(heads) if len(set(heads)) > 1 else (),
         context_dim=shapes[f"{prefix}middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
     )
 
@@ -168,13 +185,14 @@ def vae_config(shapes: Shapes, hints: Hints, prefix: str = "first_stage_model.")
     )
 
 
-def tower_sizes(shapes: Shapes, width: int, heads: int | None, prefix: str) -> dict[str, int]:
-    """The sizes that both towers of CLIP have, by field of `CLIPVisionConfig` and `CLIPTextConfig`."""
+def tower_sizes(shapes: Shapes, width: int, heads: int | None, hints: Hints, prefix: str) -> dict[str, Any]:
+    """The settings that both towers of CLIP have, by field of `CLIPVisionConfig` and `CLIPTextConfig`."""
     return {
         "width": width,
         "num_layers": count(shapes, f"{prefix}encoder.layers.*."),
         "num_heads": heads or max(1, width // CLIP_HEAD_WIDTH),
         "mlp_width": shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
+        "activation": hints.clip_activation or CLIPVisionConfig.activation,
     }
 
 
@@ -182,7 +200,7 @@ def vision_config(shapes: Shapes, hints: Hints, prefix: str) -> CLIPVisionConfig
     """Sizes of the CLIP vision tower whose parameters' names begin with `prefix`."""
     width, _, patch_size, _ = shapes[f"{prefix}embeddings.patch_embedding.weight"]
     image_size = round((shapes[f"{prefix}embeddings.position_embedding.weight"][0] - 1) ** 0.5) * patch_size
-    sizes = tower_sizes(shapes, width, hints.vision_heads, prefix)
+    sizes = tower_sizes(shapes, width, hints.vision_heads, hints, prefix)
     return CLIPVisionConfig(patch_size=patch_size, image_size=image_size, **sizes)
 
 
@@ -190,7 +208,7 @@ def text_config(shapes: Shapes, hints: Hints, prefix: str) -> CLIPTextConfig:
     """Sizes of the CLIP text tower whose parameters' names begin with `prefix`."""
     vocab_size, width = shapes[f"{prefix}embeddings.token_embedding.weight"]
     context_length = shapes[f"{prefix}embeddings.position_embedding.weight"][0]
-    sizes = tower_sizes(shapes, width, hints.text_heads, prefix)
+    sizes = tower_sizes(shapes, width, hints.text_heads, hints, prefix)
     return CLIPTextConfig(vocab_size=vocab_size, context_length=context_length, **sizes)
 
 
@@ -213,10 +231,11 @@ def paint_by_example_config(shapes: Shapes, hints: Hints) -> PaintByExampleConfi
 
 
 def stable_diffusion_config(shapes: Shapes, hints: Hints) -> StableDiffusionConfig:
+    has_text = any(name.startswith(SD_TEXT_MODEL) for name in shapes)
     return StableDiffusionConfig(
         unet=unet_config(shapes, hints),
         vae=vae_config(shapes, hints),
-        text=text_config(shapes, hints, "cond_stage_model.transformer.text_model."),
+        text=text_config(shapes, hints, f"{SD_TEXT_MODEL}.") if has_text else None,
         resolution=hints.resolution or StableDiffusionConfig.resolution,
     )
 
@@ -274,15 +293,23 @@ def pbe_entry(config: ModelSizes) -> dict[str, Any]:
         return {"adm_head_channels": config.head_channels, "resolution": config.resolution}
     if isinstance(config, TinyConfig):
         return {}
+    if isinstance(config, VAEConfig):
+        return {"latent_scale": config.latent_scale}
+    if isinstance(config, CLIPVisionConfig):
+        return {"vision_heads": config.num_heads, "clip_activation": config.activation}
     if isinstance(config, CLIPConfig):
-        return {"vision_heads": config.vision.num_heads, "text_heads": config.text.num_heads}
-    entry = {
+        return {**pbe_entry(config.vision), "text_heads": config.text.num_heads}
+    entry: dict[str, Any] = {
         "unet_heads": config.unet.num_heads,
+        **({"level_heads": list(config.unet.level_heads)} if config.unet.level_heads else {}),
         "latent_scale": config.vae.latent_scale,
         "resolution": config.resolution,
     }
+    tower = config.text if isinstance(config, StableDiffusionConfig) else config.exemplar.vision
+    if tower and tower.activation == "gelu":
+        entry["clip_activation"] = "gelu"
     if isinstance(config, StableDiffusionConfig):
-        return {**entry, "text_heads": config.text.num_heads}
+        return {**entry, **({"text_heads": config.text.num_heads} if config.text else {})}
     exemplar = config.exemplar
     return {
         **entry,

@@ -1,26 +1,38 @@
 """From a file to a model: recognise, infer sizes, build on the meta device, fill tensor by tensor."""
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from pbe.checkpoints.adapters import AdapterLike, add_adapters, holds_adapters
 from pbe.checkpoints.formats.lazy_tensors import converted
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, Shapes
-from pbe.checkpoints.key_map import KeyMap, TensorMapping, mismatches, shorten
-from pbe.checkpoints.layouts import LAYOUTS, Layout, Model, find_layout
+from pbe.checkpoints.key_map import KeyMap, mismatches, shorten
+from pbe.checkpoints.layouts import LAYOUTS, Model, find_layout, lacking
 from pbe.checkpoints.meta_device import build_on_meta
+from pbe.checkpoints.original_layouts import VAE_PREFIX
+from pbe.checkpoints.recognised import (
+    EMA_PREFIX,
+    RecognisedCheckpoint,
+    WeightChoice,
+    choose_weights,
+    doubt_activation,
+    with_vae,
+)
+from pbe.io.json_text import shown
 from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion
 from pbe.models.tiny_autoencoder import TinyAutoencoder, TinyDecoder
+from pbe.models.vae import AutoencoderKL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OUTER = ("model.", VAE_PREFIX, "vae.")  # which some files put before all of their names
 
 
 def load_model(
@@ -29,6 +41,8 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     adapters: Sequence[AdapterLike] = (),
     tiny_decoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    weights: WeightChoice = "auto",
 ) -> Model:
     """The model that a checkpoint holds, in evaluation mode.
 
@@ -38,19 +52,22 @@ def load_model(
     the model, or to save it, ask for "float32". "stored" leaves each tensor as it is in the file, whose layers may
     differ, for `prepare_for_inference` to convert. `adapters` are files of them, or pairs of a file and its strength
     (`pbe.add_adapters`). `tiny_decoder` is a file or folder with TAESD's decoder, for a Paint by Example's drafts and
-    previews, in the place of its own if it has one.
+    previews, in the place of its own if it has one. `vae` is a file or folder with another autoencoder of the same
+    latents. `weights` are the moving averages of training, "ema", or what was trained, "raw"; "auto" takes the averages
+    of files that this library's training wrote, as their sample grids show them, and of all others what was trained.
 
     What is not converted is memory-mapped on the CPU, not read: keep the file where it is while the model is in use.
     Otherwise tensors are converted one by one, so that the file's contents never stand in memory beside the model.
 
     Raises `FileNotFoundError`, or `CheckpointError` where the file has no known layout, is damaged, does not fit, or
-    overflows float16;
-    `ValueError` for an unknown device or precision, and for a tiny decoder of other latents or another kind of model.
+    has no averages for "ema"; `ValueError` for an unknown device, precision or choice of weights, for a tiny decoder of
+    other latents, and for a model that takes no adapters, autoencoder or tiny decoder.
     """
     device = choose_device(device)
     converted = None if dtype == "stored" else choose_dtype(dtype, device)
-    checkpoint = open_recognised(path)
-    warn_of_averages(checkpoint.file)
+    checkpoint = with_vae(open_recognised(path, "autoencoder"), open_vae(vae)) if vae else open_recognised(path)
+    checkpoint = choose_weights(checkpoint, weights)
+    doubt_activation(checkpoint)
     model = build(checkpoint)
     state = {name: checkpoint.tensor(name, device, converted) for name in checkpoint.mappings}
     model.load_state_dict(state, assign=True)
@@ -69,77 +86,41 @@ def load_model(
     return model.eval()
 
 
-def warn_of_averages(file: Checkpoint) -> None:
-    """Says of a file that training wrote that its averages, which validation and sample grids showed, are not used."""
-    written_by_training = "config" in file.entry
-    if written_by_training and any(name.startswith("model_ema.") for name in file.names()):
-        warnings.warn(
-            f"{file.path}: its averaged weights are not used; "
-            "`pbe checkpoint extract-ema` puts them in the parameters' place",
-            stacklevel=3,
-        )
-
-
-class RecognisedCheckpoint(NamedTuple):
-    """A checkpoint of a known layout, seen under our names.
-
-    mappings: by our name, how to make each tensor from the file's. shapes: the tensors' own, by our name.
-    hints: what the file says beside its tensors.
-    """
-
-    file: Checkpoint
-    layout: Layout
-    key_map: KeyMap
-    mappings: dict[str, TensorMapping]
-    shapes: Shapes
-    hints: Hints
-
-    @property
-    def path(self) -> Path:
-        return self.file.path
-
-    def tensor(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor under our name; what was read of the file to convert it is given back to the system.
-
-        Raises `CheckpointError` where it overflows float16.
-        """
-        mapping = self.mappings[name]
-        mapped = mapping.build(*(self.file.tensor(source) for source in mapping.sources))
-        tensor = converted(mapped, dtype, f"{self.path}: {name}", device).contiguous()
-        if tensor.data_ptr() != mapped.data_ptr():
-            self.release(name)
-        return tensor
-
-    def dtype(self, name: str) -> torch.dtype:
-        """One tensor's dtype in the file, under our name."""
-        return self.file.dtype(self.mappings[name].sources[0])
-
-    def release(self, name: str) -> None:
-        """Gives what was read of one tensor, under our name, back to the system."""
-        for source in self.mappings[name].sources:
-            self.file.release(source)
-
-
-def open_recognised(path: str | Path) -> RecognisedCheckpoint:
+def open_recognised(path: str | Path, without: str | None = None) -> RecognisedCheckpoint:
     """Opens a checkpoint of any known layout; raises `FileNotFoundError` or `CheckpointError`."""
-    return recognise(open_checkpoint(path))
+    return recognise(open_checkpoint(path), without)
 
 
-def recognise(file: Checkpoint, layout: Layout | None = None) -> RecognisedCheckpoint:
-    """A checkpoint under our names, of a layout if that is given; `CheckpointError` if its layout is not known."""
-    path, names = file.path, list(file.names())
-    layout = layout or find_layout(names)
+def recognise(file: Checkpoint, without: str | None = None) -> RecognisedCheckpoint:
+    """A checkpoint under our names; `CheckpointError` if its layout is not known.
+
+    `without` is the network, of `layouts.NETWORKS`, that the file need not have. What it holds beside the layout's
+    networks is left out with a warning, where it is networks of its own; any other unknown tensor is an error.
+    """
+    path, layout = file.path, find_layout(file.names(), without)
+    for outer in OUTER:
+        if layout is None and all(name.startswith(outer) for name in file.names()):
+            file = part_of(file, outer)
+            layout = find_layout(file.names(), without)
+    names = list(file.names())
     if layout is None and holds_adapters(file):
         raise CheckpointError(f"{path} holds adapters alone: give it beside a checkpoint (--adapter), not as one")
     if layout is None:
-        if any(name.startswith("model_ema.") for name in names):
+        if any(name.startswith(EMA_PREFIX) for name in names):
             raise CheckpointError(f"{path} holds averaged copies without the parameters that they average")
+        if likeness := lacking(names):
+            raise CheckpointError(f"{path} {likeness}")
         known = "; ".join(layout.name for layout in LAYOUTS)
         raise CheckpointError(
             f"{path} is a {file.kind} of {len(names)} tensors ({shorten(names, 4)}), which fits no known model: {known}"
         )
     try:
         key_map = layout.key_map_of(names)
+        if others := other_networks(key_map, names):
+            counted = shorten([f"{shown(name)} ({n} tensors)" for name, n in others.items()])
+            warnings.warn(f"{path}: beside {layout.name} it holds networks that are left out: {counted}", stacklevel=3)
+            reasons = dict.fromkeys((rf"{re.escape(name)}\..*" for name in others), "networks that no model here has")
+            key_map = replace(key_map, dropped={**key_map.dropped, **reasons})
         mappings = key_map.to_ours(names)
     except ValueError as error:
         raise CheckpointError(f"{path} looks like {layout.name}, but has {error}") from None
@@ -148,6 +129,34 @@ def recognise(file: Checkpoint, layout: Layout | None = None) -> RecognisedCheck
         raise CheckpointError(f"{path} looks like {layout.name}, but lacks {shorten(missing)}")
     shapes = {name: mapping.shape(*map(file.shape, mapping.sources)) for name, mapping in mappings.items()}
     return RecognisedCheckpoint(file, layout, key_map, mappings, Shapes(path, shapes), hints_of(file))
+
+
+def part_of(file: Checkpoint, prefix: str) -> Checkpoint:
+    """The tensors of a checkpoint whose names begin with `prefix`, called by the rest of them."""
+    return replace(file, tensors={n.removeprefix(prefix): x for n, x in file.tensors.items() if n.startswith(prefix)})
+
+
+def other_networks(key_map: KeyMap, names: Collection[str]) -> dict[str, int]:
+    """Networks that a file holds beside its layout's, such as those of a loss, and how many tensors each has.
+
+    A network has modules within modules: a lone layer of an unknown name may belong to the model.
+    """
+    own = {name.split(".")[0] for rule in key_map.rules for name in rule.theirs}
+    others = [name for name in names if name.split(".")[0] not in own and key_map.reason(name) is None]
+    deep = {name.split(".")[0] for name in others if name.count(".") > 1}
+    return Counter(root for name in others if (root := name.split(".")[0]) in deep)
+
+
+def open_vae(path: str | Path) -> RecognisedCheckpoint:
+    """The autoencoder in a file of its own, or in that of a model of any layout; raises `FileNotFoundError`, or
+    `CheckpointError` if there is none or it is not whole."""
+    file = open_checkpoint(path)
+    prefix = next((p for p in (VAE_PREFIX, "vae.") if any(name.startswith(p) for name in file.names())), "")
+    part = part_of(file, prefix)
+    layout = find_layout(part.names())
+    if layout is None or layout.model is not AutoencoderKL:
+        raise CheckpointError(f"{path} holds no autoencoder (names that begin with {VAE_PREFIX!r}, or its alone)")
+    return recognise(part)
 
 
 def hints_of(file: Checkpoint) -> Hints:

@@ -15,17 +15,18 @@ from torch import Tensor
 from pbe.checkpoints.formats.lazy_tensors import converted
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry
-from pbe.checkpoints.key_map import MAX_LAYERS, mismatches, shorten
-from pbe.checkpoints.loading import RecognisedCheckpoint, build
+from pbe.checkpoints.key_map import MAX_LAYERS
+from pbe.checkpoints.loading import build
 from pbe.checkpoints.meta_device import build_on_meta
+from pbe.checkpoints.recognised import EMA_PREFIX, RecognisedCheckpoint, averaged, doubt_activation, with_vae
 from pbe.io.json_text import shown
-from pbe.models.clip import CLIPConfig
+from pbe.models.clip import CLIPConfig, CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig, ExemplarEncoder
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
+from pbe.models.stable_diffusion import StableDiffusionConfig
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0"
 OUR_INPUTS = "z_t, z_masked, mask"
-EMA_PREFIX = "model_ema."
 
 Tensors = dict[str, Tensor]
 
@@ -46,24 +47,8 @@ def network(checkpoint: RecognisedCheckpoint, dtype: torch.dtype | None = None) 
 
 
 def extract_ema(checkpoint: RecognisedCheckpoint, dtype: torch.dtype | None = None) -> Tensors:
-    """The networks' tensors with the averaged copies in the place of the parameters they average.
-
-    A copy is called `model_ema.` and the parameter's name after `model.`, without its dots.
-    """
-    names = {name: EMA_PREFIX + name.removeprefix("model.").replace(".", "") for name in checkpoint.mappings}
-    averaged = {name: ema for name, ema in names.items() if ema in checkpoint.file.tensors}
-    if not averaged:
-        raise CheckpointError(f"{checkpoint.path} holds no averaged copies (names that begin with {EMA_PREFIX!r})")
-    missing = [name for name in names if name.startswith("model.") and name not in averaged]
-    if missing:
-        raise CheckpointError(f"{checkpoint.path} has no averaged copy of {len(missing)}: {shorten(missing)}")
-    tensors = network(checkpoint, dtype)
-    for name, ema in averaged.items():
-        tensors[name] = converted(checkpoint.file.tensor(ema), dtype, f"{checkpoint.path}: {ema}")
-        if tensors[name].shape != checkpoint.shapes[name]:
-            shapes = f"{tuple(tensors[name].shape)}, not {checkpoint.shapes[name]} as {name}"
-            raise CheckpointError(f"{checkpoint.path}: {ema} has the shape {shapes}")
-    return tensors
+    """The networks' tensors with the averaged copies in the place of the parameters; raises as `averaged`."""
+    return network(averaged(checkpoint), dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,10 +98,13 @@ def with_exemplar_encoder(
 ) -> tuple[Tensors, ExemplarConfig]:
     """Expanded tensors with CLIP's vision tower in the text tower's place and a fresh mapper: where training starts.
 
-    `clip` is a CLIP of either layout, or a Paint by Example whose vision tower is taken.
+    `clip` is a CLIP of any layout, its vision tower alone, or a Paint by Example whose vision tower is taken.
     """
+    doubt_activation(clip)
     sizes, ours = config_of(clip), "cond_stage_model.transformer.vision_model."
-    if isinstance(sizes, CLIPConfig):
+    if isinstance(sizes, CLIPVisionConfig):
+        vision, theirs = sizes, ""
+    elif isinstance(sizes, CLIPConfig):
         vision, theirs = sizes.vision, "vision_model."
     elif isinstance(sizes, PaintByExampleConfig):
         vision, theirs = sizes.exemplar.vision, ours
@@ -181,15 +169,41 @@ def diff(a: RecognisedCheckpoint, b: RecognisedCheckpoint) -> Iterator[Differenc
             b.release(name)
 
 
-def set_vae(checkpoint: RecognisedCheckpoint, vae: Mapping[str, Tensor]) -> Tensors:
-    """The networks' tensors with the autoencoder `vae`, under its keys in the original layout, in its own's place.
+def set_vae(checkpoint: RecognisedCheckpoint, vae: RecognisedCheckpoint) -> tuple[Tensors, dict[str, Any]]:
+    """The networks' tensors with the autoencoder `vae` in the place of the own one, in its precision, if there is one;
+    and the entry `pbe` for them. Raises as `with_vae`."""
+    result = with_vae(checkpoint, vae)
+    dtypes = {name: checkpoint.dtype(name) for name in checkpoint.mappings}
+    tensors = {name: result.tensor(name, dtype=dtypes.get(name)) for name in result.mappings}
+    config = config_of(result)
+    assert isinstance(config, PaintByExampleConfig | StableDiffusionConfig)
+    return tensors, {**entry_of(result), "latent_scale": config.vae.latent_scale}
 
-    Raises `CheckpointError` unless it has the same names and shapes.
+
+def merge(checkpoints: Sequence[RecognisedCheckpoint], weights: Sequence[float]) -> Tensors:
+    """The weighted sum of checkpoints, computed in float32, in the first one's dtypes.
+
+    Raises `CheckpointError` unless all have the same sizes and the same meaning of the UNet's inputs.
     """
-    own = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith("first_stage_model.")}
-    if faults := mismatches({name: tuple(x.shape) for name, x in vae.items()}, own):
-        raise CheckpointError(f"the autoencoder has other sizes than that of {checkpoint.path}: it {'; '.join(faults)}")
-    return {**network(checkpoint), **{name: converted(x, checkpoint.dtype(name), name) for name, x in vae.items()}}
+    if len(checkpoints) != len(weights) or not checkpoints:
+        raise ValueError(f"{len(checkpoints)} checkpoints and {len(weights)} weights: give one weight per checkpoint")
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        if other.mappings.keys() != first.mappings.keys() or config_of(other) != config_of(first):
+            raise CheckpointError(f"{other.path} has other sizes than {first.path}, or was distilled otherwise")
+        if f"{FIRST_CONVOLUTION}.weight" in first.shapes and input_order(other) != input_order(first):
+            raise CheckpointError(
+                f"{other.path} has the inputs {input_order(other)}, {first.path} has "
+                f"{input_order(first)}: `pbe checkpoint expand` brings them into one order"
+            )
+    merged = {}
+    for name in first.mappings:
+        total = torch.zeros(first.shapes[name])
+        for checkpoint, weight in zip(checkpoints, weights, strict=True):
+            total += weight * checkpoint.tensor(name, dtype=torch.float32)
+            checkpoint.release(name)
+        merged[name] = total.to(first.dtype(name))
+    return merged
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,6 +235,7 @@ def describe(checkpoint: RecognisedCheckpoint) -> dict[str, Any]:
     }
 
 
+VAE_PARTS = ("conv_in", "down", "mid", "up", "norm_out", "conv_out")
 NETWORKS = {
     "model.diffusion_model": "UNet",
     "first_stage_model": "VAE",
@@ -229,6 +244,9 @@ NETWORKS = {
     "vision_model": "CLIP vision",
     "text_model": "CLIP text",
     "tiny_decoder": "tiny decoder",
+    **{f"{net}.{part}": "VAE" for net in ("encoder", "decoder") for part in VAE_PARTS},
+    **dict.fromkeys(("quant_conv", "post_quant_conv"), "VAE"),
+    **dict.fromkeys(("embeddings", "pre_layrnorm", "encoder.layers", "post_layernorm"), "CLIP vision"),
     **dict.fromkeys(("encoder", "decoder", *map(str, range(MAX_LAYERS))), "TAESD"),
     **dict.fromkeys(("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"), "ADM"),
 }

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.diffusers_layouts import diffusers_image_encoder, diffusers_unet, diffusers_vae
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.key_map import KeyMap, same
-from pbe.checkpoints.layouts import diffusers_image_encoder, diffusers_unet, diffusers_vae
 from pbe.io.atomic import replacing, warn_once
 from pbe.models.clip import CLIP_MEAN, CLIP_STD, CLIPVisionConfig
 from pbe.models.paint_by_example import PaintByExampleConfig
@@ -184,7 +184,7 @@ def unet_json(config: UNetConfig, latent_size: int) -> dict[str, Any]:
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
-        "attention_head_dim": config.num_heads,  # diffusers' name for the number of heads
+        "attention_head_dim": list(config.level_heads) or config.num_heads,  # diffusers' name for the number of heads
         "block_out_channels": [config.model_channels * m for m in config.channel_mult],
         "cross_attention_dim": config.context_dim,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in has_attention],
@@ -224,7 +224,7 @@ def image_encoder_json(config: CLIPVisionConfig, context_dim: int) -> dict[str, 
         "architectures": ["PaintByExampleImageEncoder"],
         "model_type": "clip_vision_model",
         "attention_dropout": 0.0,
-        "hidden_act": "quick_gelu",
+        "hidden_act": config.activation,
         "hidden_size": config.width,
         "image_size": config.image_size,
         "initializer_factor": 1.0,

@@ -44,7 +44,7 @@ def parser(prog: str | None = None) -> Parser:
 
     help = "give Stable Diffusion v1 (or its inpainting model) Paint by Example's nine inputs"
     sub = add("expand", partial(write, expand), help, "checkpoint")
-    help = "a CLIP ViT-L/14: put its vision tower and a fresh mapper in the text tower's place, ready to train"
+    help = "a CLIP ViT-L/14, or its vision tower: put it and a fresh mapper in the text tower's place, ready to train"
     sub.add_argument("--clip", type=Path, help=help)
     sub.add_argument("--seed", type=int, default=0, help="of the fresh mapper (default 0)")
 
@@ -54,6 +54,9 @@ def parser(prog: str | None = None) -> Parser:
     ):
         sub = add(name, partial(write, rewrite), help, "checkpoint")
         sub.add_argument("--dtype", choices=DTYPES, help="convert to this precision (default: as it is)")
+        if name == "slim":
+            help = "of a CLIP whose file does not say it: gelu for most of open_clip's"
+            sub.add_argument("--activation", choices=("quick_gelu", "gelu"), help=help)
 
     help = f"{A_FILE}, or any other name: a diffusers folder"
     add("convert", convert, "rewrite a checkpoint in another format", "checkpoint", out=help)
@@ -76,11 +79,9 @@ def parser(prog: str | None = None) -> Parser:
     new = "merge-adapter CHECKPOINT FILE[:STRENGTH]… --out FILE"
     commands.add_parser("merge-lora").add_argument("arguments", nargs=argparse.REMAINDER, action=Renamed, new=new)
 
-    add_adapter_commands(add)
-
-    help = "put another checkpoint's autoencoder in the place of this one's"
+    help = "put another autoencoder in the place of this checkpoint's, or where it has none"
     sub = add("set-vae", partial(write, set_vae), help, "checkpoint")
-    sub.add_argument("vae", type=Path, help="a checkpoint that holds an autoencoder of the same sizes")
+    sub.add_argument("vae", type=Path, help="one of the same sizes: a file or folder of its own, or a model's")
 
     help = "put TAESD's decoder beside the autoencoder, in the place of its own tiny decoder if it has one"
     sub = add("set-tiny-decoder", partial(write, set_tiny_decoder), help, "checkpoint")
@@ -165,7 +166,7 @@ def expand(args: argparse.Namespace) -> Contents:
     from pbe.models.stable_diffusion import StableDiffusionConfig
 
     check_seed(args.seed)
-    checkpoint = open_recognised(args.checkpoint)
+    checkpoint = open_recognised(args.checkpoint, "text tower" if args.clip else None)
     tensors, entry, config = surgery.expand(checkpoint), surgery.entry_of(checkpoint), surgery.config_of(checkpoint)
     if args.clip:
         assert isinstance(config, StableDiffusionConfig | PaintByExampleConfig)  # surgery.expand raises for the others
@@ -182,7 +183,10 @@ def rewrite(args: argparse.Namespace) -> Contents:
 
     checkpoint = open_recognised(args.checkpoint)
     tensors_of = {"slim": surgery.network, "extract-ema": surgery.extract_ema}[args.command]
-    return tensors_of(checkpoint, DTYPES[args.dtype] if args.dtype else None), surgery.entry_of(checkpoint)
+    entry = surgery.entry_of(checkpoint)
+    if vars(args).get("activation"):
+        entry["clip_activation"] = args.activation
+    return tensors_of(checkpoint, DTYPES[args.dtype] if args.dtype else None), entry
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -245,7 +249,7 @@ def merge_adapter(args: argparse.Namespace) -> Contents:
     from pbe.checkpoints.loading import load_model, open_recognised
     from pbe.checkpoints.surgery import entry_of
 
-    model = load_model(args.checkpoint, "cpu", "stored", args.adapters)
+    model = load_model(args.checkpoint, "cpu", "stored", args.adapters, weights="raw")
     distilled = getattr(model.config, "distilled", None)  # by the adapters too, of whatever they were trained on
     entry = entry_of(open_recognised(args.checkpoint))
     return model.state_dict(), entry | ({"distilled": dataclasses.asdict(distilled)} if distilled else {})
@@ -253,20 +257,16 @@ def merge_adapter(args: argparse.Namespace) -> Contents:
 
 def set_vae(args: argparse.Namespace) -> Contents:
     from pbe.checkpoints import surgery
-    from pbe.checkpoints.loading import open_recognised
-    from pbe.training.initialization import read_vae
+    from pbe.checkpoints.loading import open_recognised, open_vae
 
-    checkpoint = open_recognised(args.checkpoint)
-    size, state = read_vae(args.vae)
-    entry = {**surgery.entry_of(checkpoint), "latent_scale": size.latent_scale}
-    return surgery.set_vae(checkpoint, state), entry
+    return surgery.set_vae(open_recognised(args.checkpoint, "autoencoder"), open_vae(args.vae))
 
 
 def set_tiny_decoder(args: argparse.Namespace) -> Contents:
     from pbe.checkpoints.loading import load_model, open_recognised
     from pbe.checkpoints.surgery import entry_of
 
-    model = load_model(args.checkpoint, "cpu", "stored", tiny_decoder=args.tiny_decoder)
+    model = load_model(args.checkpoint, "cpu", "stored", tiny_decoder=args.tiny_decoder, weights="raw")
     return model.state_dict(), entry_of(open_recognised(args.checkpoint))
 
 

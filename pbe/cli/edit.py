@@ -27,8 +27,8 @@ from pbe.batch.provenance import (
 from pbe.batch.run import Outcome, is_done, read_jobs, run_row
 from pbe.cli.comparison import comparison, runs, variants
 from pbe.cli.errors import one_line_errors
-from pbe.cli.flags import Parser, add_model, add_renamed, add_settings, flag, load_for
-from pbe.editing.loading import AdaptedModels, check_memory, distilled_for
+from pbe.cli.flags import Parser, add_model, add_renamed, add_settings, files_beside, flag, load_for
+from pbe.editing.loading import check_memory, distilled_for
 from pbe.editing.settings import COUNT, SETTINGS, EditSettings
 from pbe.io.fields import check
 
@@ -260,7 +260,7 @@ def edit_batch(args: argparse.Namespace) -> int:
         from pbe.batch.distributed import divide, row_runner
 
         form = (args.dtype, args.low_memory, args.compile)
-        set_up = row_runner(jobs, args.ckpt, *form, args.redo, args.adapter, args.tiny_decoder)
+        set_up = row_runner(jobs, args.ckpt, *form, args.redo, *files_beside(args))
         shared = divide(len(jobs), set_up, args.device, args.devices, args.num_nodes, not args.quiet)
         if shared is None:  # the first process reports for all
             return 0
@@ -295,7 +295,7 @@ def weights_of(args: argparse.Namespace, adapters: Sequence[AdapterLike]) -> Wei
     from pbe.checkpoints.loading import choose_device, choose_dtype
 
     dtype = choose_dtype(args.dtype, choose_device(args.device))
-    return identify(args.ckpt, dtype, adapters, args.tiny_decoder)
+    return identify(args.ckpt, dtype, *files_beside(args))
 
 
 def is_lossy(out: str) -> bool:

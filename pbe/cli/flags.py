@@ -107,6 +107,8 @@ def add_model(group: Group, default: Path | None = None) -> None:
         "or demo, the small model that comes with this package" + (f" (default: {default})" if default else ""),
     )
     add_adapter(group)
+    add_weights(group)
+    group.add_argument("--vae", type=Path, metavar="FILE", help="another autoencoder of the same latents")
     group.add_argument(
         "--tiny-decoder", type=Path, metavar="FILE", help="TAESD's decoder, for --decoder tiny and previews"
     )
@@ -137,6 +139,26 @@ def add_adapter(group: Group) -> None:
     )
 
 
+def adapter(text: str) -> tuple[Path, float]:
+    """A file of adapters and its strength, of FILE or FILE:STRENGTH."""
+    file, colon, number = text.rpartition(":")
+    try:
+        return (Path(file), float(number)) if colon else (Path(text), 1.0)
+    except ValueError:  # a colon of the name's own
+        return Path(text), 1.0
+
+
+def add_weights(group: Group) -> None:
+    """--weights"""
+    group.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="the checkpoint's moving averages (ema) or what was trained (raw); auto (default): of files of this library's "
+        "training the averages, as its sample grids show",
+    )
+
+
 def add_device(group: Group) -> None:
     """--device"""
     group.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
@@ -163,11 +185,16 @@ def add_force(group: Group) -> None:
     group.add_argument("--force", action="store_true", help="replace what is there at --out")
 
 
-def load_for(args: argparse.Namespace, adapters: Sequence[AdapterLike] | None = None) -> PaintByExample:
-    """The model that the flags of `add_model` ask for, or with other adapters, ready for editing."""
+def files_beside(args: argparse.Namespace) -> tuple[Any, ...]:
+    """What the flags of `add_model` name beside the checkpoint, and what is taken of it, in the order of parameters."""
+    return args.adapter, args.tiny_decoder, args.vae, args.weights
+
+
+def load_for(args: argparse.Namespace) -> PaintByExample:
+    """The model that the flags of `add_model` ask for, ready for editing."""
     from pbe.editing.loading import limit_threads, load_editor
 
-    form = (args.dtype, args.low_memory, args.compile, args.adapter if adapters is None else adapters)
-    model = load_editor(args.ckpt, args.device, *form, args.tiny_decoder)
+    form = (args.dtype, args.low_memory, args.compile)
+    model = load_editor(args.ckpt, args.device, *form, *files_beside(args))
     limit_threads(model)
     return model

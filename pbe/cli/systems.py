@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pbe.cli.flags import add_adapter, add_device, add_dtype, add_force, add_renamed, add_settings, check_output, flag
+from pbe.cli.flags import (
+    add_adapter,
+    add_device,
+    add_dtype,
+    add_force,
+    add_renamed,
+    add_settings,
+    add_weights,
+    check_output,
+    flag,
+)
 from pbe.cli.scoring import add_judges, add_test_set, load_judges, open_test_set, progress, write_scores
 from pbe.editing.settings import SAMPLING
 
@@ -42,6 +52,7 @@ def add_files(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     about = "Paint by Example: a checkpoint, a folder of diffusers, or demo"
     g.add_argument("--ckpt", type=Path, dest="paint_by_example", metavar="FILE", help=about)
     add_adapter(g)
+    add_weights(g)
     g.add_argument("--stable-diffusion", type=Path, metavar="FILE", help="Stable Diffusion v1, such as sd-v1-4.ckpt")
     g.add_argument("--vocabulary", type=Path, metavar="FILE", help="CLIP's: bpe_simple_vocab_16e6.txt.gz")
     return g
@@ -157,7 +168,7 @@ def weight_files(args: argparse.Namespace, who: str, given: Mapping[str, Path | 
     if missing:
         raise ValueError(f"{who} needs {' and '.join(missing)}")
     adapters = tuple(args.adapter) if "paint_by_example" in given else ()
-    return WeightFiles(**given, device=args.device, dtype=args.dtype, adapters=adapters)
+    return WeightFiles(**given, device=args.device, dtype=args.dtype, adapters=adapters, weights=args.weights)
 
 
 def generate(
@@ -200,6 +211,8 @@ def describe(one: SystemRun) -> dict[str, Any]:
     if not files:
         return dict(one.settings)
     weights = {kind: {"file": path.name, "sha256": sha256_of(path)} for kind, path in files.items()}
+    if one.weights.weights != "auto" and "paint_by_example" in weights:
+        weights["paint_by_example"]["weights"] = one.weights.weights
     about = {name: value for name, value in one.about.items() if name in ("dtype", "adapters")}
     return {**one.settings, **about, "weights": weights}
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from pbe.acceleration import Compile
     from pbe.checkpoints.adapters import AdapterLike
+    from pbe.checkpoints.recognised import WeightChoice
     from pbe.models.paint_by_example import Distilled, PaintByExample
 
 SMALL_RESOLUTION = 128
@@ -40,6 +41,8 @@ def load_editor(
     compile: Compile | None = None,
     adapters: Sequence[AdapterLike] = (),
     tiny_decoder: Path | None = None,
+    vae: Path | None = None,
+    weights: WeightChoice = "auto",
 ) -> PaintByExample:
     """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone, with its adapters.
 
@@ -58,7 +61,8 @@ def load_editor(
     chosen = choose_device(device)
     home, precision = choose_device("cpu") if low_memory else chosen, choose_dtype(dtype, chosen)
     # on the CPU preparing converts what is mapped, with no copy between; to a device the least is sent
-    model = load_model(checkpoint, home, "stored" if home.type == "cpu" else precision, tiny_decoder=tiny_decoder)
+    form = "stored" if home.type == "cpu" else precision
+    model = load_model(checkpoint, home, form, tiny_decoder=tiny_decoder, vae=vae, weights=weights)
     if not isinstance(model, PaintByExample):
         raise ValueError(f"{checkpoint} holds {type(model).__name__}, editing needs Paint by Example")
     if adapters:

@@ -5,6 +5,7 @@ OpenAI's own files come through a table in `pbe.checkpoints`. One set of classes
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 # mean and standard deviation of the pictures CLIP was trained on, by channel, for values in [0, 1]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Activation = Literal["quick_gelu", "gelu"]  # OpenAI trained with the first, open_clip mostly with the other
 
 
 def check_heads(width: int, num_heads: int) -> None:
@@ -31,6 +34,7 @@ class CLIPVisionConfig:
     patch_size: int = 14
     image_size: int = 224
     mlp_width: int = 4096
+    activation: Activation = "quick_gelu"
 
     def __post_init__(self) -> None:
         check_heads(self.width, self.num_heads)
@@ -51,6 +55,7 @@ class CLIPTextConfig:
     vocab_size: int = 49408
     context_length: int = 77
     mlp_width: int = 3072
+    activation: Activation = "quick_gelu"
 
     def __post_init__(self) -> None:
         check_heads(self.width, self.num_heads)
@@ -92,24 +97,26 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    def __init__(self, width: int, mlp_width: int):
+    def __init__(self, width: int, mlp_width: int, activation: Activation):
         super().__init__()
         self.fc1 = nn.Linear(width, mlp_width)
         self.fc2 = nn.Linear(mlp_width, width)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(quick_gelu(self.fc1(x)))
+        x = self.fc1(x)
+        return self.fc2(quick_gelu(x) if self.activation == "quick_gelu" else F.gelu(x))
 
 
 class CLIPLayer(nn.Module):
     """Attention and a two-layer network, each after a LayerNorm and around a skip."""
 
-    def __init__(self, width: int, num_heads: int, mlp_width: int):
+    def __init__(self, config: CLIPVisionConfig | CLIPTextConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(width)
-        self.self_attn = CLIPAttention(width, num_heads)
-        self.layer_norm2 = nn.LayerNorm(width)
-        self.mlp = CLIPMLP(width, mlp_width)
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.self_attn = CLIPAttention(config.width, config.num_heads)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.mlp = CLIPMLP(config.width, config.mlp_width, config.activation)
 
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), is_causal)
@@ -119,9 +126,7 @@ class CLIPLayer(nn.Module):
 class CLIPEncoder(nn.Module):
     def __init__(self, config: CLIPVisionConfig | CLIPTextConfig):
         super().__init__()
-        self.layers = nn.ModuleList(
-            CLIPLayer(config.width, config.num_heads, config.mlp_width) for _ in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_layers))
 
     def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
         for layer in self.layers:

@@ -12,11 +12,11 @@ from pbe.models.vae import AutoencoderKL, VAEConfig
 
 @dataclass(frozen=True)
 class StableDiffusionConfig:
-    """Sizes of `StableDiffusion`; the defaults are those of v1-4."""
+    """Sizes of `StableDiffusion`; the defaults are those of v1-4. `text` is None in files without their text tower."""
 
     unet: UNetConfig = UNetConfig(in_channels=4)
     vae: VAEConfig = VAEConfig()
-    text: CLIPTextConfig = CLIPTextConfig()
+    text: CLIPTextConfig | None = CLIPTextConfig()
     resolution: int = 512
 
 
@@ -28,8 +28,9 @@ class StableDiffusion(nn.Module):
         self.config = config
         self.model = nn.ModuleDict({"diffusion_model": UNet(config.unet)})
         self.first_stage_model = AutoencoderKL(config.vae)
-        tower = nn.ModuleDict({"text_model": CLIPTextTower(config.text)})
-        self.cond_stage_model = nn.ModuleDict({"transformer": tower})
+        if config.text:
+            tower = nn.ModuleDict({"text_model": CLIPTextTower(config.text)})
+            self.cond_stage_model = nn.ModuleDict({"transformer": tower})
 
     @property
     def unet(self) -> UNet:

@@ -18,7 +18,8 @@ class UNetConfig:
     """Sizes of `UNet`; the defaults are those of Paint by Example (Stable Diffusion v1 with 9 input channels).
 
     `attention_levels` are the indices of `channel_mult` that have transformers; the middle block always has one.
-    `num_heads` is the same at every level, so heads grow wider with the channels.
+    `num_heads` is the same at every level, so heads grow wider with the channels, unless `level_heads` has a number for
+    each level; the middle block's is the last one.
     """
 
     in_channels: int = 9
@@ -29,14 +30,23 @@ class UNetConfig:
     attention_levels: tuple[int, ...] = (0, 1, 2)
     num_heads: int = 8
     context_dim: int = 768
+    level_heads: tuple[int, ...] = ()
+
+    def heads(self, level: int) -> int:
+        """How many attention heads a level has."""
+        return self.level_heads[level] if self.level_heads else self.num_heads
 
     def __post_init__(self) -> None:
         if not all(0 <= i < len(self.channel_mult) for i in self.attention_levels):
             raise ValueError(f"attention_levels {self.attention_levels} must index channel_mult {self.channel_mult}")
+        if self.level_heads and len(self.level_heads) != len(self.channel_mult):
+            raise ValueError(
+                f"level_heads {self.level_heads} must be one number for each of {len(self.channel_mult)} levels"
+            )
         for i in {*self.attention_levels, len(self.channel_mult) - 1}:
             width = self.model_channels * self.channel_mult[i]
-            if width % self.num_heads:
-                raise ValueError(f"{width} channels at level {i} do not divide into num_heads={self.num_heads}")
+            if width % self.heads(i):
+                raise ValueError(f"{width} channels at level {i} do not divide into num_heads={self.heads(i)}")
 
 
 class Attention(nn.Module):
@@ -158,8 +168,8 @@ class UNet(UShaped):
         C, mult = config.model_channels, config.channel_mult
         emb_dim = 4 * C
 
-        def transformer(channels: int) -> SpatialTransformer:
-            return SpatialTransformer(channels, config.context_dim, config.num_heads)
+        def transformer(channels: int, level: int) -> SpatialTransformer:
+            return SpatialTransformer(channels, config.context_dim, config.heads(level))
 
         self.time_embed = nn.Sequential(nn.Linear(C, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
 
@@ -171,7 +181,7 @@ class UNet(UShaped):
                 layers = Layers([ResBlock(channels, m * C, emb_dim)])
                 channels = m * C
                 if level in config.attention_levels:
-                    layers.append(transformer(channels))
+                    layers.append(transformer(channels, level))
                 self.input_blocks.append(layers)
                 skip_channels.append(channels)
             if level < len(mult) - 1:
@@ -179,7 +189,7 @@ class UNet(UShaped):
                 skip_channels.append(channels)
 
         self.middle_block = Layers(
-            [ResBlock(channels, channels, emb_dim), transformer(channels), ResBlock(channels, channels, emb_dim)]
+            [ResBlock(channels, channels, emb_dim), transformer(channels, -1), ResBlock(channels, channels, emb_dim)]
         )
 
         self.output_blocks = nn.ModuleList()
@@ -188,7 +198,7 @@ class UNet(UShaped):
                 layers = Layers([ResBlock(channels + skip_channels.pop(), m * C, emb_dim)])
                 channels = m * C
                 if level in config.attention_levels:
-                    layers.append(transformer(channels))
+                    layers.append(transformer(channels, level))
                 if level > 0 and i == config.num_res_blocks:
                     layers.append(Upsample(channels))
                 self.output_blocks.append(layers)

@@ -11,10 +11,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
-from pbe.checkpoints.infer_config import Shapes, vae_config
-from pbe.checkpoints.loading import hints_of, load_model, open_recognised
+from pbe.checkpoints.loading import build, load_model, open_recognised, open_vae
 from pbe.checkpoints.meta_device import build_on_meta
+from pbe.checkpoints.original_layouts import VAE_PREFIX
 from pbe.io.fields import check_fields
 from pbe.models.blocks import ResBlock
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
@@ -34,7 +33,6 @@ PARTS: dict[Part, str] = {
     "null_context": "learnable_vector",
     "clip": "cond_stage_model.transformer.",
 }
-VAE_PREFIX = "first_stage_model."
 
 
 @dataclass
@@ -42,13 +40,14 @@ class ModelConfig:
     """What training starts from."""
 
     init: str = "scratch"
-    """A checkpoint of Paint by Example in any layout that `pbe.load_model` reads, or "scratch"."""
+    """A checkpoint of Paint by Example in any layout that `pbe.load_model` reads, or "scratch". Of a file with averages
+    too, training starts from the weights that they average."""
     reset: list[Part] = field(default_factory=list)
     """Parts that start from seeded weights, whatever `init` holds."""
     size: PaintByExampleConfig | None = None
     """From scratch only: the networks' sizes, but for the autoencoder's, which its file decides."""
     vae: str | None = None
-    """From scratch only: a checkpoint with a trained autoencoder, such as the task `vae` makes."""
+    """From scratch only: a trained autoencoder, of the task `vae`, in a file or folder of its own, or in a model's."""
     tokens: Literal["class", "all"] | None = None
     """What passes of the exemplar, see `ExemplarConfig`; None: as `init` or `size` has it."""
 
@@ -73,7 +72,7 @@ def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
         for name in ("size", "vae"):
             if getattr(config, name) is not None:
                 raise ValueError(f"model.{name} is for model.init=scratch; {config.init} brings its own")
-        loaded = load_model(config.init, "cpu", torch.float32)
+        loaded = load_model(config.init, "cpu", torch.float32, weights="raw")
         if not isinstance(loaded, PaintByExample):
             raise ValueError(
                 f"model.init={config.init} holds {type(loaded).__name__}, training needs Paint by Example: "
@@ -119,20 +118,12 @@ def loaded_vae(path: str | Path, latent_scale: float | None = None) -> Autoencod
 
 
 def read_vae(path: str | Path) -> tuple[VAEConfig, dict[str, Tensor]]:
-    """The sizes and float32 tensors, under their keys in Paint by Example, of the autoencoder in a checkpoint of the
-    original layout; `CheckpointError` if there is none or it is not whole."""
-    checkpoint = open_checkpoint(path)
-    names = [n for n in checkpoint.names() if n.startswith(VAE_PREFIX) and not n.startswith(f"{VAE_PREFIX}loss.")]
-    if not names:
-        raise CheckpointError(f"{path} holds no autoencoder (names that begin with {VAE_PREFIX!r})")
-    shapes = Shapes(path, {name: tuple(checkpoint.shape(name)) for name in names})
-    config = vae_config(shapes, hints_of(checkpoint))
-    vae = build_on_meta(AutoencoderKL, config)
-    expected = {VAE_PREFIX + name: tuple(p.shape) for name, p in vae.state_dict().items()}
-    if expected != shapes:
-        odd = sorted({name for name, _ in expected.items() ^ shapes.items()})
-        raise CheckpointError(f"{path} holds another kind of autoencoder: {len(odd)} tensors differ, as {odd[0]}")
-    return config, {name: checkpoint.tensor(name).to(torch.float32, copy=True) for name in names}
+    """The sizes and float32 tensors, under their keys in Paint by Example, of the autoencoder in a checkpoint; raises
+    as `open_vae`."""
+    vae = open_vae(path)
+    config = build(vae).config
+    assert isinstance(config, VAEConfig)
+    return config, {VAE_PREFIX + name: vae.tensor(name).to(torch.float32, copy=True) for name in vae.mappings}
 
 
 def initial_weights(

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.original_layouts import VAE_PREFIX
 from pbe.data.example import Example
 from pbe.io.fields import Range, check_fields
 from pbe.models.vae import AutoencoderKL
 from pbe.sampling import randn
 from pbe.training.draws import latent_shape
-from pbe.training.initialization import VAE_PREFIX
 from pbe.training.optimizer import OptimizerConfig
 from pbe.training.task import TrainingTask, data_of, sum_over_processes
 

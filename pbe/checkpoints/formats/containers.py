@@ -9,6 +9,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ MAX_TENSORS = 10_000  # the released model with its averages has 2,076
 MAX_GROWTH, SMALL_TENSOR_BYTES = 8, 1 << 26
 MAX_NAME = 500  # characters of a tensor's name
 MAX_ENTRY = 1 << 17  # of the text of the entry `pbe`
+# Where files keep their weights, if not at the top, in the order of preference.
+PLACES = ("params_ema", "params", "model", "module", "model_state_dict")
+# Names that wrappers of a network add to its own: torch.compile, DataParallel, FSDP, activation checkpointing.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
@@ -202,8 +207,11 @@ def read_safetensors(path: Path) -> Checkpoint:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, if what it asks for is in proportion to its file, and its entry `pbe` is plain data."""
-    path, tensors = checkpoint.path, checkpoint.tensors
+    """The checkpoint, its names without those of wrappers, if what it asks for is in proportion to its file, and its
+    entry `pbe` is plain data."""
+    path, tensors = checkpoint.path, {WRAPPERS.sub("", name): x for name, x in checkpoint.tensors.items()}
+    if len(tensors) < len(checkpoint.tensors):
+        raise CheckpointError(f"{path} holds tensors of one name with and without module. or _orig_mod. in it")
     if len(tensors) > MAX_TENSORS:
         raise CheckpointError(f"{path} holds {len(tensors):,} tensors; expected at most {MAX_TENSORS:,}")
     if (longest := max(map(len, tensors))) > MAX_NAME:
@@ -212,7 +220,7 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     if needed > max(SMALL_TENSOR_BYTES, MAX_GROWTH * size):
         raise CheckpointError(f"{path} has {size:,} bytes, and its tensors need {needed:,}: it is not sound")
     _check_plain(checkpoint.entry, path)
-    return checkpoint
+    return replace(checkpoint, tensors=tensors)
 
 
 def _check_plain(entry: dict[str, Any], path: Path) -> None:
@@ -250,15 +258,23 @@ def _stored(path: Path, name: str, tensor: TensorRef, locate: Callable[[StorageR
     return StoredTensor(record, start, tensor.span, tensor.dtype, torch.Size(tensor.shape), tensor.stride)
 
 
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(x, TensorRef) for x in value.values())
+
+
 def _state_dict(path: Path, kind: str, top: Any, locate: Callable[[StorageRef], Any]) -> Checkpoint:
-    """The weights are `top["state_dict"]`, or else the tensors of `top` itself; the rest are extras."""
+    """The weights are `top["state_dict"]`, or else the tensors of `top` itself or of one of `PLACES`; the rest are
+    extras."""
     if not isinstance(top, dict):
         what = repr(top) if isinstance(top, Placeholder) else f"a {type(top).__name__}"
         raise CheckpointError(f"{path} is a {kind} that holds {what}; expected a dict of named tensors")
     weights, extras = top, {}
-    if isinstance(top.get("state_dict"), dict):
-        weights = top["state_dict"]
-        extras = {key: value for key, value in top.items() if key != "state_dict"}
+    place = "state_dict" if isinstance(top.get("state_dict"), dict) else None
+    if place is None and not _holds_tensors(top):
+        place = next((key for key in PLACES if _holds_tensors(top.get(key))), None)
+    if place:
+        weights = top[place]
+        extras = {key: value for key, value in top.items() if key != place}
     tensors: StoredTensors = {}
     others = {}
     for name, value in weights.items():
@@ -276,8 +292,8 @@ def _state_dict(path: Path, kind: str, top: Any, locate: Callable[[StorageRef], 
         )
     if weights is top:
         extras = others
-    elif others:
-        extras["state_dict"] = others
+    elif others and place:
+        extras[place] = others
     return _checked(Checkpoint(path, kind, tensors, extras))
 
 

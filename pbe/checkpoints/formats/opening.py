@@ -32,7 +32,10 @@ WEIGHT_FILES = (
     "model.safetensors",
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
+CONFIG_FILES = ("config.json", "open_clip_config.json")
 
 # Files that are taken for a checkpoint, by how they begin (lower case).
 OTHER_FORMATS = {
@@ -59,16 +62,26 @@ OTHER_FORMATS = {
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """Where a checkpoint is: `path`, for "demo" the small model that is part of this package (docs/demo-model.md), for
-    `hf:OWNER/NAME[/FILE][@REVISION]` where `hub.fetch` puts what the Hugging Face Hub has.
+    """Where a checkpoint is: `path`, or for "demo" the small model that is part of this package (docs/demo-model.md);
+    for a folder `models--OWNER--NAME` of the hub's cache, the snapshot in it.
 
-    A file of one's own that is called demo is "./demo".
+    A file of one's own that is called demo is "./demo". Raises `CheckpointError` where the cache has several snapshots.
     """
-    if (text := Path(path).as_posix()).startswith("hf:"):
-        from pbe.checkpoints.formats.hub import fetch
+    if os.fspath(path) == "demo":
+        return DEMO_MODEL
+    path = Path(path)
+    return _snapshot(path) if (path / "snapshots").is_dir() else path
 
-        return fetch(text)
-    return DEMO_MODEL if os.fspath(path) == "demo" else Path(path)
+
+def _snapshot(cache: Path) -> Path:
+    """The snapshot that `refs/main` names, or the only one."""
+    found = {path.name: path for path in sorted((cache / "snapshots").iterdir()) if path.is_dir()}
+    main = cache / "refs" / "main"
+    named = main.read_text(errors="replace").strip() if main.is_file() else ""
+    if named in found or len(found) == 1:
+        return found.get(named) or next(iter(found.values()))
+    listed = ", ".join(map(str, found.values())) or "none"
+    raise CheckpointError(f"{cache} has no snapshot {named or 'that refs/main names'}; give one of: {listed}")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -133,21 +146,24 @@ def _open_folder(path: Path) -> Checkpoint:
             components.append("tiny_decoder")
         if not components:
             raise CheckpointError(f"{path / 'model_index.json'} lists none of {', '.join(COMPONENTS)}")
+        if absent := [name for name in components if not (path / name).is_dir()]:
+            raise CheckpointError(f"{path} lacks its parts {', '.join(absent)}, which model_index.json lists")
         parts = {f"{name}.": _read_component(path / name) for name in components}
         kind, extras = "diffusers folder", {"model_index": index}
-    elif (path / "config.json").is_file():
+    elif any((path / name).is_file() for name in CONFIG_FILES):
         parts = {"": _read_component(path)}
         kind, extras = "Hugging Face model folder", {}
     else:
-        raise CheckpointError(
-            f"{path} is a folder with neither model_index.json (diffusers) nor config.json (a Hugging Face model); "
-            f"{EXPECTED}"
-        )
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in (".ckpt", ".safetensors", ".pt", ".bin"))
+        what = f"give one of the files in it: {', '.join(inside[:8])}" if inside else EXPECTED
+        lacks = "neither model_index.json (diffusers) nor config.json (a Hugging Face model)"
+        raise CheckpointError(f"{path} is a folder with {lacks}; {what}")
     tensors: StoredTensors = {}
     extras["configs"] = {}
     for prefix, part in parts.items():
         component = prefix.removesuffix(".")
-        extras["configs"][component] = _read_json(path / component / "config.json")
+        configs = [path / component / name for name in CONFIG_FILES]
+        extras["configs"][component] = _read_json(next(filter(Path.is_file, configs), configs[0]))
         tensors |= {prefix + name: tensor for name, tensor in part.tensors.items()}
         extras |= {"pbe": part.extras["pbe"]} if "pbe" in part.extras else {}
     return Checkpoint(path, kind, tensors, extras)
