@@ -100,8 +100,9 @@ def recognise(file: Checkpoint, without: str | None = None) -> RecognisedCheckpo
     path, layout = file.path, find_layout(file.names(), without)
     for outer in OUTER:
         if layout is None and all(name.startswith(outer) for name in file.names()):
-            file = part_of(file, outer)
-            layout = find_layout(file.names(), without)
+            inner = part_of(file, outer)
+            layout = find_layout(inner.names(), without)
+            file = inner if layout else file
     names = list(file.names())
     if layout is None and holds_adapters(file):
         raise CheckpointError(f"{path} holds adapters alone: give it beside a checkpoint (--adapter), not as one")

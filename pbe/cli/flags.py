@@ -154,8 +154,8 @@ def add_weights(group: Group) -> None:
         "--weights",
         choices=("auto", "ema", "raw"),
         default="auto",
-        help="the checkpoint's moving averages (ema) or what was trained (raw); auto (default): of files of this library's "
-        "training the averages, as its sample grids show",
+        help="the checkpoint's moving averages (ema) or what was trained (raw); auto (default): of files of this "
+        "library's training the averages, as its sample grids show",
     )
 
 

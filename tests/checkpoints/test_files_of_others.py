@@ -4,6 +4,7 @@ files, the hub's cache, averages, and files that lack a network."""
 import json
 import warnings
 from dataclasses import replace
+from functools import cache
 
 import diffusers
 import pytest
@@ -13,11 +14,11 @@ from conftest import TINY as CONFIG
 from golden_file import noise, parameter
 
 import pbe
+from pbe.checkpoints import seeding
 from pbe.checkpoints.clip_layouts import openai_clip
 from pbe.checkpoints.formats.opening import CheckpointError, find_checkpoint
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.loading import open_recognised, open_vae
-from pbe.checkpoints.seeding import seeded_state
 from pbe.checkpoints.surgery import config_of, describe
 from pbe.checkpoints.writing import unet_json, vae_json
 from pbe.cli.checkpoint import main
@@ -37,6 +38,12 @@ SMALL_SD = StableDiffusionConfig(
 )
 
 
+@cache
+def seeded_state(config, seed):
+    return seeding.seeded_state(config, seed)
+
+
+@cache
 def fill(model_class, config, seed=5):
     with torch.device("meta"):
         model = model_class(config)
@@ -123,10 +130,9 @@ LOSS = {
 def test_separate_autoencoders(model, tmp_path, make):
     state = vae_state()
     torch.save(make(state), tmp_path / "vae.ckpt")
-    assert same({name: open_vae(tmp_path / "vae.ckpt").tensor(name) for name in state}, state)
-    config, tensors = read_vae(tmp_path / "vae.ckpt")
+    config, tensors = read_vae(tmp_path / "vae.ckpt")  # for training's model.vae
     assert config == CONFIG.vae
-    assert tensors.keys() == {VAE + name for name in state}
+    assert same(tensors, {VAE + name: x for name, x in state.items()})
     expected = seeded_state(CONFIG, 1) | {VAE + name: x for name, x in state.items()}
     assert same(load(model, vae=tmp_path / "vae.ckpt").state_dict(), expected)
 
@@ -336,9 +342,7 @@ def test_open_clip_s_gelu_is_read_from_its_config_or_doubted(tmp_path):
     for quick, activation in ((False, "gelu"), (True, "quick_gelu")):
         settings = {"model_cfg": {**towers, **({"quick_gelu": True} if quick else {})}}
         (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
-        stated = CLIPConfig(
-            *(replace(x, activation=activation) for x in (config.vision, config.text)), config.embed_dim
-        )
+        vision, text = (replace(tower, activation=activation) for tower in (config.vision, config.text))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert load(tmp_path).config == CLIPConfig(vision, text, config.embed_dim)

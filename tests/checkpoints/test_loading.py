@@ -12,9 +12,9 @@ from conftest import TINY as CONFIG
 from golden_file import noise, parameter
 
 import pbe
+from pbe.checkpoints.clip_layouts import openai_clip
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError
 from pbe.checkpoints.infer_config import pbe_entry
-from pbe.checkpoints.layouts import openai_clip
 from pbe.checkpoints.loading import (
     DTYPES,
     check_names_and_shapes,
@@ -214,9 +214,16 @@ def test_an_impossible_entry_is_named(tmp_path, entry, message):
 
 
 def test_a_folder_of_another_family_is_named():
-    checkpoint = Checkpoint(Path("xl"), "made up", {}, {"configs": {"unet": {"attention_head_dim": [5, 10, 20]}}})
-    with pytest.raises(CheckpointError, match=r"xl: its config\.json says \[5, 10, 20\] heads by level"):
+    checkpoint = Checkpoint(Path("xl"), "made up", {}, {"configs": {"unet": {"attention_head_dim": [[5], 10, 20]}}})
+    message = (
+        r"xl: its config\.json says level_heads must be a list of whole numbers, one per level, got \[\[5\], 10, 20\]"
+    )
+    with pytest.raises(CheckpointError, match=message):
         hints_of(checkpoint)
+    tensors = {name: Described(x.shape, x.dtype) for name, x in seeded_state(CONFIG, 0).items()}
+    checkpoint = recognise(Checkpoint(Path("xl"), "made up", tensors, {"pbe": {"level_heads": [5, 10, 20]}}))
+    with pytest.raises(CheckpointError, match=r"\(5, 10, 20\) must be one number for each of 2 levels"):
+        config_of(checkpoint)
 
 
 def test_heads_of_a_clip_folder_come_from_its_config(tmp_path):
@@ -286,11 +293,13 @@ def test_files_that_do_not_fit(tmp_path, change, message):
 
 
 def test_clip_with_another_activation_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}))
     state = fill(CLIP, CLIPConfig(CLIPVisionConfig(64, 1, 1, 32), CLIPTextConfig(64, 1, 1, 9), 8))
     torch.save(state, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"'gelu'.*quick_gelu"):
-        pbe.load_model(tmp_path, device="cpu")
+    for vision, text, named in (("relu", "relu", "'relu'"), ("gelu", "quick_gelu", "'quick_gelu'")):
+        towers = {"vision_config": {"hidden_act": vision}, "text_config": {"hidden_act": text}}
+        (tmp_path / "config.json").write_text(json.dumps(towers))
+        with pytest.raises(CheckpointError, match=rf"hidden_act={named}; expected 'quick_gelu' or 'gelu' in both"):
+            pbe.load_model(tmp_path, device="cpu")
 
 
 def test_wrong_devices_and_precisions():

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import golden_file
 import lightning
+import numpy as np
 import pytest
 import torch
 import toy_run
@@ -19,9 +20,11 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from PIL import Image
 
 import pbe
+from pbe.batch.provenance import read_provenance
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.loading import open_recognised
 from pbe.checkpoints.surgery import expand, extract_ema
+from pbe.cli.edit import main as edit
 from pbe.cli.train import main
 from pbe.data.datamodule import ExampleDataModule
 from pbe.data.example import Example
@@ -40,7 +43,7 @@ from pbe.training.callbacks.checkpoints import (
     step_of,
 )
 from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics
-from pbe.training.callbacks.samples import SamplesConfig, sample_grid
+from pbe.training.callbacks.samples import SamplesConfig, first_examples, sample, sample_grid, to_picture
 from pbe.training.callbacks.stopping import StopSignals
 from pbe.training.config import load_config
 from pbe.training.draws import make_noise_draws
@@ -49,7 +52,7 @@ from pbe.training.initialization import PARTS, ModelConfig, initial_weights, rea
 from pbe.training.loss import check_finite, denoising_losses, drop_exemplars, encode, loss_weights, training_losses
 from pbe.training.module import PaintByExampleTraining, TrainingConfig, trained_names
 from pbe.training.optimizer import OptimizerConfig, adamw, lr_factor, make_optimizer
-from pbe.training.run import make_module
+from pbe.training.run import make_module, open_data
 from pbe.training.vae import VAETraining
 
 
@@ -447,7 +450,7 @@ def test_starts_that_cannot_be(toy):
         (ModelConfig(size=config.size), r"model\.init=scratch needs model\.vae"),
         (ModelConfig(vae=config.vae), r"model\.init=scratch needs model\.size"),
         (ModelConfig(init=path, vae=config.vae), r"model\.vae is for model\.init=scratch"),
-        (ModelConfig(init=config.vae), r"fits no known model"),
+        (ModelConfig(init=config.vae), r"holds AutoencoderKL, training needs Paint by Example"),
     ):
         with pytest.raises(ValueError, match=message):
             starting_model(bad, 0)
@@ -470,8 +473,7 @@ def test_every_parameter_has_an_initial_weight():
 
 def test_checkpoints_load_straight(finished, toy):
     path = finished / "checkpoints" / "step-00000010.ckpt"
-    with pytest.warns(UserWarning, match=r"step-00000010\.ckpt: its averaged weights are not used; .*extract-ema"):
-        model = pbe.load_model(path, "cpu")
+    model = pbe.load_model(path, "cpu", weights="raw")
     saved = toy_run.checkpoint(finished, 10)
     assert all(torch.equal(x, saved["state_dict"][name]) for name, x in model.state_dict().items())
     assert model.config.vae.latent_scale == 0.5
@@ -481,6 +483,38 @@ def test_checkpoints_load_straight(finished, toy):
     photo = Image.new("RGB", (48, 40), "gray")
     (edited,) = pbe.edit(model, photo, (10, 10, 30, 30), photo, steps=4, sampler="ddim")
     assert edited.size == photo.size
+
+
+def test_an_edit_by_a_fresh_checkpoint_gives_what_its_sample_grid_showed(finished, tmp_path):
+    path, config = finished / "checkpoints" / "step-00000010.ckpt", load_config([str(finished / "config.yaml")])
+    examples = first_examples(open_data(config).val_dataloader(), config.samples.count)
+    with pytest.warns(UserWarning, match=r"step-00000010\.ckpt: its averages are used, as in its sample grids"):
+        model = pbe.load_model(path, "cpu", "float32")
+    raw = pbe.load_model(path, "cpu", "float32", weights="raw")
+    shown = Image.open(finished / "samples" / "step-00000010.png")
+    again, other = (sample_grid(one, examples, config.samples.settings()) for one in (model, raw))
+    assert again.tobytes() == shown.tobytes() != other.tobytes()
+
+    # the same by the command, from the pictures in 8 bits
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    photo = to_picture(examples.source[0] / 2 + 0.5)
+    mask, exemplar = to_picture(1 - examples.mask[0]), to_picture(examples.exemplar[0] * std + mean)
+    files = {"image": photo, "mask": mask, "exemplar": exemplar}
+    for name, picture in files.items():
+        picture.save(tmp_path / f"{name}.png")
+    flags = [text for name in files for text in (f"--{name}", str(tmp_path / f"{name}.png"))]
+    flags += ["--seed", "0", "--steps", "2", "--sampler", "ddim", "--window", "full", "--no-composite", "--quiet"]
+    photo, exemplar = (torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in (photo, exemplar))
+    example = Example(*(values[:1] for values in examples))
+    example = example._replace(source=photo[None] * 2 - 1, exemplar=((exemplar - mean) / std)[None])
+    for weights, network in (("auto", model), ("raw", raw)):
+        out = tmp_path / f"{weights}.png"
+        assert edit([*flags, "--ckpt", str(path), "--device", "cpu", "--weights", weights, "--out", str(out)]) == 0
+        expected = to_picture(sample(network, example, config.samples.settings())[0] / 2 + 0.5)
+        difference = np.abs(np.asarray(Image.open(out)).astype(int) - np.asarray(expected))
+        assert difference.max() <= 1
+    assert read_provenance(tmp_path / "raw.png")["weights"] == "raw"
+    assert "weights" not in read_provenance(tmp_path / "auto.png")
 
 
 def test_adapters_alone_are_trained_and_saved(toy, tmp_path):
