@@ -150,7 +150,6 @@ NETWORKS = {
     **dict.fromkeys((VAE_PREFIX[:-1], "vae"), "autoencoder"),
     **dict.fromkeys(("cond_stage_model.transformer", "text_encoder"), "text tower"),
     **dict.fromkeys(("cond_stage_model.mapper", "image_encoder"), "exemplar encoder"),
-    "learnable_vector": "null context",
 }
 WITHOUT = {
     "autoencoder": "`pbe checkpoint set-vae` puts one in, `--vae FILE` edits with one",

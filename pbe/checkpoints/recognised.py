@@ -14,8 +14,6 @@ from pbe.checkpoints.key_map import KeyMap, TensorMapping, mismatches, shorten
 from pbe.checkpoints.layouts import Layout
 from pbe.checkpoints.original_layouts import VAE_PREFIX
 from pbe.models.clip import CLIP, CLIPVisionTower
-from pbe.models.paint_by_example import PaintByExample
-from pbe.models.stable_diffusion import StableDiffusion
 
 WeightChoice = Literal["auto", "ema", "raw"]
 EMA_PREFIX = "model_ema."
@@ -99,10 +97,8 @@ def choose_weights(checkpoint: RecognisedCheckpoint, weights: WeightChoice) -> R
 def with_vae(checkpoint: RecognisedCheckpoint, vae: RecognisedCheckpoint) -> RecognisedCheckpoint:
     """A checkpoint with another autoencoder in the place of its own, if it has one.
 
-    Raises `CheckpointError` where the two have different sizes; `ValueError` for a model that has no autoencoder.
+    Raises `CheckpointError` where the two have different sizes.
     """
-    if checkpoint.layout.model not in (PaintByExample, StableDiffusion):
-        raise ValueError(f"{checkpoint.path} is {checkpoint.layout.name}, which has no autoencoder to replace")
     own = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(VAE_PREFIX)}
     new = {VAE_PREFIX + name: shape for name, shape in vae.shapes.items()}
     if own and (faults := mismatches(new, own)):

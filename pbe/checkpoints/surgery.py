@@ -235,7 +235,6 @@ def describe(checkpoint: RecognisedCheckpoint) -> dict[str, Any]:
     }
 
 
-VAE_PARTS = ("conv_in", "down", "mid", "up", "norm_out", "conv_out")
 NETWORKS = {
     "model.diffusion_model": "UNet",
     "first_stage_model": "VAE",
@@ -244,10 +243,9 @@ NETWORKS = {
     "vision_model": "CLIP vision",
     "text_model": "CLIP text",
     "tiny_decoder": "tiny decoder",
-    **{f"{net}.{part}": "VAE" for net in ("encoder", "decoder") for part in VAE_PARTS},
-    **dict.fromkeys(("quant_conv", "post_quant_conv"), "VAE"),
     **dict.fromkeys(("embeddings", "pre_layrnorm", "encoder.layers", "post_layernorm"), "CLIP vision"),
-    **dict.fromkeys(("encoder", "decoder", *map(str, range(MAX_LAYERS))), "TAESD"),
+    **dict.fromkeys((f"{net}{i}" for net in ("encoder.", "decoder.", "") for i in range(MAX_LAYERS)), "TAESD"),
+    **dict.fromkeys(("encoder", "decoder", "quant_conv", "post_quant_conv"), "VAE"),
     **dict.fromkeys(("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"), "ADM"),
 }
 

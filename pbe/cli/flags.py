@@ -106,7 +106,6 @@ def add_model(group: Group, default: Path | None = None) -> None:
         help="a checkpoint, a folder of diffusers, hf:OWNER/NAME[/FILE][@REVISION] on the Hugging Face Hub, "
         "or demo, the small model that comes with this package" + (f" (default: {default})" if default else ""),
     )
-    add_adapter(group)
     add_weights(group)
     group.add_argument("--vae", type=Path, metavar="FILE", help="another autoencoder of the same latents")
     group.add_argument(
@@ -124,6 +123,18 @@ def add_model(group: Group, default: Path | None = None) -> None:
         choices=("regions", "whole"),
         help="compile the networks, for many edits of one size: regions starts sooner, whole runs faster on cuda",
     )
+
+
+def add_weights(group: Group) -> None:
+    """--weights and --adapter"""
+    group.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="the checkpoint's moving averages (ema) or what was trained (raw); auto (default): of files of this "
+        "library's training the averages, as its sample grids show",
+    )
+    add_adapter(group)
 
 
 def add_adapter(group: Group) -> None:
@@ -146,17 +157,6 @@ def adapter(text: str) -> tuple[Path, float]:
         return (Path(file), float(number)) if colon else (Path(text), 1.0)
     except ValueError:  # a colon of the name's own
         return Path(text), 1.0
-
-
-def add_weights(group: Group) -> None:
-    """--weights"""
-    group.add_argument(
-        "--weights",
-        choices=("auto", "ema", "raw"),
-        default="auto",
-        help="the checkpoint's moving averages (ema) or what was trained (raw); auto (default): of files of this "
-        "library's training the averages, as its sample grids show",
-    )
 
 
 def add_device(group: Group) -> None:

@@ -9,17 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pbe.cli.flags import (
-    add_adapter,
-    add_device,
-    add_dtype,
-    add_force,
-    add_renamed,
-    add_settings,
-    add_weights,
-    check_output,
-    flag,
-)
+from pbe.cli.flags import add_device, add_dtype, add_force, add_renamed, add_settings, add_weights, check_output, flag
 from pbe.cli.scoring import add_judges, add_test_set, load_judges, open_test_set, progress, write_scores
 from pbe.editing.settings import SAMPLING
 
@@ -51,7 +41,6 @@ def add_files(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     g = p.add_argument_group("files of weights")
     about = "Paint by Example: a checkpoint, a folder of diffusers, or demo"
     g.add_argument("--ckpt", type=Path, dest="paint_by_example", metavar="FILE", help=about)
-    add_adapter(g)
     add_weights(g)
     g.add_argument("--stable-diffusion", type=Path, metavar="FILE", help="Stable Diffusion v1, such as sd-v1-4.ckpt")
     g.add_argument("--vocabulary", type=Path, metavar="FILE", help="CLIP's: bpe_simple_vocab_16e6.txt.gz")

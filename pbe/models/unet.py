@@ -40,9 +40,7 @@ class UNetConfig:
         if not all(0 <= i < len(self.channel_mult) for i in self.attention_levels):
             raise ValueError(f"attention_levels {self.attention_levels} must index channel_mult {self.channel_mult}")
         if self.level_heads and len(self.level_heads) != len(self.channel_mult):
-            raise ValueError(
-                f"level_heads {self.level_heads} must be one number for each of {len(self.channel_mult)} levels"
-            )
+            raise ValueError(f"level_heads {self.level_heads} must be one number for each of {self.channel_mult}")
         for i in {*self.attention_levels, len(self.channel_mult) - 1}:
             width = self.model_channels * self.channel_mult[i]
             if width % self.heads(i):

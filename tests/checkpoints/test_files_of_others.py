@@ -169,7 +169,7 @@ def test_a_model_s_scale_holds_for_an_autoencoder_that_does_not_say_its_own(tmp_
 def test_an_autoencoder_for_what_has_none(tmp_path):
     torch.save(vae_state(), tmp_path / "vae.pt")
     torch.save(fill(CLIP, SMALL_CLIP), tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match=r"clip\.pt is CLIP, .* no autoencoder to replace"):
+    with pytest.raises(CheckpointError, match=r"clip\.pt looks like CLIP, .*has no place for .* first_stage_model\."):
         load(tmp_path / "clip.pt", vae=tmp_path / "vae.pt")
     with pytest.raises(CheckpointError, match=r"clip\.pt holds no autoencoder"):
         open_vae(tmp_path / "clip.pt")

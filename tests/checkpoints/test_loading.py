@@ -222,7 +222,7 @@ def test_a_folder_of_another_family_is_named():
         hints_of(checkpoint)
     tensors = {name: Described(x.shape, x.dtype) for name, x in seeded_state(CONFIG, 0).items()}
     checkpoint = recognise(Checkpoint(Path("xl"), "made up", tensors, {"pbe": {"level_heads": [5, 10, 20]}}))
-    with pytest.raises(CheckpointError, match=r"\(5, 10, 20\) must be one number for each of 2 levels"):
+    with pytest.raises(CheckpointError, match=r"\(5, 10, 20\) must be one number for each of \(1, 2\)"):
         config_of(checkpoint)
 
 
