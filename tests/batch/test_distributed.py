@@ -150,7 +150,7 @@ def test_rows_are_edited_with_their_own_adapters(rows, tiny_checkpoint, monkeypa
 def test_each_process_compiles(rows, tiny_checkpoint, monkeypatch):
     asked = []
 
-    def load(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder):
+    def load(checkpoint, device, dtype, low_memory, compile, adapters, *_):
         asked.append((str(device), dtype, low_memory, compile, adapters))
         return load_editor(checkpoint, device, dtype)
 

@@ -14,6 +14,7 @@ from conftest import TINY as CONFIG
 from golden_file import noise, parameter
 
 import pbe
+from pbe.baselines import WeightFiles
 from pbe.checkpoints import seeding
 from pbe.checkpoints.clip_layouts import openai_clip
 from pbe.checkpoints.formats.opening import CheckpointError, find_checkpoint
@@ -23,6 +24,7 @@ from pbe.checkpoints.surgery import config_of, describe
 from pbe.checkpoints.writing import unet_json, vae_json
 from pbe.cli.checkpoint import main
 from pbe.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion, StableDiffusionConfig
 from pbe.models.unet import UNetConfig
 from pbe.models.vae import AutoencoderKL, VAEConfig
@@ -425,6 +427,8 @@ def test_which_weights_are_used(tmp_path):
         assert same(load(path, weights="ema").state_dict(), expected)
         assert same(load(path, weights="raw").state_dict(), state)
         assert config_of(open_recognised(path)) == CONFIG
+    files = WeightFiles(paint_by_example=ours, device="cpu", dtype="float32", weights="raw")  # of `pbe evaluate run`
+    assert same(files.load("paint_by_example", PaintByExample).state_dict(), state)
     with pytest.raises(ValueError, match="weights='mean' is not one of auto, ema, raw"):
         load(ours, weights="mean")
     with pytest.raises(CheckpointError, match="holds no averaged copies"):
