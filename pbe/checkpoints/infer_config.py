@@ -287,6 +287,11 @@ def tiny_config(shapes: Shapes, hints: Hints, prefix: str = "") -> TinyConfig:
     )
 
 
+def activation_of(tower: CLIPVisionConfig | CLIPTextConfig) -> dict[str, Activation]:
+    """What the entry says of a tower's activation: nothing of the usual one, which may not have been stated."""
+    return {"clip_activation": "gelu"} if tower.activation == "gelu" else {}
+
+
 def pbe_entry(config: ModelSizes) -> dict[str, Any]:
     """The entry that files written by this library carry, from which `Hints.from_entry` reads the sizes back."""
     if isinstance(config, ADMConfig):
@@ -296,7 +301,7 @@ def pbe_entry(config: ModelSizes) -> dict[str, Any]:
     if isinstance(config, VAEConfig):
         return {"latent_scale": config.latent_scale}
     if isinstance(config, CLIPVisionConfig):
-        return {"vision_heads": config.num_heads, "clip_activation": config.activation}
+        return {"vision_heads": config.num_heads, **activation_of(config)}
     if isinstance(config, CLIPConfig):
         return {**pbe_entry(config.vision), "text_heads": config.text.num_heads}
     entry: dict[str, Any] = {
@@ -305,15 +310,13 @@ def pbe_entry(config: ModelSizes) -> dict[str, Any]:
         "latent_scale": config.vae.latent_scale,
         "resolution": config.resolution,
     }
-    tower = config.text if isinstance(config, StableDiffusionConfig) else config.exemplar.vision
-    if tower and tower.activation == "gelu":
-        entry["clip_activation"] = "gelu"
     if isinstance(config, StableDiffusionConfig):
-        return {**entry, **({"text_heads": config.text.num_heads} if config.text else {})}
+        text = config.text
+        return {**entry, **({"text_heads": text.num_heads, **activation_of(text)} if text else {})}
     exemplar = config.exemplar
     return {
         **entry,
-        "vision_heads": exemplar.vision.num_heads,
+        **pbe_entry(exemplar.vision),
         "mapper_heads": exemplar.mapper_heads,
         "exemplar_tokens": exemplar.tokens,
         **({"distilled": asdict(config.distilled)} if config.distilled else {}),

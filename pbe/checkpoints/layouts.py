@@ -13,7 +13,7 @@ from pbe.checkpoints import infer_config
 from pbe.checkpoints.clip_layouts import HF_CLIP, HF_VISION, openai_clip, openai_vision
 from pbe.checkpoints.diffusers_layouts import diffusers_folder, diffusers_vae_alone
 from pbe.checkpoints.infer_config import Hints, ModelSizes, Shapes
-from pbe.checkpoints.key_map import MAX_LAYERS, KeyMap, prefixes, renamed, same
+from pbe.checkpoints.key_map import MAX_LAYERS, KeyMap, renamed, same
 from pbe.checkpoints.original_layouts import ORIGINAL_VAE, PAINT_BY_EXAMPLE, STABLE_DIFFUSION, VAE_PREFIX
 from pbe.models.adm import ADM
 from pbe.models.clip import CLIP, CLIPVisionTower
@@ -170,7 +170,8 @@ def find_layout(names: Iterable[str], without: str | None = None) -> Layout | No
 
 def having(names: Iterable[str]) -> Callable[[str], bool]:
     """Whether there is a tensor or module of a given name among tensors with these."""
-    return {prefix for name in names for prefix in prefixes(name)}.__contains__
+    names = [f"{name}." for name in names]
+    return lambda module: any(name.startswith(f"{module}.") for name in names)
 
 
 def lacking(names: Iterable[str]) -> str | None:

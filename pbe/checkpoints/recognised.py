@@ -13,7 +13,7 @@ from pbe.checkpoints.infer_config import Hints, Shapes
 from pbe.checkpoints.key_map import KeyMap, TensorMapping, mismatches, shorten
 from pbe.checkpoints.layouts import Layout
 from pbe.checkpoints.original_layouts import VAE_PREFIX
-from pbe.models.clip import CLIP, CLIPVisionTower
+from pbe.models.clip import CLIP, Activation, CLIPVisionTower
 
 WeightChoice = Literal["auto", "ema", "raw"]
 EMA_PREFIX = "model_ema."
@@ -120,13 +120,17 @@ def with_vae(checkpoint: RecognisedCheckpoint, vae: RecognisedCheckpoint) -> Rec
     )
 
 
+def stated_activation(checkpoint: RecognisedCheckpoint) -> Activation | None:
+    """What a CLIP was trained with, where the file says it or is of OpenAI's own kind."""
+    is_openai = checkpoint.file.kind == "TorchScript archive" or "input_resolution" in checkpoint.file.names()
+    return checkpoint.hints.clip_activation or ("quick_gelu" if is_openai else None)
+
+
 def doubt_activation(checkpoint: RecognisedCheckpoint) -> None:
-    """Warns of a CLIP that does not say what it was trained with, and is not a file of OpenAI's own."""
-    file = checkpoint.file
-    said = checkpoint.hints.clip_activation or file.kind == "TorchScript archive" or "input_resolution" in file.names()
-    if checkpoint.layout.model in (CLIP, CLIPVisionTower) and not said:
+    """Warns of a CLIP that does not say what it was trained with."""
+    if checkpoint.layout.model in (CLIP, CLIPVisionTower) and stated_activation(checkpoint) is None:
         warnings.warn(
-            f"{file.path} is taken for a CLIP with QuickGELU, as OpenAI's; if it has GELU, as most of open_clip's, its "
-            "numbers are wrong: give the folder with its config, or state it by `pbe checkpoint slim --activation`",
+            f"{checkpoint.path} is taken for a CLIP with QuickGELU, as OpenAI's; if it has GELU, as most of open_clip's, "
+            "its numbers are wrong: give the folder with its config, or state it by `pbe checkpoint slim --activation`",
             stacklevel=3,
         )

@@ -18,7 +18,14 @@ from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry
 from pbe.checkpoints.key_map import MAX_LAYERS
 from pbe.checkpoints.loading import build
 from pbe.checkpoints.meta_device import build_on_meta
-from pbe.checkpoints.recognised import EMA_PREFIX, RecognisedCheckpoint, averaged, doubt_activation, with_vae
+from pbe.checkpoints.recognised import (
+    EMA_PREFIX,
+    RecognisedCheckpoint,
+    averaged,
+    doubt_activation,
+    stated_activation,
+    with_vae,
+)
 from pbe.io.json_text import shown
 from pbe.models.clip import CLIPConfig, CLIPVisionConfig
 from pbe.models.exemplar import ExemplarConfig, ExemplarEncoder
@@ -38,7 +45,8 @@ def config_of(checkpoint: RecognisedCheckpoint) -> ModelSizes:
 
 def entry_of(checkpoint: RecognisedCheckpoint) -> dict[str, Any]:
     """The `pbe` entry for a file made from this one: what shapes cannot tell, and what its own entry said."""
-    return {**pbe_entry(config_of(checkpoint)), **checkpoint.file.entry}
+    activation = {"clip_activation": stated} if (stated := stated_activation(checkpoint)) else {}
+    return {**pbe_entry(config_of(checkpoint)), **activation, **checkpoint.file.entry}
 
 
 def network(checkpoint: RecognisedCheckpoint, dtype: torch.dtype | None = None) -> Tensors:

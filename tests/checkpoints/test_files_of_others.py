@@ -348,8 +348,11 @@ def test_open_clip_s_gelu_is_read_from_its_config_or_doubted(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert load(tmp_path).config == CLIPConfig(vision, text, config.embed_dim)
-    slim = ["slim", str(tmp_path / "open_clip_pytorch_model.bin"), "--activation", "gelu"]
-    assert main([*slim, "--out", str(tmp_path / "clip.safetensors")]) == 0
+    slim = ["slim", str(tmp_path / "open_clip_pytorch_model.bin"), "--out"]
+    assert main([*slim, str(tmp_path / "doubtful.safetensors")]) == 0
+    with pytest.warns(UserWarning, match="QuickGELU"):
+        load(tmp_path / "doubtful.safetensors")
+    assert main([*slim, str(tmp_path / "clip.safetensors"), "--activation", "gelu"]) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         clip = load(tmp_path / "clip.safetensors")
