@@ -288,7 +288,7 @@ def test_model_folder_has_no_prefix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda f: shutil.rmtree(f / "vae"), "vae holds no weights; expected one of diffusion_pytorch_model"),
+        (lambda f: shutil.rmtree(f / "vae"), "model lacks its parts vae, which model_index"),
         (lambda f: (f / "vae" / "config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "vae" / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda f: (f / "vae" / "config.json").write_text("[]"), "holds a list; expected a JSON object"),
@@ -582,7 +582,7 @@ def test_missing_and_plain_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "value, message",
     [
-        ({"model": {"w": torch.ones(1)}}, r"holds no tensors where .*'state_dict'.*\(found: model\)"),
+        ({"weights": {"w": torch.ones(1)}}, r"holds no tensors where .*'state_dict'.*\(found: weights\)"),
         ({"state_dict": {}}, "holds no tensors"),
         ([torch.ones(1)], "holds a list; expected a dict of named tensors"),
         (nn.Linear(1, 1), "holds <placeholder for torch.nn.modules.linear.Linear>; expected a dict"),
