@@ -130,7 +130,7 @@ def doubt_activation(checkpoint: RecognisedCheckpoint) -> None:
     """Warns of a CLIP that does not say what it was trained with."""
     if checkpoint.layout.model in (CLIP, CLIPVisionTower) and stated_activation(checkpoint) is None:
         warnings.warn(
-            f"{checkpoint.path} is taken for a CLIP with QuickGELU, as OpenAI's; with GELU, as in most of open_clip's, its "
-            "numbers are wrong: give the folder with its config, or state it by `pbe checkpoint slim --activation`",
+            f"{checkpoint.path} is taken for a CLIP with QuickGELU, as OpenAI's; with GELU, as in most of open_clip's, "
+            "its numbers are wrong: give the folder with its config, or state it by `pbe checkpoint slim --activation`",
             stacklevel=3,
         )
