@@ -1,7 +1,6 @@
 """Writing files of adapters, in the names of the formats that `pbe.checkpoints.adapters` reads."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -117,9 +116,11 @@ def alpha_of(update: Update, rslora: bool = False) -> float:
 
 
 def lora_entry(adapter: Adapter) -> dict[str, Any]:
-    """Rank and alpha as training keeps them."""
-    found = {(update.rank or 1, alpha_of(update)) for update in adapter.updates.values()}
-    if len(found) > 1:
+    """Rank and alpha as training keeps them; nothing where all scales are 1, which ranks may then differ."""
+    found = {(update.rank, alpha_of(update)) for update in adapter.updates.values()}
+    if len(found) == 1 and (rank := next(iter(found))[0]):
+        return {"lora": {**asdict(LoRAConfig(rank, found.pop()[1])), "targets": list(adapter.updates)}}
+    if any(update.scale != 1 for update in adapter.updates.values()):
         shown = shorten([f"{rank} and {alpha:g}" for rank, alpha in sorted(found)], 4)
         raise ValueError(f"pbe names hold one rank and alpha for all layers, got {shown}; kohya's, PEFT's hold any")
     return {"lora": asdict(LoRAConfig(*found.pop(), [re.escape(name) for name in adapter.updates]))}

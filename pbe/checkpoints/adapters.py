@@ -19,11 +19,11 @@ from pbe.checkpoints.diffusers_layouts import diffusers_unet
 from pbe.checkpoints.formats.lazy_tensors import release_mapped
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, is_number
-from pbe.checkpoints.key_map import KeyMap, shorten
-from pbe.checkpoints.layouts import find_layout
+from pbe.checkpoints.key_map import KeyMap, average_name, shorten
+from pbe.checkpoints.layouts import diffusers_unet, find_layout
 from pbe.io.json_text import parse_json, shown
 from pbe.models.adapters import FACTORS, Update
-from pbe.models.lora import TARGETS, LoRAConfig, check_plain, target_layers
+from pbe.models.lora import QUERIES, UNET, LoRAConfig, check_plain, has_effect, layers_of, target_layers
 from pbe.models.paint_by_example import Distilled, PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion
 from pbe.models.unet import UNet, UNetConfig
@@ -31,9 +31,8 @@ from pbe.models.unet import UNet, UNetConfig
 AdapterLike = str | Path | tuple[str | Path, float]  # a file, or a file and its strength
 Model = TypeVar("Model", bound=PaintByExample | StableDiffusion)
 
-UNET, FIRST_CONVOLUTION = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0"
+FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0"
 OF_TEXT = re.compile(r"lora_te\d?_.*|(base_model\.model\.)?text_encoder(_2)?\..*")
-OVER_ONE_TOKEN = re.compile(r".*\.attn2\.to_[qk]")
 MAX_PATTERNS = 1000
 FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 
@@ -67,7 +66,7 @@ FORMATS = {
     "peft": Format(("base_model.model.{path}", "base_model.model.unet.{path}"), {**PEFT, **ONCE}),
     "diffusers": Format(("unet.{path}", "{path}"), {**PEFT, **ONCE}),
     "diffusers-old": Format(("unet.{processor}", "{processor}"), {"down.weight": "lora_down", "up.weight": "lora_up"}),
-    "pbe": Format(("{ours}",), {"lora_down": "lora_down", "lora_up": "lora_up"}),
+    "pbe": Format(("{ours}",), {"lora_down": "lora_down", "lora_up": "lora_up", "lora_magnitude": "magnitude"}),
 }
 SUFFIXES = tuple(f".{name}" for format in FORMATS.values() for name in format.suffixes if name != "alpha")
 
@@ -83,12 +82,6 @@ def is_of_adapters(path: Path) -> bool:
         return any((path / name).is_file() for name in FOLDER_FILES)
     file = open_checkpoint(path)
     return find_layout(file.names()) is None and holds_adapters(file)
-
-
-def layers_of(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The UNet's layers that adapters can change, by name."""
-    layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear | nn.Conv2d)}
-    return {name: layer for name, layer in layers.items() if name.startswith(UNET)}
 
 
 def diffusers_paths(config: UNetConfig, layers: Iterable[str]) -> dict[str, str]:
@@ -149,7 +142,8 @@ def read_adapter(path: str | Path, model: nn.Module) -> Adapter:
     layers, config = layers_of(model), model.get_submodule(UNET[:-1]).config
     assert isinstance(config, UNetConfig)
     paths = diffusers_paths(config, layers)
-    names = [name for name in file.names() if not OF_TEXT.fullmatch(name)]
+    averages = {average_name(name) for name in file.names()} & file.names()
+    names = [name for name in file.names() if name not in averages and not OF_TEXT.fullmatch(name)]
     tables = {name: format.table(paths) for name, format in FORMATS.items()}
     format = max(FORMATS, key=lambda one: sum(name in tables[one] for name in names))
     if unknown := [name for name in names if name not in tables[format]]:
@@ -160,7 +154,8 @@ def read_adapter(path: str | Path, model: nn.Module) -> Adapter:
         layer, role = tables[format][name]
         if role in parts.setdefault(layer, {}):
             raise CheckpointError(f"{path} names {role} of {layer} twice: {name}")
-        parts[layer][role] = file.tensor(name)
+        average = average_name(name)  # which is what training's sample grids showed
+        parts[layer][role] = file.tensor(average if average in averages else name)
     if not parts:
         raise CheckpointError(f"{path} holds {len(file.names())} tensors of a text encoder, and none of the UNet")
     faults, updates = [], {}
@@ -181,27 +176,30 @@ def read_adapter(path: str | Path, model: nn.Module) -> Adapter:
     if faults:
         raise CheckpointError(f"{path} does not fit the model in {len(faults)} layers: {shorten(faults, 4)}")
     metadata = {name: value for name, value in file.extras.items() if name != "lora_adapter_metadata"} | settings
-    return Adapter(file.path, format, updates, len(file.names()) - len(names), metadata, distilled)
+    text = len(file.names()) - len(names) - len(averages)
+    return Adapter(file.path, format, updates, text, metadata, distilled)
 
 
 def own_settings(file: Checkpoint, model: nn.Module, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """Rank and alpha in the words of PEFT, of a file that training wrote; empty for anyone else's.
 
-    Its expressions are not run: one can backtrack for ever. Its tensors say which layers are adapted.
+    Files may also list their layers: once by expressions, which are not run, since one can backtrack for ever.
     """
     if "lora" not in file.entry:
         return {}
     try:
-        settings = file.entry["lora"]
-        targets = settings.get("targets", TARGETS)
-        config = LoRAConfig(**{**settings, "targets": TARGETS})
+        settings = dict(file.entry["lora"])
+        named = isinstance(settings.get("targets"), str) or not settings.pop("targets", None)
+        config = LoRAConfig(**settings)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"its entry 'lora' has unknown or impossible values: {error}") from None
     if any(len(part["lora_down"]) != config.rank for part in parts.values() if "lora_down" in part):
         raise ValueError(f"its entry 'lora' says rank {config.rank}, which its tensors do not have")
-    if targets == TARGETS and (missing := [name for name in target_layers(model, config) if name not in parts]):
-        raise ValueError(f"it lacks the adapters of {len(missing)} layers: {shorten(missing)}")
-    return {"r": config.rank, "lora_alpha": config.alpha}
+    layers = [name for name in target_layers(model, config.targets) if named and not name.endswith(QUERIES)]
+    last = "magnitude" if config.dora else "lora_up"
+    if lacking := [name for name in layers if last not in parts.get(name, ())]:
+        raise ValueError(f"it lacks the adapters of {len(lacking)} layers: {shorten(lacking)}")
+    return {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.rslora}
 
 
 def make_update(part: Mapping[str, Tensor], path: str, ndim: int, format: str, settings: Mapping[str, Any]) -> Update:
@@ -266,10 +264,9 @@ def open_with_strength(model: PaintByExample | StableDiffusion, given: AdapterLi
     path, strength = with_strength(given)
     adapter = read_adapter(path, model)
     left_out = {"tensors of a text encoder": adapter.text}
-    if isinstance(model, PaintByExample) and model.config.exemplar.tokens == "class":
-        updates = {name: x for name, x in adapter.updates.items() if not OVER_ONE_TOKEN.fullmatch(name)}
-        left_out["queries and keys of attention over one token"] = len(adapter.updates) - len(updates)
-        adapter = replace(adapter, updates=updates)
+    updates = {name: x for name, x in adapter.updates.items() if has_effect(model, name)}
+    left_out["queries and keys of attention over one token"] = len(adapter.updates) - len(updates)
+    adapter = replace(adapter, updates=updates)
     if counted := " and ".join(f"{count} {what}" for what, count in left_out.items() if count):
         warnings.warn(f"{path}: {counted} have no effect here and are left out", stacklevel=3)
     return adapter, strength

@@ -138,6 +138,11 @@ def count(names: Iterable[str], template: str) -> int:
     return found
 
 
+def average_name(name: str) -> str:
+    """What the moving average of the parameter `name` is called in CompVis checkpoints."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
 def shorten(names: list[str], limit: int = 8) -> str:
     """The first few names, for a message."""
     more = f", … ({len(names) - limit} more)" if len(names) > limit else ""

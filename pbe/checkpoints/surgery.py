@@ -15,8 +15,8 @@ from torch import Tensor
 from pbe.checkpoints.formats.lazy_tensors import converted
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry
-from pbe.checkpoints.key_map import MAX_LAYERS
-from pbe.checkpoints.loading import build
+from pbe.checkpoints.key_map import MAX_LAYERS, average_name, mismatches, shorten
+from pbe.checkpoints.loading import RecognisedCheckpoint, build
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.checkpoints.recognised import (
     EMA_PREFIX,
@@ -55,8 +55,24 @@ def network(checkpoint: RecognisedCheckpoint, dtype: torch.dtype | None = None) 
 
 
 def extract_ema(checkpoint: RecognisedCheckpoint, dtype: torch.dtype | None = None) -> Tensors:
-    """The networks' tensors with the averaged copies in the place of the parameters; raises as `averaged`."""
-    return network(averaged(checkpoint), dtype)
+    """The networks' tensors with the averaged copies in the place of the parameters they average.
+
+    A copy is called `model_ema.` and the parameter's name after `model.`, without its dots.
+    """
+    names = {name: average_name(name) for name in checkpoint.mappings}
+    averaged = {name: ema for name, ema in names.items() if ema in checkpoint.file.tensors}
+    if not averaged:
+        raise CheckpointError(f"{checkpoint.path} holds no averaged copies (names that begin with {EMA_PREFIX!r})")
+    missing = [name for name in names if name.startswith("model.") and name not in averaged]
+    if missing:
+        raise CheckpointError(f"{checkpoint.path} has no averaged copy of {len(missing)}: {shorten(missing)}")
+    tensors = network(checkpoint, dtype)
+    for name, ema in averaged.items():
+        tensors[name] = checkpoint.file.tensor(ema).to(dtype=dtype)
+        if tensors[name].shape != checkpoint.shapes[name]:
+            shapes = f"{tuple(tensors[name].shape)}, not {checkpoint.shapes[name]} as {name}"
+            raise CheckpointError(f"{checkpoint.path}: {ema} has the shape {shapes}")
+    return tensors
 
 
 # ----------------------------------------------------------------------------------------------------------------------

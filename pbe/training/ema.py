@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pbe.checkpoints.key_map import average_name
+
 # Lightning's EMAWeightAveraging copies the whole module: 386 M frozen parameters of Paint by Example too.
 
 
 class ParameterAverage(nn.Module):
-    """Averages of `parameters` by name, called as in CompVis checkpoints: the name after `model.`, without dots.
+    """Averages of `parameters` by name, called as in CompVis checkpoints.
 
     They are parameters that need no gradient rather than buffers, which DDP would send to every process in each step.
     """
@@ -24,7 +26,8 @@ class ParameterAverage(nn.Module):
         self.decay = decay
         self._averaged = tuple(parameters.values())
         for name, parameter in parameters.items():
-            self.register_parameter(average_name(name), nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            average = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            self.register_parameter(average_name(name).removeprefix("model_ema."), average)
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
@@ -39,8 +42,3 @@ class ParameterAverage(nn.Module):
         """Exchanges the averages with the parameters; a second call puts them back."""
         for average, parameter in zip(self.parameters(), self._averaged, strict=True):
             average.data, parameter.data = parameter.data, average.data
-
-
-def average_name(name: str) -> str:
-    """What the average of the parameter `name` is called."""
-    return name.removeprefix("model.").replace(".", "")

@@ -93,11 +93,8 @@ class SingleTokenBlock(Variant, TransformerBlock):
 
 
 def skip_queries(unet: UNet) -> None:
-    """Makes transformer blocks `SingleTokenBlock`s, except where adapters train what those leave out."""
-    blocks = [block for block in unet.modules() if isinstance(block, TransformerBlock)]
-    unread = {block: nn.ModuleList([block.norm2, block.attn2.to_q, block.attn2.to_k]) for block in blocks}
-    frozen = {block for block, parts in unread.items() if not any(p.requires_grad for p in parts.parameters())}
-    swap(unet, {TransformerBlock: SingleTokenBlock}, frozen)
+    """Makes transformer blocks `SingleTokenBlock`s."""
+    swap(unet, {TransformerBlock: SingleTokenBlock})
 
 
 class GroupNormAsGiven(Variant, nn.GroupNorm):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pbe.checkpoints.infer_config import pbe_entry
+from pbe.checkpoints.key_map import average_name
 from pbe.data.example import Example
 from pbe.io.fields import Range, check_fields
 from pbe.models.lora import LoRAConfig, add_lora, is_adapter
@@ -23,7 +24,7 @@ from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
 from pbe.models.unet import TransformerBlock
 from pbe.sampling import NoiseSchedule
 from pbe.training.draws import TrainingBatch, add_noise_draws
-from pbe.training.ema import ParameterAverage, average_name
+from pbe.training.ema import ParameterAverage
 from pbe.training.initialization import PARTS, Part
 from pbe.training.loss import denoising_losses, encode, loss_weights, training_losses
 from pbe.training.memory import cast_frozen, checkpoint_blocks, keep_norms_half, skip_queries
@@ -42,8 +43,8 @@ class TrainingConfig:
     train: list[Part] = field(default_factory=lambda: ["unet", "mapper", "final_ln", "proj_out", "null_context"])
     """The parts that learn."""
     lora: LoRAConfig | None = None
-    """Adapters on the UNet's attention learn, and nothing else: `train` is then empty. Checkpoints hold the adapters
-    alone, for `pbe.add_adapters`, `--adapter` and `pbe checkpoint merge-adapter`."""
+    """Adapters of the UNet's layers learn, and nothing else: `train` is then empty. Checkpoints hold the adapters
+    alone, and beside each lies a .safetensors file of them that others read too."""
     noise_draws: Annotated[int, Range(1)] = 1
     """How many timesteps, each with its noise, the UNet sees of each picture of a batch, which is encoded once: more of
     its samples in a given time, and more memory, where the encoders are a large part of a step."""
@@ -78,8 +79,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "training")
-        if self.lora and (self.train or self.ema_decay is not None):
-            raise ValueError("training.lora trains adapters alone, without averages: set train=[] and ema_decay=null")
+        if self.lora and self.train:
+            raise ValueError(f"training.lora trains adapters alone: set training.train=[], got {self.train}")
         if not self.train and not self.lora:
             raise ValueError(f"training.train is empty; it lists parts to train, of {', '.join(PARTS)}")
 
@@ -102,6 +103,11 @@ def trained_names(model: PaintByExample, parts: Sequence[Part]) -> set[str]:
         # The softmax over a single token is 1, whatever query and key are.
         if name.startswith(("norm2.", "attn2.to_q.", "attn2.to_k."))
     }
+
+
+def is_trained_adapter(name: str) -> bool:
+    """Whether a name in a checkpoint is an adapter's, or its average's."""
+    return is_adapter(name) or name.startswith("model_ema.")
 
 
 def context_length(config: PaintByExampleConfig) -> int:
@@ -290,13 +296,13 @@ class PaintByExampleTraining(TrainingTask):
         # contiguous: channels-last is this run's choice, not the file's
         state = {name.removeprefix("model."): x.contiguous() for name, x in checkpoint["state_dict"].items()}
         state |= {name: x.contiguous() for name, x in self.originals.items()}
-        if self.model_ema:  # the convention is an average for every parameter of the UNet
-            unet = [name for name in state if name.startswith(PARTS["unet"])]
-            state = {**{f"model_ema.{average_name(name)}": state[name] for name in unet}, **state}
         checkpoint["pbe"] = {**pbe_entry(self.model.config), **self.about}
         if self.config.lora:  # the rest is as in the checkpoint that training started from
-            state = {name: x for name, x in state.items() if is_adapter(name)}
+            state = {name: x for name, x in state.items() if is_trained_adapter(name)}
             checkpoint["pbe"]["lora"] = asdict(self.config.lora)
+        elif self.model_ema:  # the convention is an average for every parameter of the UNet
+            unet = [name for name in state if name.startswith(PARTS["unet"])]
+            state = {**{average_name(name): state[name] for name in unet}, **state}
         checkpoint["state_dict"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -308,7 +314,7 @@ class PaintByExampleTraining(TrainingTask):
             )
         own = self.state_dict()
         if self.config.lora:
-            saved = {name.removeprefix("model."): x for name, x in own.items() if not is_adapter(name)} | saved
+            saved = {name.removeprefix("model."): x for name, x in own.items() if not is_trained_adapter(name)} | saved
         missing = [name for name in own if name.removeprefix("model.") not in saved]
         if missing:
             raise ValueError(f"the checkpoint is of another model: it lacks {len(missing)} tensors, as {missing[0]}")

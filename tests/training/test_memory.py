@@ -1,6 +1,7 @@
 """What makes a training step faster or smaller changes nothing, or no more than it says."""
 
 import math
+from dataclasses import replace
 from functools import partial, partialmethod
 from types import SimpleNamespace
 
@@ -106,12 +107,14 @@ def test_cross_attention_over_one_token_needs_no_queries(monkeypatch):
     assert distance(gradients, ordinary) < 1e-5
 
 
-def test_adapters_of_queries_keep_them():
-    """So that every adapter has a gradient, zero as it is: several processes wait for those of all."""
-    module = test_training.training(train=[], lora=LoRAConfig(rank=2, targets=[r".*\.attn2\.to_q"]))
+@pytest.mark.parametrize("tokens", ["class", "all"])
+def test_adapters_of_queries_learn_where_there_are_tokens_to_choose_from(tokens):
+    """All that train have a gradient: several processes wait for those of all."""
+    config = replace(TINY, exemplar=replace(TINY.exemplar, tokens=tokens))
+    module = test_training.training(config, train=[], lora=LoRAConfig(rank=2, targets="all"))
     module.training_step(module.on_before_batch_transfer(test_training.example(), 0), 0)["loss"].backward()
     adapters = {name: p.grad for name, p in module.model.named_parameters() if is_adapter(name)}
-    assert adapters
+    assert any(".attn2.to_q." in name for name in adapters) == (tokens == "all")
     assert all(gradient is not None for gradient in adapters.values())
 
 
