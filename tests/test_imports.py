@@ -37,7 +37,7 @@ ARROWS = {
     "data": {"images", "models", "io"},
     "editing": EDITING,
     "batch": {"editing", *EDITING},
-    "training": {"data", "editing", *EDITING},
+    "training": {"batch", "data", "editing", *EDITING},
     "evaluation": {"batch", "data", "editing", *EDITING},
     "baselines": {"evaluation", "batch", "data", "editing", *EDITING},
     "app": {"batch", "editing", *EDITING},

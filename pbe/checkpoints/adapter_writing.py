@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pbe.checkpoints.adapters import FORMATS, UNET, Adapter, diffusers_paths, layers_of
+from pbe.checkpoints.adapters import FORMATS, Adapter, diffusers_paths
 from pbe.checkpoints.key_map import shorten
 from pbe.checkpoints.writing import compact, save_safetensors
 from pbe.io.atomic import replacing
 from pbe.models.adapters import Update
-from pbe.models.lora import LoRAConfig
+from pbe.models.lora import UNET, LoRAConfig, layers_of
 from pbe.models.unet import UNetConfig
 
 WrittenFormat = Literal["peft", "diffusers", "kohya", "pbe"]

@@ -63,6 +63,11 @@ class Update:
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def scaled(self) -> "Update":
+        """The same of a LoRA whose scale is 1, its factors having it already."""
+        factors = {**self.factors, "lora_up": self.scale * self.factors["lora_up"]}
+        return replace(self, factors=factors, alpha=None, rslora=False)
+
     def matrix(self, device: torch.device | str) -> Tensor:
         """The scaled product (out, in · kernel) of the factors, in float32 on `device`."""
         kind, f = self.kind, {name: x.to(device, torch.float32) for name, x in self.factors.items()}

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +59,8 @@ class LoRALayer(nn.Module):
 
     plain: type[nn.Linear | nn.Conv2d]  # the class of the layer without an adapter
     enabled = True  # see `adapters_off`
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any
     lora_magnitude: nn.Parameter | None
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, config: LoRAConfig, generator: torch.Generator):

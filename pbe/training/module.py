@@ -6,7 +6,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,9 +17,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pbe.checkpoints.adapter_writing import write_adapter
+from pbe.checkpoints.adapters import read_adapter
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.key_map import average_name
 from pbe.data.example import Example
+from pbe.io.atomic import warn_once
 from pbe.io.fields import Range, check_fields
 from pbe.models.lora import LoRAConfig, add_lora, is_adapter
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
@@ -291,6 +296,21 @@ class PaintByExampleTraining(TrainingTask):
         return metrics
 
     # --- checkpoints --------------------------------------------------------------------------------------
+
+    def write_beside(self, checkpoint: Path) -> None:
+        """The adapters in the names that diffusers and PEFT read; their averages, where there are any."""
+        if not self.config.lora or not checkpoint.is_file():  # strategies that divide parameters make folders
+            return
+        if not find_spec("safetensors"):
+            warn_once("only checkpoints of the adapters are written; a file for others needs the extra safetensors")
+            return
+        read = read_adapter(checkpoint, self.model)
+        entry = {**pbe_entry(self.model.config), **{name: x for name, x in self.about.items() if name == "base"}}
+        # scaled already: many readers take alpha to be the rank
+        updates = {name: update.scaled() for name, update in read.updates.items()}
+        adapter = replace(read, updates=updates, metadata={"pbe": entry})
+        path = checkpoint.with_suffix(".safetensors")
+        write_adapter(adapter, path, "diffusers", model=self.model, overwrite=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # contiguous: channels-last is this run's choice, not the file's

@@ -16,6 +16,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from pbe.batch.provenance import crc_of
+from pbe.checkpoints.formats.opening import find_checkpoint
 from pbe.data.datamodule import ExampleDataModule, check_sizes
 from pbe.io.atomic import locked
 from pbe.io.suggest import did_you_mean
@@ -198,8 +200,9 @@ def checkpoint_bytes(module: TrainingTask) -> int:
     """About how large a checkpoint is: what trains with AdamW's two moments of it, and the rest of the state."""
     trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     rest = sum(x.nbytes for x in module.state_dict().values()) - trained
-    adapters_only = isinstance(module, PaintByExampleTraining) and module.config.lora
-    return 3 * trained + (0 if adapters_only else rest)
+    if isinstance(module, PaintByExampleTraining) and module.config.lora:  # nothing else, and a file beside
+        return (5 if module.model_ema else 4) * trained
+    return 3 * trained + rest
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,12 +222,18 @@ def open_data(config: Run) -> ExampleDataModule:
 
 def make_module(config: Run) -> TrainingTask:
     """The networks where training starts, and how they are trained."""
-    about = {"trained_on": f"{config.data.source.kind} {config.data.source.path}", "config": to_dict(config)}
+    about: dict[str, Any] = {
+        "trained_on": f"{config.data.source.kind} {config.data.source.path}",
+        "config": to_dict(config),
+    }
     match config:
         case PaintByExampleRun() | DistillationRun():
             model = starting_model(config.model, config.seed)
             size = model.config
             check_sizes(config.data, size.vae.downsampling, size.exemplar.vision.image_size, size.resolution)
+            if config.training.lora and config.model.init != "scratch":
+                base = find_checkpoint(config.model.init)
+                about["base"] = {"checkpoint": base.name, "crc32": crc_of(base)}
             settings = (config.training, config.optimizer, about, config.seed)
             if isinstance(config, DistillationRun):
                 return ConsistencyDistillation(model, config.distillation, *settings)

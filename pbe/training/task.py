@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -36,6 +37,9 @@ class TrainingTask(lightning.LightningModule):
         check_finite(loss, self.global_step + 1, files)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return {"loss": loss, "metrics": metrics}
+
+    def write_beside(self, checkpoint: Path) -> None:
+        """Writes what is to lie beside a checkpoint just written, under its name with the suffix .safetensors."""
 
     def log_validation(self, metrics: Mapping[str, float]) -> None:
         """Logs metrics at the number of optimiser steps taken, which in validation Lightning would count one less."""

@@ -89,8 +89,9 @@ def test_finished_and_made_longer(toy, whole, length, request):
         ["data.workers=2"],
         ["task=distill", "training.train=[unet]"],  # the averaged student of a teacher that is not saved
         ["task=distill", "training={train: [], lora: {rank: 2}, ema_decay: null}"],
+        ["training={train: [], lora: {rank: 2, targets: all, dora: true, rslora: true}}"],
     ],
-    ids=["accumulation", "log window", "adapters", "workers", "distilled UNet", "distilled adapters"],
+    ids=["accumulation", "log window", "adapters", "workers", "distilled UNet", "distilled adapters", "all adapters"],
 )
 def test_resumed_runs_of_other_kinds(toy, settings, request):
     kind = request.node.callspec.id.replace(" ", "_")

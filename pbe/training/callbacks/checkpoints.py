@@ -72,7 +72,8 @@ class Checkpoints(Checkpoint):
                 logger.trim(self.last_step)
         if trainer.is_global_zero:  # where an older one was chosen
             for later in (path for path in list_checkpoints(self.folder) if step_of(path) > self.last_step):
-                later.replace(later.with_suffix(".ckpt.old"))
+                for path in filter(Path.exists, (later, beside(later))):
+                    path.replace(f"{path}.old")
         if self.at_step.get("validation_due"):
             validate(trainer)
 
@@ -111,7 +112,7 @@ class Checkpoints(Checkpoint):
         loss = float(trainer.callback_metrics.get(pl_module.val_loss, math.nan))
         if self.config.best and self.at_step and not trainer.sanity_checking and loss < self.best_loss:
             self.best_loss = loss
-            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
+            self.write(trainer, pl_module, "best.ckpt")
 
     def stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step and raises `Terminated` where a signal asked for the end."""
@@ -160,12 +161,19 @@ class Checkpoints(Checkpoint):
             raise FloatingPointError(
                 f"after step {step} {len(bad)} parameters are not finite, as {bad[0]}; the checkpoints are older"
             )
-        # weights_only: Lightning would write to the log that it is not set
-        trainer.save_checkpoint(self.folder / f"step-{step:08}.ckpt", weights_only=False)
+        self.write(trainer, pl_module, f"step-{step:08}.ckpt")
         self.last_saved, self.last_time = step, time.monotonic()
         if trainer.is_global_zero:
             for path in list_checkpoints(self.folder)[: -self.config.keep]:
                 trainer.strategy.remove_checkpoint(path)
+                beside(path).unlink(missing_ok=True)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        # weights_only: Lightning would write to the log that it is not set
+        trainer.save_checkpoint(self.folder / name, weights_only=False)
+        assert isinstance(pl_module, TrainingTask)
+        if trainer.is_global_zero:
+            pl_module.write_beside(self.folder / name)
 
 
 def validate(trainer: Trainer) -> None:
@@ -212,6 +220,11 @@ def train_records(trainer: Trainer) -> ExampleDataset:
     train = data_of(trainer).train
     assert train is not None
     return train
+
+
+def beside(checkpoint: Path) -> Path:
+    """What `TrainingTask.write_beside` writes."""
+    return checkpoint.with_suffix(".safetensors")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
