@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pbe.checkpoints.adapters import Adapter, layers_of
+from pbe.checkpoints.adapters import Adapter
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.key_map import mismatches, shorten
 from pbe.checkpoints.loading import RecognisedCheckpoint, build
 from pbe.checkpoints.surgery import input_order
 from pbe.models.adapters import Update
+from pbe.models.lora import layers_of
 from pbe.models.paint_by_example import PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion
 
