@@ -78,14 +78,13 @@ class LoRALayer(nn.Module):
         y = super().forward(x)
         if not self.enabled:
             return y
-        change = self.scale * self.low_rank(x)
-        if self.lora_magnitude is not None:
-            # m (W + s B A) x / n = W x + (m / n - 1) W x + (m / n) s B A x: at first, where m is n, W x to the bit
-            by_output = (-1, *[1] * (self.weight.ndim - 2))
-            ratio = (self.lora_magnitude / self.norms()).view(by_output)
-            without_bias = y if self.bias is None else y - self.bias.to(y.dtype).view(by_output)
-            change = (ratio - 1).to(y.dtype) * without_bias + ratio.to(y.dtype) * change
-        return y + change
+        y = y + self.scale * self.low_rank(x)
+        if self.lora_magnitude is None:
+            return y
+        # m / n V x = V x + (m / n - 1) V x with V = W + s B A and its rows' norms n: at first W x to the bit
+        by_output = (-1, *[1] * (self.weight.ndim - 2))
+        growth = (self.lora_magnitude / self.norms() - 1).to(y.dtype).view(by_output)
+        return y + growth * (y if self.bias is None else y - self.bias.to(y.dtype).view(by_output))
 
     def low_rank(self, x: Tensor) -> Tensor:
         """B A x."""
