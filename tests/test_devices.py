@@ -164,8 +164,9 @@ class CopiesToGPU(TorchDispatchMode):
         {"loss": "velocity"},
         {"frozen": "bfloat16", "norms": "half", "gradient_checkpointing": 1},
         {"frozen": "bfloat16", "train": [], "lora": LoRAConfig(rank=2)},
+        {"frozen": "bfloat16", "train": [], "lora": LoRAConfig(rank=2, targets="all", dora=True)},
     ],
-    ids=["plain", "half", "adapters"],
+    ids=["plain", "half", "adapters", "DoRA"],
 )
 def test_a_training_loss_is_made_on_its_device_and_waits_for_nothing(settings, monkeypatch):
     """Until it is read, whether it is finite."""
