@@ -111,8 +111,8 @@ class LoRALayer(nn.Module):
         weight = self.weight.float() + self.update().difference(self.weight)
         parameters = {"weight": nn.Parameter(weight.to(self.weight.dtype)), "bias": self.bias}
         layer = self.plain.__new__(self.plain)
-        vars(layer).update(vars(self), _parameters=parameters)
-        del layer.config, layer.scale
+        own = ("config", "scale", "enabled")
+        vars(layer).update({name: x for name, x in vars(self).items() if name not in own}, _parameters=parameters)
         return layer
 
 

@@ -34,7 +34,7 @@ from pbe.training.initialization import PARTS, Part
 from pbe.training.loss import denoising_losses, encode, loss_weights, training_losses
 from pbe.training.memory import cast_frozen, checkpoint_blocks, keep_norms_half, skip_queries
 from pbe.training.optimizer import OptimizerConfig
-from pbe.training.task import TrainingTask, sum_over_processes
+from pbe.training.task import TrainingTask, beside, sum_over_processes
 
 NUM_BANDS = 4  # of timesteps, whose losses are logged apart: they differ by orders of magnitude
 
@@ -309,8 +309,7 @@ class PaintByExampleTraining(TrainingTask):
         # scaled already: many readers take alpha to be the rank
         updates = {name: update.scaled() for name, update in read.updates.items()}
         adapter = replace(read, updates=updates, metadata={"pbe": entry})
-        path = checkpoint.with_suffix(".safetensors")
-        write_adapter(adapter, path, "diffusers", model=self.model, overwrite=True)
+        write_adapter(adapter, beside(checkpoint), "diffusers", model=self.model, overwrite=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # contiguous: channels-last is this run's choice, not the file's

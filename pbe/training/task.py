@@ -39,12 +39,17 @@ class TrainingTask(lightning.LightningModule):
         return {"loss": loss, "metrics": metrics}
 
     def write_beside(self, checkpoint: Path) -> None:
-        """Writes what is to lie beside a checkpoint just written, under its name with the suffix .safetensors."""
+        """Writes what is to lie `beside` a checkpoint just written, if anything."""
 
     def log_validation(self, metrics: Mapping[str, float]) -> None:
         """Logs metrics at the number of optimiser steps taken, which in validation Lightning would count one less."""
         # sync_dist: all processes have the same values, and Lightning warns where it is not told
         self.log_dict({**metrics, "step": float(self.global_step)}, sync_dist=True)
+
+
+def beside(checkpoint: Path) -> Path:
+    """Where a file for others lies that belongs to a checkpoint."""
+    return checkpoint.with_suffix(".safetensors")
 
 
 def sum_over_processes(trainer: Trainer, values: Tensor) -> Tensor:

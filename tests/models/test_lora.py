@@ -22,6 +22,7 @@ from pbe.models.lora import (
     LoRAConv2d,
     LoRALinear,
     Targets,
+    adapters_off,
     add_lora,
     is_adapter,
     layers_of,
@@ -125,6 +126,8 @@ def test_all_adapters_get_a_gradient(config, tokens):
 def test_merged_weights_compute_the_same(config):
     model = adapted(config)
     before = predict(model)
+    with adapters_off(model):
+        assert torch.equal(predict(model), predict(make_model()))
     assert not torch.allclose(before, predict(make_model()), atol=1e-2)
     merge_lora(model)
     torch.testing.assert_close(predict(model), before, atol=1e-4, rtol=1e-4)

@@ -24,7 +24,7 @@ from pbe.io.atomic import replacing
 from pbe.io.fields import Range, check_fields
 from pbe.training.callbacks.metrics import JSONLinesLogger
 from pbe.training.callbacks.stopping import StopSignals, Terminated, requeue
-from pbe.training.task import TrainingTask, data_of
+from pbe.training.task import TrainingTask, beside, data_of
 
 AT_STEP = ("data_position", "best_loss", "validation_due")  # entries beside "loops" that tell of a step's end
 CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
@@ -220,11 +220,6 @@ def train_records(trainer: Trainer) -> ExampleDataset:
     train = data_of(trainer).train
     assert train is not None
     return train
-
-
-def beside(checkpoint: Path) -> Path:
-    """What `TrainingTask.write_beside` writes."""
-    return checkpoint.with_suffix(".safetensors")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
