@@ -163,8 +163,8 @@ class Job(RegionFiles):
         return tuple((self.path(str(file)), strength) for file, strength in map(adapter, self.adapters))
 
     def path(self, name: str) -> Path:
-        """The path of one of its files."""
-        return self.folder / name
+        """The path of one of its files; adapters may lie on the Hugging Face Hub."""
+        return Path(name) if name.startswith("hf:") else self.folder / name
 
 
 def with_colour(name: str) -> tuple[str | None, str]:

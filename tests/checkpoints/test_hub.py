@@ -18,13 +18,14 @@ import torch
 from conftest import TINY
 
 import pbe
+from pbe.batch.job import Job
 from pbe.batch.provenance import identify
 from pbe.checkpoints.adapters import open_adapter
 from pbe.checkpoints.formats import hub
 from pbe.checkpoints.formats.opening import find_checkpoint, read_state_dict
 from pbe.checkpoints.seeding import seeded_state
 from pbe.checkpoints.writing import save_diffusers
-from pbe.cli.flags import adapter
+from pbe.editing.loading import adapter
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -178,6 +179,8 @@ def test_adapters_come_with_their_settings(server, tmp_path):
         assert list(file.names()) == ["base_model.model.x.lora_A.weight"]
     assert adapter("hf:someone/lora@main:0.5") == (Path("hf:someone/lora@main"), 0.5)
     assert adapter("hf:someone/lora") == (Path("hf:someone/lora"), 1.0)
+    row = Job("a.png", ("b.png",), "c.png", adapters=("hf:someone/lora@main:0.5", "d.bin"), folder=Path("rows"))
+    assert row.with_adapters(()) == ((Path("hf:someone/lora@main"), 0.5), (Path("rows/d.bin"), 1.0))
     weights = identify(Path("demo"), torch.float32, [("hf:someone/lora/adapter_model.bin", 0.5)])
     assert weights.adapters[0]["file"] == "adapter_model.bin"
 
