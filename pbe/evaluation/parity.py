@@ -23,7 +23,7 @@ from pbe.sampling import NoiseSchedule, guided_eps, leading, plms
 SIZE = 256  # pixels at most: all layers are used, and a CPU takes minutes
 TIMESTEPS, STEPS, GUIDANCE = (1, 250, 500, 750, 999), 4, 5.0
 # What is compared, with limits of the largest difference over the largest value: float32 rounding through all layers is
-# about 1e-5, and guidance and the sampler's steps multiply it.
+# about 2e-6 at full size, more on other processors, and more steps with more guidance multiply it.
 LIMITS = {
     **dict.fromkeys(("VAE, encoding", "VAE, decoding", "exemplar encoder", "unconditional vector"), 1e-4),
     **{f"UNet, t = {t}": 1e-4 for t in TIMESTEPS},
