@@ -283,8 +283,6 @@ def run_job(
     rest: dict[str, Any] = {"num_images": num_images, "batch_size": batch_size, "callback": callback}
     rest |= {"preview": preview, **vars(job.settings)}
     try:
-        if inputs.regions:
-            return cast("list[Image.Image]", edit_regions(model, inputs.picture, inputs.regions, **rest))
         results = yield from editing.edit.begin(
             model,
             inputs.canvas,

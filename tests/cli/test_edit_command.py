@@ -657,8 +657,7 @@ def test_large_seed_is_kept(cli, edits, folder, monkeypatch):
         '{"image": "photo.png", "mask": "mask.png", "exemplar": "dog.png", "out": "b.png", "seed": 9007199254740993}'
     )
     monkeypatch.setattr(
-        "pbe.editing.edit.edit",
-        at_once(lambda model, image, *_, **settings: edits.append(settings) or [image.picture.source]),
+        "pbe.editing.edit.edit", at_once(lambda model, image, *_, **settings: edits.append(settings) or [image.source])
     )
     assert cli(seed=2**53 + 1, out="a.png") == 0
     assert cli(batch="rows.jsonl") == 0
