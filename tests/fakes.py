@@ -1,10 +1,14 @@
-"""Edits that tests put in the place of real ones."""
+"""What tests put in the place of real edits, and what they send to servers."""
 
 from collections.abc import Callable, Iterator
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
+from pbe.editing.settings import EditSettings
 from pbe.editing.together import sampled
+
+SERVED = EditSettings(sampler="ddim", steps=4, guidance=3.0)  # what the servers of tests begin with
 
 
 def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -16,3 +20,8 @@ def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **keywords)
 
     return sampled(begin)
+
+
+def sent(pictures: dict[str, Path], *names: str) -> list[tuple[str, tuple[str, bytes]]]:
+    """Pictures as a form's files."""
+    return [(name, (f"{name}.png", pictures[name].read_bytes())) for name in names or ("image", "mask", "exemplar")]

@@ -23,6 +23,7 @@ HEAVY = {
     "transformers",
     "diffusers",
     "gradio",
+    "fastapi",
 }
 
 # What the modules of each package may import of the others, also inside functions and for types alone.
@@ -40,8 +41,9 @@ ARROWS = {
     "training": {"batch", "data", "editing", *EDITING},
     "evaluation": {"batch", "data", "editing", *EDITING},
     "baselines": {"evaluation", "batch", "data", "editing", *EDITING},
-    "app": {"batch", "editing", *EDITING},
-    "cli": {"app", "baselines", "evaluation", "training", "batch", "data", "editing", *EDITING},
+    "serve": {"batch", "editing", *EDITING},
+    "app": {"serve", "batch", "editing", *EDITING},
+    "cli": {"app", "serve", "baselines", "evaluation", "training", "batch", "data", "editing", *EDITING},
 }
 # The only modules that know Lightning.
 LIGHTNING = ("training/", "batch/distributed.py", "data/datamodule.py")
@@ -75,7 +77,7 @@ def modules(program: str, *arguments: str) -> set[str]:
     return set(run.stdout.splitlines()[-1].removeprefix("imported:").split())
 
 
-@pytest.mark.parametrize("command", [[], ["app"], ["checkpoint"], ["train"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["app"], ["serve"], ["checkpoint"], ["train"]], ids=" ".join)
 def test_help_needs_no_heavy_package(command):
     found = modules(HELP, *command, "--help")
     assert "pbe.cli" in found

@@ -11,25 +11,23 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import copy_context
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from gradio.context import LocalContext
 from PIL import Image
 from starlette.middleware import Middleware
 
-from pbe.app.guard import Guard
-from pbe.editing.preview import Preview
 from pbe.images.pillow import PictureWarning
 from pbe.io.atomic import is_running
+from pbe.serve.engine import Engine, Ticket
+from pbe.serve.guard import Guard
 
-MAX_UPLOAD = "64mb"
+T = TypeVar("T")
+MAX_UPLOAD = 64 * 2**20
 MAX_WAITING = 16  # edits in the queue; one runs at a time
 UNREAD = 30  # seconds after which a client that has not read its messages has left
 # The fonts come with Gradio: none is fetched from elsewhere. Its semi-bold files lack letters.
@@ -52,7 +50,7 @@ def serve(
     """Serves a page of `build_page` in threads of its own; returns its address.
 
     auth: the user and password that a visitor must give.
-    allow_hosts, files: see `pbe.app.guard`; the latter is that of `files_of_page`.
+    allow_hosts, files: see `pbe.serve.guard`; the latter is that of `files_of_page`.
 
     ValueError for an impossible port number; OSError if the port is taken, or `host` is not this machine's.
 
@@ -74,7 +72,7 @@ def serve(
             auth=auth,
             show_error=True,
             enable_monitoring=False,
-            app_kwargs={"middleware": [Middleware(Guard, page, host, allow_hosts, files)]},
+            app_kwargs={"middleware": [Middleware(Guard, MAX_UPLOAD, host, allow_hosts, files)]},
             theme=THEME,
             css_paths=Path(__file__).with_name("page.css"),
         )
@@ -135,24 +133,29 @@ def workplace() -> Iterator[Path]:
             raise gr.Error(str(error).replace(f"{folder}/", ""), print_exception=False) from error
 
 
-def with_previews(work: Callable[[Preview, Event], list[str]], show: Callable[[Any], Any]) -> Generator[Any, None, Any]:
-    """What `show` makes of the pictures that `work`, in another thread, hands to its preview, as they come.
+def followed(
+    engine: Engine, edit: Ticket[T], progress: gr.Progress, show: Callable[[list[Image.Image]], Any] | None = None
+) -> Generator[Any, None, T]:
+    """Has an edit made, and yields what `show` makes of its previews; returns what it does, and raises what it raises.
 
-    Returns what `work` returns, and raises what it raises. Whoever closes the generator sets `work`'s event, and does
-    not wait for its end: it is the thread in which Gradio answers everybody.
+    It ends at its next step once nobody waits for it, or the generator is closed.
     """
-    queue: SimpleQueue[list[Image.Image] | None] = SimpleQueue()
-    closed, pool = Event(), ThreadPoolExecutor(1)
-    # in this thread's context, by which Gradio and `waiting_client` know the edit
-    done = pool.submit(copy_context().run, work, lambda images, _: queue.put(images), closed)
-    done.add_done_callback(lambda _: queue.put(None))
-    pool.shutdown(wait=False)
+    check, news, shown = waiting_client(), Event(), edit.preview
+    edit.changed = news.set
+    engine.submit(edit)
     try:
-        while images := queue.get():
-            yield show(images)
+        while not edit.future.done():
+            news.wait(1)
+            news.clear()
+            check()
+            if edit.total:
+                progress((edit.done, edit.total), desc="Painting")
+            if show is not None and edit.preview is not shown:
+                shown = edit.preview
+                yield show(shown)
     finally:
-        closed.set()
-    return done.result()
+        edit.cancel()
+    return edit.future.result()
 
 
 CANCELLED: set[str] = set()  # the visitors who pressed Cancel since their last edit began
@@ -164,9 +167,9 @@ def cancel_edit(request: gr.Request) -> object:
     return gr.Gallery(visible=False)
 
 
-def waiting_client(closed: Event | None = None) -> Callable[[], None]:
-    """A function that raises `gr.Error` once nobody waits any longer for the edit that this thread makes: it was
-    cancelled or `closed`, its client has left or the page has ended. Gradio itself lets the edit run on."""
+def waiting_client() -> Callable[[], None]:
+    """A function that raises `gr.Error` once nobody waits any longer for the edit that this thread follows: it was
+    cancelled, its client has left or the page has ended. Gradio itself lets the edit run on."""
     page, edit = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
     oldest, since = None, time.monotonic()
     if page is not None and edit is not None and (begun := page._queue.event_ids_to_events.get(edit)):
@@ -183,7 +186,7 @@ def waiting_client(closed: Event | None = None) -> Callable[[], None]:
         if not unread or unread[0] is not oldest:
             oldest, since = next(iter(unread), None), time.monotonic()
         is_wanted = event is not None and event.alive and messages is not None and time.monotonic() - since < UNREAD
-        is_cancelled = (closed is not None and closed.is_set()) or (event and event.session_hash in CANCELLED)
+        is_cancelled = event and event.session_hash in CANCELLED
         if queue.stopped or is_cancelled or not is_wanted:
             raise gr.Error("The edit was cancelled: nobody waits for it.", print_exception=False)
 

@@ -59,12 +59,12 @@ def interrupt(number: int, _: object) -> NoReturn:
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Serves the page until it is interrupted; returns the exit code."""
     args = parser(prog).parse_args(argv)
-    from pbe.app.guard import is_loopback
     from pbe.app.page import build_page
     from pbe.app.serving import files_of_page, serve, warnings_on_page
     from pbe.batch.provenance import identify
     from pbe.checkpoints.loading import choose_device
     from pbe.editing.settings import quick_settings
+    from pbe.serve.guard import is_loopback
 
     if args.compile == "whole" and choose_device(args.device).type == "cuda":
         raise ValueError("--compile whole makes CUDA graphs, which one thread alone can replay: use --compile regions")

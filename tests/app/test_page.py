@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fakes import at_once
 from PIL import Image
 
 import pbe
 from pbe.batch.provenance import Weights, identify, read_provenance
 from pbe.editing.loading import AdaptedModels
 from pbe.editing.settings import DEMO, QUICK, quick_settings
+from pbe.editing.together import run_together
 from pbe.images.pillow import PictureWarning
 from pbe.images.windows import Box
 from pbe.models.paint_by_example import Distilled
@@ -32,9 +35,11 @@ from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from pbe.app import page as app  # noqa: E402
-from pbe.app import serving, uploads  # noqa: E402
+from pbe.app import serving  # noqa: E402
 from pbe.app.canvas import drawn_mask, to_value  # noqa: E402
 from pbe.cli.app import main  # noqa: E402
+from pbe.serve import uploads  # noqa: E402
+from pbe.serve.engine import Cancelled, Engine, Ticket  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,19 +233,17 @@ def test_only_the_edit_is_offered_to_programs(client):
     assert not endpoints["unnamed_endpoints"]
 
 
+def begin(model, files: uploads.EditFiles, folder: Path, number: int = 1) -> Ticket:
+    folder.mkdir()
+    return uploads.ticket_of(model, WEIGHTS, uploads.job_of(files, EDIT_SETTINGS, folder), number)
+
+
 def test_progress_counts_the_steps_of_all_batches(model, files, tmp_path):
     told = []
-    (tmp_path / "work").mkdir()
-    uploads.save_edits(
-        model,
-        WEIGHTS,
-        uploads.EditFiles(*files.values()),
-        EDIT_SETTINGS,
-        uploads.BATCH_SIZE + 1,
-        tmp_path / "work",
-        lambda at, desc: told.append(at),
-    )
-    assert told == [(done, 8) for done in range(9)]
+    edit = begin(model, uploads.EditFiles(*files.values()), tmp_path / "work", uploads.BATCH_SIZE + 1)
+    edit.changed = lambda: told.append((edit.done, edit.total))
+    assert len(Engine().submit(edit).future.result(60)) == uploads.BATCH_SIZE + 1
+    assert sorted(set(told)) == [(0, 0)] + [(done, 8) for done in range(1, 9)]
 
 
 def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
@@ -263,62 +266,44 @@ def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
     assert not preview.visible
 
 
-def test_adapters_have_a_strength_each_on_the_page(tiny_checkpoint, files, tmp_path):
-    factors = {"lora_down": torch.ones(1, 64, 3, 3), "lora_up": torch.ones(64, 1, 1, 1)}
-    name = "lora_unet_mid_block_resnets_0_conv1"
-    torch.save({f"{name}.{part}.weight": x for part, x in factors.items()}, tmp_path / "style.pt")
-    loaded = []
+def show_one(work: Callable[[Ticket], None]) -> Iterator[str]:
+    """What the page shows of an edit that shows "a" and then does `work`."""
 
-    def load(adapters):
-        loaded.append([strength for _, strength in adapters])
-        return pbe.load_model(tiny_checkpoint, "cpu", adapters=adapters)
+    @at_once
+    def edit(ticket):
+        ticket.show(["a"], None)
+        time.sleep(0.2)  # so that it is seen
+        work(ticket)
 
-    adapters = ((tmp_path / "style.pt", 0.5), (tmp_path / "style.pt", -2.0))
-    page = app.build_page(AdaptedModels(load), identify(tiny_checkpoint, torch.float32, adapters), QUICK, adapters)
-    sliders = [block for block in page.blocks.values() if getattr(block, "label", None) == "style.pt: strength"]
-    assert [(one.value, one.minimum, one.maximum) for one in sliders] == [(0.5, -1, 2), (-2, -2, 2)]
-    with serving.warnings_on_page():
-        client = Client(serving.serve(page, port=free_port()), verbose=False)
-        results = [call(client, files, **given)[0] for given in ({}, {}, {"strength_1": 2, "strength_2": 0})]
-        with pytest.raises(AppError, match="strength_2 must be a number, got 'x'"):
-            call(client, files, strength_2="x")
-        with pytest.raises(AppError, match="greater than maximum value 2"):
-            call(client, files, strength_1=3)
-        results += call(client, files, strength_1=0, strength_2=0)
-    page.close(verbose=False)
-    assert loaded == [[0.5, -2], [2, 0], [0, 0]]
-    stored = [[one["strength"] for one in read_provenance(path)["adapters"]] for path in results]
-    assert stored == [[0.5, -2], [0.5, -2], [2, 0], [0, 0]]
-    edit = {"mask": files["mask"], "exemplar": files["exemplar"], **vars(EDIT_SETTINGS)}
-    for path, given in zip(results[1:], [adapters, [(tmp_path / "style.pt", 2.0)], []], strict=True):
-        model = pbe.load_model(tiny_checkpoint, "cpu", adapters=given)
-        assert np.array_equal(pixels(path), pixels(pbe.edit(model, files["image"], **edit)[0]))
+    return serving.followed(Engine(), Ticket(edit.begin), lambda *_, **__: None, "".join)
 
 
 def test_what_ends_an_edit_ends_its_previews():
-    def work(preview, closed):
-        preview(["a"], None)
-        raise gr.Error("cancelled")
+    def work(ticket):
+        raise ValueError("the mask is empty")
 
-    shown = serving.with_previews(work, "".join)
+    shown = show_one(work)
     assert next(shown) == "a"
-    with pytest.raises(gr.Error, match="cancelled"):
+    with pytest.raises(ValueError, match="the mask is empty"):
         next(shown)
 
 
-def test_previews_that_are_closed_tell_their_edit_and_do_not_wait_for_it():
-    told = threading.Event()
+def test_previews_that_are_closed_end_their_edit_and_do_not_wait_for_it():
+    ended = threading.Event()
 
-    def work(preview, closed):
-        preview(["a"], None)
-        assert closed.wait(timeout=30)
-        told.set()
-        return []
+    def work(ticket):
+        try:
+            while True:
+                ticket.check()
+                time.sleep(0.01)
+        except Cancelled:
+            ended.set()
+            raise
 
-    shown = serving.with_previews(work, "".join)
+    shown = show_one(work)
     assert next(shown) == "a"
     shown.close()
-    assert told.wait(timeout=30)
+    assert ended.wait(timeout=30)
 
 
 def test_a_cropped_exemplar_is_as_good_as_one_cut_before(model, files, tmp_path):
@@ -328,16 +313,8 @@ def test_a_cropped_exemplar_is_as_good_as_one_cut_before(model, files, tmp_path)
     crop = Box(10, 5, 40, 50)
     results = {}
     for name, edit in (("whole", {}), ("crop", {"crop": crop})):
-        (tmp_path / name).mkdir()
-        paths = uploads.save_edits(
-            model,
-            WEIGHTS,
-            uploads.EditFiles(*files.values(), **edit),
-            EDIT_SETTINGS,
-            1,
-            tmp_path / name,
-            lambda at, desc: None,
-        )
+        ticket = begin(model, uploads.EditFiles(*files.values(), **edit), tmp_path / name)
+        (paths,) = run_together([ticket.begin(ticket)])
         results[name] = pixels(paths[0])
     cut = Image.open(files["exemplar"]).crop(crop)
     (expected,) = pbe.edit(
@@ -365,7 +342,7 @@ def test_one_edit_runs_at_a_time(client, files, monkeypatch):
         running.release()
         return [inputs.picture.source]
 
-    monkeypatch.setattr(uploads, "run_job", run_job)
+    monkeypatch.setattr(uploads, "run_job", at_once(run_job))
     handed = {name: handle_file(path) for name, path in files.items()}
     jobs = [client.submit(**handed, **SETTINGS, api_name="/edit") for _ in range(3)]
     assert all(len(job.result(timeout=30)) == 1 for job in jobs)
@@ -373,7 +350,7 @@ def test_one_edit_runs_at_a_time(client, files, monkeypatch):
 
 
 def test_large_uploads_are_refused(model, files, monkeypatch):
-    monkeypatch.setattr(serving, "MAX_UPLOAD", "10kb")
+    monkeypatch.setattr(serving, "MAX_UPLOAD", 10 * 2**10)
     page = app.build_page(model, WEIGHTS)
     limited = Client(serving.serve(page, port=free_port()), verbose=False)
     with pytest.raises(Exception, match=r"413|[Ss]ize"):  # whichever HTTP error the client's version raises

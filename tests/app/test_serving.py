@@ -15,18 +15,21 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from fakes import at_once
 from PIL import Image
 
 import pbe
 from pbe.batch.provenance import Weights
+from pbe.sampling import StepInfo
 
 gr = pytest.importorskip("gradio", reason="the page needs the extra app")
 from gradio_client import Client, handle_file  # noqa: E402
 
-from pbe.app import guard, serving, uploads  # noqa: E402
+from pbe.app import serving  # noqa: E402
 from pbe.app.page import build_page  # noqa: E402
 from pbe.cli.app import credentials, interrupt, main  # noqa: E402
 from pbe.io.signals import handling  # noqa: E402
+from pbe.serve import guard, uploads  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -303,14 +306,14 @@ def slow(monkeypatch):
     def run_job(model, job, inputs, num_images, batch_size, callback, preview):
         started.append(job.settings.seed)
         try:
-            for _ in range(1000):
+            for i in range(1000):
                 time.sleep(0.05)
-                callback()
+                callback(StepInfo(i, 1000, 0, None, None))
         finally:
             ended.append(job.settings.seed)
         return [inputs.picture.source]
 
-    monkeypatch.setattr(uploads, "run_job", run_job)
+    monkeypatch.setattr(uploads, "run_job", at_once(run_job))
     return started, ended
 
 
@@ -381,14 +384,14 @@ def test_one_edit_at_a_time_also_after_a_cancel(address, files, monkeypatch):
     def run_job(model, job, inputs, num_images, batch_size, callback, preview):
         most.append(running.acquire(blocking=False))
         try:
-            for _ in range(3):
+            for i in range(3):
                 time.sleep(1)
-                callback()
+                callback(StepInfo(i, 3, 0, None, None))
         finally:
             running.release()
         return [inputs.picture.source]
 
-    monkeypatch.setattr(uploads, "run_job", run_job)
+    monkeypatch.setattr(uploads, "run_job", at_once(run_job))
     first = submit(Client(address, verbose=False), files)
     wait_for(lambda: len(most) == 1)
     second = submit(Client(address, verbose=False), files)

@@ -6,8 +6,7 @@ The edit is `pbe.batch.job.run_job`, as for `pbe edit`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from itertools import count
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -18,18 +17,21 @@ from pbe.batch.job import Job, read_inputs, run_job
 from pbe.batch.provenance import Weights, check_writable, provenance_of, save_result
 from pbe.editing.preview import Preview
 from pbe.editing.settings import EditSettings
+from pbe.editing.together import Steps
 from pbe.images.pillow import UNREADABLE, open_image
 from pbe.images.reading import read_picture
 from pbe.images.saving import save_picture
 from pbe.images.windows import Box
-from pbe.io.fields import Range, read
+from pbe.io.fields import Range
 from pbe.models.paint_by_example import PaintByExample
+from pbe.sampling import Callback
+from pbe.serve.engine import BATCH_SIZE, Ticket
 
 MAX_MEMORY = 1_024_000_000  # bytes that reading an uploaded picture may take
 # What it takes at the most, with the copies of Pillow and numpy, whether as image, mask or exemplar. Measured.
 BYTES_PER_PIXEL = dict.fromkeys(("PNG", "JPEG", "MPO", "TIFF", "GIF", "BMP"), 16) | {"JPEG2000": 20, "WEBP": 22}
 MAX_RESULTS = 8
-BATCH_SIZE = 4
+NUMBER = Annotated[int, Range(1, MAX_RESULTS)]
 
 
 class EditFiles(NamedTuple):
@@ -41,46 +43,46 @@ class EditFiles(NamedTuple):
     crop: Box | None = None  # of the exemplar
 
 
-def save_edits(
-    model: PaintByExample,
-    weights: Weights,
-    files: EditFiles,
-    settings: EditSettings,
-    num_images: object,
-    folder: Path,
-    progress: Callable[..., object],
-    preview: Preview | None = None,
-) -> list[str]:
-    """Edits and saves `num_images` results as PNG files with their provenance in `folder`; returns their paths.
+def job_of(files: EditFiles, settings: EditSettings, folder: Path) -> Job:
+    """The edit of files of which `folder` takes copies under plain names, which provenance and messages then hold.
 
-    The folder takes copies of the pictures under plain names, which provenance and error messages then hold. `preview`
-    is that of `pbe.edit`.
-    ValueError, OSError and MemoryError as `pbe.edit`, and ValueError for more pixels or results than the page takes.
+    ValueError as `take`.
     """
-    number: int = read("num_images", num_images, Annotated[int, Range(1, MAX_RESULTS)])
-    paths = [folder / f"{files.image.stem}-{settings.seed + i}.png" for i in range(number)]
-    job = Job(
+    return Job(
         image=take(files.image, folder, "image"),
         mask=take(files.mask, folder, "mask"),
         exemplar=(take(files.exemplar, folder, "exemplar", files.crop),),
-        out=paths[0].name,
+        out=f"{files.image.stem}-{settings.seed}.png",
         settings=settings,
         folder=folder,
     )
+
+
+def ticket_of(model: PaintByExample, weights: Weights, job: Job, number: int) -> Ticket[list[str]]:
+    """The edit for an engine, which returns the paths of what `save_edits` has saved."""
+
+    def begin(ticket: Ticket[list[str]]) -> Steps[list[str]]:
+        return save_edits(model, weights, job, number, ticket.step, ticket.show)
+
+    return Ticket(begin, number, replace(job.settings, seed=0))
+
+
+def save_edits(
+    model: PaintByExample, weights: Weights, job: Job, number: int, callback: Callback, preview: Preview
+) -> Steps[list[str]]:
+    """Edits and saves `number` results as PNG files with their provenance, at the job's `out` and beside it; returns
+    their paths. `callback` and `preview` are those of `pbe.edit`.
+
+    ValueError, OSError and MemoryError as `pbe.edit`.
+    """
+    seed, name = job.settings.seed, Path(job.out).stem.removesuffix(f"-{job.settings.seed}")
+    paths = [job.path(f"{name}-{seed + i}.png") for i in range(number)]
     inputs = read_inputs(job)
     provenance = provenance_of(job, weights)
     check_writable(paths[0], inputs.photo, provenance)
-
-    total = settings.steps_taken * -(-number // BATCH_SIZE)
-    done = count()
-
-    def show_progress(_: object = None) -> None:
-        progress((next(done), total), desc="Painting")
-
-    show_progress()
-    results = run_job(model, job, inputs, number, BATCH_SIZE, show_progress, preview)
+    results = yield from run_job.begin(model, job, inputs, number, BATCH_SIZE, callback, preview)
     for i, (result, path) in enumerate(zip(results, paths, strict=True)):
-        save_result(result, path, {**provenance, "seed": settings.seed + i})
+        save_result(result, path, {**provenance, "seed": seed + i})
     return [str(path) for path in paths]
 
 
@@ -112,5 +114,5 @@ def check_memory(path: Path, name: str) -> None:
     pixels = MAX_MEMORY // BYTES_PER_PIXEL.get(file_format, 24)
     if width * height > pixels:
         raise ValueError(
-            f"{name} is {width}x{height}: this page takes up to {pixels // 10**6} megapixels, `pbe edit` takes more"
+            f"{name} is {width}x{height}: up to {pixels // 10**6} megapixels are taken here, `pbe edit` takes more"
         )

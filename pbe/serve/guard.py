@@ -1,4 +1,4 @@
-"""What the page's server asks of a request before Gradio sees it: whose it is, how large, and whether there is room."""
+"""What a server asks of a request before it is read: whose it is, how large, and whether there is room."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import ipaddress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import gradio as gr
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,14 +19,15 @@ MIN_STORED = 2**16  # what a file counts at least: going through many small ones
 
 class Guard:
     """ASGI middleware. Requests to foreign hosts and from foreign origins are refused, so that no other site can use
-    this page through a visitor's browser; so are bodies above the page's limit. What Gradio fails on is answered.
+    this one through a visitor's browser; so are bodies above the limit. What the application fails on is answered.
 
-    host, allowed: the names that the page has beside the address at which a connection arrives.
+    limit: bytes of a body, beside those of a form.
+    host, allowed: the names that the server has beside the address at which a connection arrives.
     files: the folder of uploads and results, of which the oldest are deleted where there are too many.
     """
 
-    def __init__(self, app: ASGIApp, page: gr.Blocks, host: str, allowed: tuple[str, ...], files: Path | None):
-        self.app, self.page, self.files = app, page, files
+    def __init__(self, app: ASGIApp, limit: int, host: str, allowed: tuple[str, ...] = (), files: Path | None = None):
+        self.app, self.limit, self.files = app, limit, files
         self.host, self.allowed = host.strip("[]").lower(), {name.lower() for name in allowed}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,8 +53,15 @@ class Guard:
         except Exception as error:
             if answered:
                 raise
-            status, message = 400, f"this request cannot be answered: {type(error).__name__}: {error}"
-        await JSONResponse({"detail": message}, status)(scope, receive, send)
+            status, message = self.failed(error)
+        await self.refused(status, message)(scope, receive, send)
+
+    def failed(self, error: Exception) -> tuple[int, str]:
+        """The HTTP status and the message for what the application fails on."""
+        return 400, f"this request cannot be answered: {type(error).__name__}: {error}"
+
+    def refused(self, status: int, message: str) -> JSONResponse:
+        return JSONResponse({"detail": message}, status)
 
     def refusal(self, scope: Scope) -> tuple[int, str] | None:
         """The HTTP status and the reason for a request that is refused."""
@@ -62,16 +69,19 @@ class Guard:
         own = self.allowed | {self.host, address} | ({"localhost"} if is_loopback(address) else set())
         host, origin = ", ".join(headers.getlist("host")), headers.get("origin")
         if hostname(host) not in own:
-            return 403, f"the host {host!r} is not this page's; --allow-host NAME makes it so"
+            return 403, f"the host {host!r} is not this server's; --allow-host NAME makes it so"
         # An origin with its port: another server of the same machine is another site.
         netloc = (origin or "").partition("://")[2]
         if origin is not None and netloc != host and hostname(netloc) not in self.allowed:
-            return 403, f"the origin {origin!r} is not this page's; --allow-host NAME makes it so"
+            return 403, f"the origin {origin!r} is not this server's; --allow-host NAME makes it so"
+        return self.oversize(headers)
+
+    def oversize(self, headers: Headers) -> tuple[int, str] | None:
+        """As `refusal`, for a body that is too large, or might be."""
         if "transfer-encoding" in headers:
             return 411, "the request does not say its length: send Content-Length"
-        limit = self.page.max_file_size or 0
-        if int(headers.get("content-length", 0)) > limit + FORM:
-            return 413, f"the request is too large: this page takes files of up to {limit / 2**20:g} MB"
+        if int(headers.get("content-length", 0)) > self.limit + FORM:
+            return 413, f"the request is too large: files of up to {self.limit / 2**20:g} MB are taken here"
         return None
 
 
