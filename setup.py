@@ -22,6 +22,7 @@ HUB = ["huggingface_hub>=0.30", *SAFETENSORS]
 LOG = ["tensorboard>=2.14"]
 PLOT = ["matplotlib>=3.7"]
 APP = ["gradio>=6.29", "starlette>=0.40"]  # starlette is what gradio serves with
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20"]
 MASKS = ["opencv-python-headless>=4.8"]
 EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
 # diffusers loads weights tensor by tensor, and moves networks off a small card, only with accelerate.
@@ -33,19 +34,8 @@ DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 CHECKS = ["ruff==0.17.6", "mypy==2.4.1", "typing_extensions>=4.10"]
 # what writes the adapters that others use
 ADAPTERS = ["peft>=0.17", "lycoris-lora>=4.1"]
-TEST = [
-    "pytest>=8",
-    "pytest-xdist>=3.5",
-    "hypothesis>=6.100",
-    *HUB,
-    *ADAPTERS,
-    *CHECKS,
-    *DOCS,
-    *BENCH,
-    *APP,
-    *EVAL,
-    *MASKS,
-]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", *ADAPTERS, *CHECKS, *DOCS, *BENCH, *APP, *EVAL, *MASKS]
+TEST += [*SERVE, "openai>=1.99", "schemathesis>=4.0"]
 
 setup(
     name="pbe",
@@ -86,6 +76,7 @@ setup(
         "log": LOG,
         "plot": PLOT,
         "app": APP,
+        "serve": SERVE,
         "eval": EVAL,
         "masks": MASKS,
         "verify": VERIFY,

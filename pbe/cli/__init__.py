@@ -10,6 +10,7 @@ from pbe.cli.flags import Parser
 COMMANDS = {
     "edit": ("pbe.cli.edit", "repaint the masked part of a photo, or of a batch of photos"),
     "app": ("pbe.cli.app", "serve a page on which photos are edited by hand"),
+    "serve": ("pbe.cli.serve", "serve edits to programs over HTTP"),
     "checkpoint": ("pbe.cli.checkpoint", "look into checkpoints and change them"),
     "verify": ("pbe.cli.verify", "compare what a checkpoint computes here and in diffusers"),
     "train": ("pbe.cli.train", "train or fine-tune, as a YAML file says"),
