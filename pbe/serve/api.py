@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,6 @@ from typing import Any
 try:
     import python_multipart  # noqa: F401  # with which forms are read
     from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 except ImportError as error:
     raise ImportError("the server needs the extra serve: pip install -e .[serve]") from error
@@ -43,7 +42,7 @@ from pbe.serve.guard import Guard
 from pbe.serve.jobs import OVER, Jobs, Record
 from pbe.serve.limits import Limits
 from pbe.serve.problems import Problem
-from pbe.serve.schemas import ERROR, JOB, RESULTS, TEXT, content, form_schema, page, record
+from pbe.serve.schemas import ERROR, HEALTH, JOB, RESULTS, TEXT, body, form_schema, json_body, page
 from pbe.serve.uploads import NUMBER, ticket_of
 
 OPEN = ("/healthz", "/openapi.json", "/docs")  # without a token
@@ -71,20 +70,14 @@ class Gate(Guard):
         return 500, "internal error"
 
     def refused(self, status: int, message: str) -> JSONResponse:
-        return answer(Problem.http(status, message))
+        return answer(Problem(status, message))
 
 
 def answer(problem: Problem) -> JSONResponse:
-    return JSONResponse({"error": problem.detail}, problem.status, problem.headers)
+    return JSONResponse({"error": problem.error}, problem.status_code, problem.headers)
 
 
 async def answer_error(_: Request, error: Exception) -> JSONResponse:
-    """What a client gets for an exception."""
-    if isinstance(error, HTTPException):
-        return answer(Problem.http(error.status_code, str(error.detail)))
-    if isinstance(error, RequestValidationError):
-        where = error.errors()[0]
-        return answer(Problem(400, where["msg"], param=str(where["loc"][-1]), code="invalid_value"))
     return answer(Problem.of(error))
 
 
@@ -95,11 +88,11 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.edits = Counter("pbe_edits", "Edits that are over, by how they ended", ["status"], registry=self.registry)
         self.seconds = Histogram("pbe_edit_seconds", "Seconds that edits took, without waiting", registry=self.registry)
-        sizes = (1, 2, 4, 8, 16)
-        self.together = Histogram("pbe_batch_edits", "Edits run together", buckets=sizes, registry=self.registry)
-        for name in ("waiting", "running"):
-            gauge = Gauge(f"pbe_edits_{name}", f"Edits that are {name}", registry=self.registry)
-            gauge.set_function(lambda name=name: len(getattr(engine, name)))
+        self.together = Histogram("pbe_batch_edits", "Edits run together", buckets=(1, 2, 4, 8), registry=self.registry)
+        waiting = Gauge("pbe_edits_waiting", "Edits in the queue", registry=self.registry)
+        waiting.set_function(lambda: len(engine.waiting))
+        running = Gauge("pbe_edits_running", "Edits that are made", registry=self.registry)
+        running.set_function(lambda: len(engine.running))
 
     def note(self, record: Record, ticket: Ticket) -> None:
         self.edits.labels(record.status).inc()
@@ -154,7 +147,7 @@ class Api:
     async def accept_form(self, request: Request, lasting: bool, openai: bool) -> Record:
         self.engine.check_room()  # before anything is read
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise HTTPException(415, "send multipart/form-data")
+            raise Problem(415, "send multipart/form-data")
         async with request.form(max_files=100, max_fields=200) as form:
             fields = openai_fields(form) if openai else edit_fields(form)
             return await asyncio.to_thread(self.accept, *fields, lasting, openai)
@@ -167,14 +160,13 @@ class Api:
                     raise Cancelled
             if record.problem:
                 raise record.problem
-            paths = [record.job.path(name) for name in record.results]
-            return [(record.job.settings.seed + i, path.read_bytes()) for i, path in enumerate(paths)]
+            return [(record.job.settings.seed + i, path.read_bytes()) for i, path in enumerate(record.paths)]
         finally:
             self.jobs.delete(record.id)
 
     def find(self, id: str) -> Record:
         if id not in self.jobs.records:
-            raise HTTPException(404, f"there is no job {id!r:.100}")
+            raise Problem(404, f"there is no job {id!r:.100}")
         return self.jobs.records[id]
 
     # --- the endpoints: their docstrings are what /docs says ----------------------------------------------
@@ -210,13 +202,13 @@ class Api:
     async def result(self, id: str, number: int) -> Response:
         """A result of a job that is done, as PNG, which holds its settings; the first has the number 0."""
         record = self.find(id)
-        if not 0 <= number < len(record.results):
-            raise HTTPException(404, f"the job has no result {number}: it is {record.status}")
-        return FileResponse(record.job.path(record.results[number]), media_type="image/png")
+        if number >= len(record.paths):
+            raise Problem(404, f"the job has no result {number}: it is {record.status}")
+        return FileResponse(record.paths[number], media_type="image/png")
 
     async def events(self, id: str) -> Response:
-        """A job's progress as server-sent events, until it is over. An event's name is the job's status, its data are the
-        job's, with `preview` where there is a new one: a list of PNG files in base64, one per result."""
+        """A job's progress as server-sent events, until it is over. An event's name is the job's status; its data are
+        the job's, with `preview` where there is a new one: a list of PNG files in base64, one per result."""
         record = self.find(id)
 
         async def events() -> AsyncIterator[str]:
@@ -274,7 +266,7 @@ def build_api(
     limits = limits or Limits()
     api = Api(model, weights, settings, files, limits)
     gate = Middleware(Gate, limits.max_body * MEGABYTE, host, allow_hosts, token=token)
-    error = content("application/json", record(error=ERROR))
+    error = json_body(ERROR)
     app = FastAPI(
         title="pbe: Paint by Example",
         version=__version__,
@@ -285,22 +277,30 @@ def build_api(
         responses={"4XX": error, "5XX": error},
     )
     app.state.api = api
-    for kind in (HTTPException, RequestValidationError, Problem, Full, Closed, Cancelled):
+    for kind in (HTTPException, Full, Closed, Cancelled):
         app.add_exception_handler(kind, answer_error)
-    job, results = content("application/json", JOB), content("application/json", RESULTS)
-    either = {"description": "as described", "content": results["content"] | content("image/png", TEXT)["content"]}
-    health = content("application/json", record(status=TEXT, version=TEXT, checkpoint=TEXT))
-    for method, path, endpoint, responses, form in (
+    job, results, png = json_body(JOB), json_body(RESULTS), body("image/png", TEXT)
+    either = body("image/png", TEXT, **results["content"])
+    routes: list[tuple[str, str, Callable[..., Any], dict[int | str, dict[str, Any]], dict[str, Any] | None]] = [
         ("POST", "/v1/images/edits", api.edit_image, {200: results}, form_schema(openai=True)),
         ("POST", "/v1/edits", api.edit, {200: either, 202: job}, form_schema()),
         ("GET", "/v1/jobs/{id}", api.job, {200: job}, None),
         ("DELETE", "/v1/jobs/{id}", api.delete, {204: {"description": "It is deleted."}}, None),
-        ("GET", "/v1/jobs/{id}/events", api.events, {200: content("text/event-stream", TEXT)}, None),
-        ("GET", "/v1/jobs/{id}/results/{number}", api.result, {200: content("image/png", TEXT)}, None),
-        ("GET", "/healthz", api.health, {200: health}, None),
-        ("GET", "/metrics", api.prometheus, {200: content("text/plain", TEXT)}, None),
-    ):
-        named = {"methods": [method], "status_code": min(responses), "responses": responses, "openapi_extra": form}
-        app.add_api_route(path, endpoint, response_class=Response, **named)
+        ("GET", "/v1/jobs/{id}/events", api.events, {200: body("text/event-stream", TEXT)}, None),
+        ("GET", "/v1/jobs/{id}/results/{number:int}", api.result, {200: png}, None),
+        ("GET", "/healthz", api.health, {200: json_body(HEALTH)}, None),
+        ("GET", "/metrics", api.prometheus, {200: body("text/plain", TEXT)}, None),
+    ]
+    for method, path, endpoint, responses, form in routes:
+        status = min(code for code in responses if isinstance(code, int))
+        app.add_api_route(
+            path,
+            endpoint,
+            methods=[method],
+            status_code=status,
+            responses=responses,
+            openapi_extra=form,
+            response_class=Response,
+        )
     app.add_api_route("/docs", lambda: HTMLResponse(page(app.openapi())), include_in_schema=False)
     return app

@@ -20,8 +20,9 @@ from pbe.serve.uploads import NUMBER, check_memory
 
 # What OpenAI's endpoint has beside these pictures and an edit's settings: the only value that is right here, or None
 # for what has no meaning and is ignored.
-FIXED = {"size": "auto", "response_format": "b64_json", "output_format": "png", "quality": "auto", "background": "auto"}
-FIXED |= {"stream": "false", "prompt": None, "model": None, "user": None}
+FIXED: dict[str, str | None] = dict.fromkeys(("size", "quality", "background"), "auto")
+FIXED |= {"response_format": "b64_json", "output_format": "png", "stream": "false"}
+FIXED |= dict.fromkeys(("prompt", "model", "user"))
 
 
 def parts(kind: Any) -> list[Any]:
@@ -35,25 +36,19 @@ TEXTS = {name: kind for name, kind in FILES.items() if str not in parts(kind)} |
 Uploads = dict[str, list[UploadFile]]
 
 
-def refused(name: str, message: str, code: str = "invalid_value") -> Problem:
-    """The problem of a form's field."""
-    return Problem(400, message, param=name, code=code)
-
-
 def edit_fields(form: FormData) -> tuple[Uploads, dict[str, str]]:
     """The files and the texts of a form that has an edit's own names."""
     uploads: Uploads = {}
     texts: dict[str, str] = {}
     for name, value in form.multi_items():
         if name not in (*UPLOADS, *TEXTS):
-            raise refused(
-                name, f"unknown field {name!r:.100}; known are {', '.join([*UPLOADS, *TEXTS])}", "unknown_field"
-            )
+            message = f"unknown field {name!r:.100}; known are {', '.join([*UPLOADS, *TEXTS])}"
+            raise Problem(400, message, name, "unknown_field")
         if isinstance(value, UploadFile) != (name in UPLOADS):
-            raise refused(name, f"{name} must be {'a file' if name in UPLOADS else 'text'}")
+            raise Problem(400, f"{name} must be {'a file' if name in UPLOADS else 'text'}", name, "invalid_value")
         given = uploads if isinstance(value, UploadFile) else texts
         if name in given and name not in SEVERAL:
-            raise refused(name, f"{name} is given twice")
+            raise Problem(400, f"{name} is given twice", name, "invalid_value")
         if isinstance(value, UploadFile):
             uploads.setdefault(name, []).append(value)
         else:
@@ -67,10 +62,11 @@ def openai_fields(form: FormData) -> tuple[Uploads, dict[str, str]]:
     items = [(names.get(name, name), value) for name, value in form.multi_items()]
     for name, value in items:
         if (right := FIXED.get(name)) is not None and str(value).lower() != right:
-            raise refused(name, f"{name} must be {right!r} here, got {str(value)!r:.100}", "unsupported_value")
+            raise Problem(400, f"{name} must be {right!r} here, got {str(value)!r:.100}", name, "unsupported_value")
     images = [value for name, value in items if name == "image"]
     if len(images) < 2:
-        raise refused("image", f"image[] must be given twice, the photo and the exemplar, got {len(images)}")
+        message = f"image[] must be given twice, the photo and the exemplar, got {len(images)}"
+        raise Problem(400, message, "image", "invalid_value")
     left = [(name, value) for name, value in items if name != "image" and name not in FIXED]
     return edit_fields(FormData([("image", images[0]), *(("exemplar", one) for one in images[1:]), *left]))
 

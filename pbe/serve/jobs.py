@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from pbe.batch.job import COLUMNS, Job
 from pbe.io.atomic import remove, write_text
 from pbe.serve.engine import Cancelled, Closed, Engine, Full, Ticket
 from pbe.serve.problems import Problem
+from pbe.serve.uploads import result_paths
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 STATE = "job.json"  # written beside a job's files at its beginning and its end; without it they are left over
@@ -33,10 +34,10 @@ class Record:
     lasting: bool = True
     created: float = field(default_factory=time.time)
     status: Status = "queued"
-    problem: Problem | None = None
-    results: list[str] = field(default_factory=list)  # names of files
+    error: dict[str, Any] | None = None  # as a client gets it
     step: int = 0  # of `steps`, which are known once it runs
     steps: int = 0
+    problem: Problem | None = None  # of which that is
     ticket: Ticket[list[str]] | None = None  # until it is over
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -53,33 +54,28 @@ class Record:
                 await asyncio.wait_for(changed.wait(), seconds)
         return self.status in OVER
 
+    @property
+    def paths(self) -> list[Path]:
+        """Its results."""
+        return result_paths(self.job, self.number) if self.status == "done" else []
+
     def to_json(self) -> dict[str, Any]:
         """What a client sees."""
-        seed = self.job.settings.seed
-        urls = [f"/v1/jobs/{self.id}/results/{i}" for i in range(len(self.results))]
-        return {
-            "id": self.id,
-            "status": self.status,
-            "created": int(self.created),
-            "step": self.step,
-            "steps": self.steps,
-            "results": [{"seed": seed + i, "url": url} for i, url in enumerate(urls)],
-            "error": self.problem and self.problem.detail,
-        }
+        seed, url = self.job.settings.seed, f"/v1/jobs/{self.id}/results"
+        names = ("id", "status", "created", "step", "steps", "error")
+        results = [{"seed": seed + i, "url": f"{url}/{i}"} for i in range(len(self.paths))]
+        return {name: getattr(self, name) for name in names} | {"results": results}
 
     def save(self) -> None:
-        names = ("number", "created", "status", "results", "step", "steps")
-        stored = {"row": self.job.to_row(), **{name: getattr(self, name) for name in names}}
-        stored["problem"] = self.problem and asdict(self.problem)
+        stored = self.to_json() | {"row": self.job.to_row(), "number": self.number}
         write_text(self.job.path(STATE), json.dumps(stored))
 
     @classmethod
     def load(cls, folder: Path) -> Record:
         """A job of a server that ended; OSError, ValueError, KeyError or TypeError where it has left none."""
         stored = json.loads((folder / STATE).read_text("utf-8"))
-        problem = stored.pop("problem")
-        job = Job.from_row(stored.pop("row"), folder)
-        return cls(folder.name, job, problem=Problem(**problem) if problem else None, **stored)
+        names = ("number", "created", "status", "step", "steps", "error")
+        return cls(folder.name, Job.from_row(stored["row"], folder), **{name: stored[name] for name in names})
 
 
 class Jobs:
@@ -157,9 +153,10 @@ class Jobs:
             record.status = "queued"
         elif isinstance(error, Exception):
             record.problem = Problem.of(error, record.job.folder, COLUMNS)
+            record.error = record.problem.error
             record.status = "cancelled" if isinstance(error, Cancelled) else "failed"
         else:
-            record.results, record.status = [Path(path).name for path in ticket.future.result()], "done"
+            record.status = "done"
         record.ticket = None  # and with it the frames of an exception
         if record.lasting and record.status in OVER and record.id in self.records:
             with suppress(OSError):  # a full disk: the job is made again after a restart

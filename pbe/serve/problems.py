@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+
+from starlette.exceptions import HTTPException
 
 from pbe.serve.engine import Cancelled, Closed, Full, TooLong
 
-# What an exception is for a client, the first that fits: HTTP status, OpenAI's type, code, a message if it has none.
-KINDS: dict[type[Exception], tuple[int, str, str, str | None]] = {
-    Full: (429, "rate_limit_error", "queue_full", "the queue is full: ask again later"),
-    Closed: (503, "server_error", "shutting_down", "the server is being stopped: ask again later"),
-    Cancelled: (409, "invalid_request_error", "cancelled", "the edit was cancelled"),
-    TooLong: (
-        504,
-        "server_error",
-        "too_long",
-        "the edit took longer than this server allows: take fewer steps or results",
-    ),
-    ValueError: (400, "invalid_request_error", "invalid_value", None),
-    MemoryError: (507, "server_error", "memory_full", None),
-    OSError: (507, "server_error", "storage", None),
-    Exception: (500, "server_error", "internal_error", "internal error"),
+# What an exception is for a client, the first that fits: HTTP status, code, and the message where it has none.
+KINDS: dict[type[Exception], tuple[int, str, str | None]] = {
+    Full: (429, "queue_full", "the queue is full: ask again later"),
+    Closed: (503, "shutting_down", "the server is being stopped: ask again later"),
+    Cancelled: (409, "cancelled", "the edit was cancelled"),
+    TooLong: (504, "too_long", "the edit took longer than this server allows: take fewer steps or results"),
+    ValueError: (400, "invalid_value", None),
+    MemoryError: (507, "memory_full", None),
+    OSError: (507, "storage", None),
+    Exception: (500, "internal_error", "internal error"),
 }
+TYPES = {429: "rate_limit_error"} | dict.fromkeys((500, 503, 504, 507), "server_error")
 CODES = {401: "invalid_api_key", 404: "not_found", 411: "no_length", 413: "too_large", 500: "internal_error"}
 
 
-@dataclass(eq=False)
-class Problem(Exception):
-    """What the answer to a request says is wrong, and its HTTP status; `param` is the field that it is about."""
+class Problem(HTTPException):
+    """What the answer to a request says is wrong; `param` is the field that it is about."""
 
-    status: int
-    message: str
-    type: str = "invalid_request_error"
-    param: str | None = None
-    code: str | None = None
-    retry_after: int | None = None  # seconds
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(status, message, headers or ({"WWW-Authenticate": "Bearer"} if status == 401 else None))
+        type_, code = TYPES.get(status, "invalid_request_error"), code or CODES.get(status)
+        self.error = {"message": message, "type": type_, "param": param, "code": code}
 
     @classmethod
     def of(cls, error: Exception, folder: Path | None = None, names: Iterable[str] = ()) -> Problem:
@@ -48,28 +48,12 @@ class Problem(Exception):
         """
         if isinstance(error, Problem):
             return error
-        kind, (status, type_, code, message) = next(item for item in KINDS.items() if isinstance(error, item[0]))
+        if isinstance(error, HTTPException):
+            return cls(error.status_code, str(error.detail), headers=error.headers)
+        kind, (status, code, message) = next(item for item in KINDS.items() if isinstance(error, item[0]))
         if kind is Exception:
             logging.getLogger(__name__).error("an edit failed", exc_info=error)
         message = message or str(error).replace(f"{folder}/", "")
         param = next((name for name in names if kind is ValueError and message.split()[:1] == [name]), None)
-        retry_after = error.args[0] if kind is Full else 5 if kind is Closed else None
-        return cls(status, message, type_, param, code, retry_after)
-
-    @classmethod
-    def http(cls, status: int, message: str) -> Problem:
-        """The problem of an HTTP status."""
-        type_ = "server_error" if status >= 500 else "invalid_request_error"
-        return cls(status, message, type_, None, CODES.get(status))
-
-    @property
-    def detail(self) -> dict[str, Any]:
-        """What a client sees."""
-        return {name: value for name, value in asdict(self).items() if name not in ("status", "retry_after")}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {
-            **({"Retry-After": str(self.retry_after)} if self.retry_after else {}),
-            **({"WWW-Authenticate": "Bearer"} if self.status == 401 else {}),
-        }
+        seconds = error.args[0] if kind is Full else 5 if kind is Closed else None
+        return cls(status, message, param, code, {"Retry-After": str(seconds)} if seconds else None)

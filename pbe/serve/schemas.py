@@ -21,6 +21,28 @@ DOCS = setting_docs() | {
 }
 
 
+def array(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def record(**properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+TEXT, NUMBER, OPTIONAL = {"type": "string"}, {"type": "number"}, {"type": ["string", "null"]}
+PROBLEM = record(message=TEXT, type=TEXT, param=OPTIONAL, code=OPTIONAL)
+ERROR = record(error=PROBLEM)
+RESULTS = record(created=NUMBER, data=array(record(seed=NUMBER, b64_json=TEXT)))
+JOB = record(
+    **dict.fromkeys(("created", "step", "steps"), NUMBER),
+    id=TEXT,
+    status={"enum": list(get_args(Status))},
+    results=array(record(seed=NUMBER, url=TEXT)),
+    error={"anyOf": [PROBLEM, {"type": "null"}]},
+)
+HEALTH = record(status=TEXT, version=TEXT, checkpoint=TEXT)
+
+
 def one_of(kind: Any) -> Schema:
     """The JSON schema of a setting's values in a form, where lists are texts."""
     origin, arguments = get_origin(kind), get_args(kind)
@@ -52,35 +74,18 @@ def form_schema(openai: bool = False) -> Schema:
     if openai:
         properties |= {"image[]": {**array(picture), "minItems": 2}, "n": properties["num_images"]}
         properties |= {name: {"type": "string"} | ({"enum": [value]} if value else {}) for name, value in FIXED.items()}
-    required = ["image[]", "mask"] if openai else ["image", "exemplar"]
-    body = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}}}
+    fields = record(**properties) | {"additionalProperties": False}
+    fields["required"] = ["image[]"] if openai else ["image", "exemplar"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": fields}}}}
 
 
-def array(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
+def body(kind: str, schema: Schema, **others: Schema) -> Schema:
+    """A response of a kind of content, or of others."""
+    return {"description": "as described", "content": {kind: {"schema": schema}, **others}}
 
 
-def record(**properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-def content(kind: str, schema: Schema, description: str = "as described") -> Schema:
-    return {"description": description, "content": {kind: {"schema": schema}}}
-
-
-TEXT, NUMBER, OPTIONAL = {"type": "string"}, {"type": "integer"}, {"type": ["string", "null"]}
-ERROR = record(message=TEXT, type=TEXT, param=OPTIONAL, code=OPTIONAL)
-JOB = record(
-    id=TEXT,
-    status={"enum": list(get_args(Status))},
-    created=NUMBER,
-    step=NUMBER,
-    steps=NUMBER,
-    results=array(record(seed=NUMBER, url=TEXT)),
-    error={"anyOf": [ERROR, {"type": "null"}]},
-)
-RESULTS = record(created=NUMBER, data=array(record(seed=NUMBER, b64_json=TEXT)))
+def json_body(schema: Schema) -> Schema:
+    return body("application/json", schema)
 
 
 def page(openapi: Schema) -> str:
@@ -90,8 +95,8 @@ def page(openapi: Schema) -> str:
     for path, methods in openapi["paths"].items():
         for method, operation in methods.items():
             parts += [f"<h2>{method.upper()} {path}</h2><p>{escape(operation['description'])}</p><table>"]
-            body = operation.get("requestBody", {}).get("content", {}).get("multipart/form-data", {}).get("schema", {})
-            for name, found in body.get("properties", {}).items():
+            content = operation.get("requestBody", {}).get("content", {})
+            for name, found in content.get("multipart/form-data", {}).get("schema", {}).get("properties", {}).items():
                 kind = "|".join(found.get("enum", [])) or found.get("format") or found["type"]
                 parts += [f"<tr><th>{name}<td>{kind}<td>{escape(found.get('description', ''))}"]
             parts += ["</table>"]

@@ -67,22 +67,28 @@ def ticket_of(model: PaintByExample, weights: Weights, job: Job, number: int) ->
     return Ticket(begin, number, replace(job.settings, seed=0))
 
 
+def result_paths(job: Job, number: int) -> list[Path]:
+    """Where the results go: to the job's `out`, which is NAME-SEED.png, and beside it."""
+    seed = job.settings.seed
+    name = Path(job.out).stem.removesuffix(f"-{seed}")
+    return [job.path(f"{name}-{seed + i}.png") for i in range(number)]
+
+
 def save_edits(
     model: PaintByExample, weights: Weights, job: Job, number: int, callback: Callback, preview: Preview
 ) -> Steps[list[str]]:
-    """Edits and saves `number` results as PNG files with their provenance, at the job's `out` and beside it; returns
-    their paths. `callback` and `preview` are those of `pbe.edit`.
+    """Edits and saves `number` results as PNG files with their provenance; returns their `result_paths`. `callback` and
+    `preview` are those of `pbe.edit`.
 
     ValueError, OSError and MemoryError as `pbe.edit`.
     """
-    seed, name = job.settings.seed, Path(job.out).stem.removesuffix(f"-{job.settings.seed}")
-    paths = [job.path(f"{name}-{seed + i}.png") for i in range(number)]
+    paths = result_paths(job, number)
     inputs = read_inputs(job)
     provenance = provenance_of(job, weights)
     check_writable(paths[0], inputs.photo, provenance)
     results = yield from run_job.begin(model, job, inputs, number, BATCH_SIZE, callback, preview)
     for i, (result, path) in enumerate(zip(results, paths, strict=True)):
-        save_result(result, path, {**provenance, "seed": seed + i})
+        save_result(result, path, {**provenance, "seed": job.settings.seed + i})
     return [str(path) for path in paths]
 
 
