@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,7 +102,7 @@ class Jobs:
         self.loop = asyncio.get_running_loop()
         folder.mkdir(parents=True, exist_ok=True)
         found = []
-        for path in filter(Path.is_dir, folder.iterdir()):
+        for path in self.folders():
             try:
                 found.append(Record.load(path))
             except (OSError, ValueError, KeyError, TypeError):
@@ -109,24 +112,42 @@ class Jobs:
             if record.status not in OVER:
                 self.queue(record, force=True)
 
+    def folders(self) -> list[Path]:
+        """Those of jobs, whoever made them; what else lies there is not touched."""
+        return [path for path in self.folder.iterdir() if re.fullmatch("[0-9a-f]{32}", path.name)]
+
+    def used(self) -> int:
+        """Bytes of all jobs' files, some of which may be removed meanwhile."""
+        total = 0
+        for folder, _, names in chain.from_iterable(map(os.walk, self.folders())):
+            for name in names:
+                with suppress(OSError):
+                    total += os.stat(os.path.join(folder, name)).st_size
+        return total
+
     def new_folder(self) -> Path:
         """A folder for a new job's files; its name is the job's id. Full where the quota leaves no room for it."""
         self.engine.check_room()
         over = [record for record in list(self.records.values()) if record.status in OVER and record.lasting]
-        while (used := sum(file.stat().st_size for file in self.folder.rglob("*"))) > self.quota and over:
-            self.delete(over.pop(0).id)
+        while (used := self.used()) > self.quota and over:
+            with suppress(KeyError):  # deleted meanwhile
+                self.delete(over.pop(0).id)
         if used > self.quota:
             raise Full(max(1, round(self.engine.pace)))
         path = self.folder / uuid.uuid4().hex
-        path.mkdir()
+        path.mkdir(mode=0o700)
         return path
 
     def add(self, record: Record) -> Record:
         """Queues a new job. Full or Closed as `Engine.submit`."""
         if record.lasting:
             record.save()
-        self.queue(record)
         self.records[record.id] = record
+        try:
+            self.queue(record)
+        except Exception:
+            del self.records[record.id]
+            raise
         return record
 
     def queue(self, record: Record, force: bool = False) -> None:
@@ -137,7 +158,8 @@ class Jobs:
     def note(self, record: Record) -> None:
         """Takes over what has changed of a job's ticket, in whichever thread it did."""
         ticket = record.ticket
-        assert ticket is not None
+        if ticket is None:  # cancelled in the moment in which it begins
+            return
         record.step, record.steps = ticket.done, ticket.total
         if ticket.future.done():
             self.end(record, ticket)

@@ -64,10 +64,12 @@ def test_jobs_of_a_killed_server_are_found_again(tiny_checkpoint, serve, picture
     finally:
         process.kill()
         process.wait()
-    (tmp_path / "half").mkdir()  # as one whose files were still being sent
-    (tmp_path / "half" / "image.png").write_bytes(b"a")
+    for name in ("a" * 32, "mine"):  # as one whose files were still being sent, and another's
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "image.png").write_bytes(b"a")
     with serve(tmp_path) as client:
-        assert not (tmp_path / "half").exists()
+        assert not (tmp_path / ("a" * 32)).exists()
+        assert (tmp_path / "mine" / "image.png").exists()
         assert status(client, done) == "done"
         assert client.get(f"{done}/results/0").status_code == 200
         wait_for(lambda: status(client, running) == "running")
