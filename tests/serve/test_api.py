@@ -108,7 +108,7 @@ def test_further_pictures_are_exemplars_too(ask, model, pictures):
         ({"output_format": "webp"}, "output_format", "must be 'png' here"),
         ({"n": 0}, "n", "n must be a whole number from 1 to 8, got '0'"),
         ({"images": ("image",)}, "image", "given twice, the photo and the exemplar, got 1"),
-        ({"mask": None}, None, "give one of mask, box and polygon, got none"),
+        ({"mask": None}, None, "give one of mask, box and polygon"),
         ({"mask": "exemplar"}, "mask", "is 20x30, but the picture it belongs to is 96x80"),
         ({"extra_body": {"colour": "red"}}, "colour", "unknown field 'colour'"),
         ({"extra_body": {"steps": "many"}}, "steps", "steps must be a whole number from 1 to 1000, got 'many'"),

@@ -126,7 +126,7 @@ def test_the_command_ends_at_sigterm(tiny_checkpoint, pictures, tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_flat(tiny_checkpoint, pictures, tmp_path):
-    """Over 400 edits, a quarter of them wrong, after 100 that fill what is kept."""
+    """Over 150 edits, a quarter of them wrong, after 60 that fill what is kept."""
     import psutil
 
     process, address = start(tiny_checkpoint, tmp_path)
@@ -139,7 +139,7 @@ def test_memory_is_flat(tiny_checkpoint, pictures, tmp_path):
                 assert answer.status_code == (400 if i % 4 == 0 else 200)
             return psutil.Process(process.pid).memory_info().rss
 
-        before = edit(100)
-        assert edit(400) - before < 30 * 2**20
+        before = edit(60)
+        assert edit(150) - before < 20 * 2**20
     process.kill()
     process.wait()
