@@ -70,11 +70,8 @@ def parser(prog: str | None = None) -> Parser:
     )
     g = p.add_argument_group("pictures")
     g.add_argument("--image", metavar="FILE", help="the photo; it keeps its size, and its pixels outside the mask")
-    g.add_argument(
-        "--mask",
-        metavar="FILE",
-        help="a picture of the photo's size, white = repaint (default: what --extend adds, or the transparent part)",
-    )
+    mask = "white = repaint; without it what --extend adds or what is transparent"
+    g.add_argument("--mask", metavar="FILE", help=mask)
     g.add_argument("--box", metavar="X0,Y0,X1,Y1", help="repaint this box, in pixels")
     g.add_argument("--select", metavar="X,Y", help="repaint the object at this point, or in a rough box X0,Y0,X1,Y1")
     g.add_argument("--polygon", metavar="'X,Y X,Y X,Y'", help="repaint this polygon, in pixels")

@@ -72,14 +72,11 @@ def read_canvas(
 
 
 def transparent_part(picture: Picture) -> np.ndarray:
-    """Where a picture is not opaque: bool (H, W); ValueError where it is so nowhere or everywhere."""
-    if picture.pixels.shape[2] not in HAS_ALPHA:
+    """Where a picture is not opaque: bool (H, W); ValueError where it is so nowhere."""
+    channels, alpha = picture.pixels.shape[2], picture.pixels[..., -1]
+    hole = alpha < SEEN_THROUGH * white_level(alpha.dtype)
+    if channels not in HAS_ALPHA or not hole.any():
         raise ValueError(NO_MASK)
-    hole = picture.pixels[..., -1] < SEEN_THROUGH * white_level(picture.pixels.dtype)
-    if not hole.any():
-        raise ValueError(f"{NO_MASK}, which this one, opaque everywhere, has not")
-    if hole.all():
-        raise ValueError(f"{NO_MASK}; this one is transparent everywhere")
     warnings.warn(
         f"no mask is given: the transparent part of the image, {hole.mean():.1%} of it, is repainted and made opaque",
         PictureWarning,

@@ -34,14 +34,9 @@ def read_exemplars(
         exemplars, masks, names = [exemplar], [cast("MaskLike | None", mask)], [name]
     if not exemplars:
         raise ValueError(f"{name} is an empty list; at least one picture is needed")
-    check_one_each(f"{name}_mask", len(masks), len(exemplars), name)
+    if len(masks) != len(exemplars):
+        raise ValueError(f"{name}_mask has {len(masks)} values for {len(exemplars)} {name}s; give one each")
     return [read_exemplar(*each, fit) for each in zip(exemplars, masks, names, strict=True)]
-
-
-def check_one_each(what: str, number: int, exemplars: int, name: str = "exemplar") -> None:
-    """ValueError unless there is one value for each exemplar."""
-    if number != exemplars:
-        raise ValueError(f"{what} has {number} values for {exemplars} {name}s; give one each")
 
 
 def mixed_context(
@@ -55,7 +50,8 @@ def mixed_context(
     """The condition (1, 1, context_dim) of one exemplar, or the weighted mean of several exemplars' conditions."""
     exemplars = read_exemplars(exemplar, mask, name, fit)
     shares = check(f"{name}_weights", [1.0] * len(exemplars) if weights is None else weights, Weights)
-    check_one_each(f"{name}_weights", len(shares), len(exemplars), name)
+    if len(shares) != len(exemplars):
+        raise ValueError(f"{name}_weights has {len(shares)} values for {len(exemplars)} {name}s; give one each")
     if not sum(shares):
         raise ValueError(f"{name}_weights must not all be 0, got {weights!r}")
 
@@ -112,11 +108,6 @@ def window_condition(model: PaintByExample, pixels: Tensor, keep: Tensor, contex
     z_masked, mask = model.encode_masked(pixels, keep.expand(len(pixels), -1, -1, -1))
     check_visible(mask)
     return Condition(*(x.expand(batch, *x.shape[1:]) for x in (z_masked, mask, context)))
-
-
-def photo_latents(model: PaintByExample, pixels: Tensor) -> Tensor:
-    """The posterior's mean (B, 4, h, w) of what `crop_window` gives, the latents that `strength` starts from."""
-    return model.vae.encode(pixels.to(model.device, model.dtype)).mean
 
 
 LARGER_MASK = "draw it wider, zoom in on it (window='auto') or work at a higher resolution"

@@ -15,7 +15,7 @@ from torch import Tensor
 from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
 from pbe.editing.canvas import Canvas, read_canvas
-from pbe.editing.condition import contexts, photo_latents, placed_size, window_condition
+from pbe.editing.condition import mixed_context, read_exemplars, window_condition
 from pbe.editing.preview import Preview, with_previews
 from pbe.editing.settings import BY_SAMPLER, COUNT, SETTINGS, EditKeywords, EditSettings, settings_for
 from pbe.editing.together import Sampling, Steps, sampled
@@ -165,9 +165,21 @@ def paint_region(
         seen, keep = crop_window(batch, repaint, box, size)
         with on_device(model.vae, device):
             condition = window_condition(model, seen, keep, context, len(batch))
-        seeds = range(settings.seed + first, settings.seed + first + len(batch))
-        z_0 = yield Sampling(model, condition, settings, seeds, callback)
-        with on_device(model.vae, device):
+            z_photo = model.vae.encode(seen.to(device, model.dtype)).mean if settings.strength < 1 else None
+        own = noise if noise is None or len(noise) == 1 else noise[first : first + batch_size]
+        with on_device(model.unet, device):
+            seed = settings.seed + first
+            z_0 = sample_latents(model, condition, settings, seed, callback, z_photo, null_context, own)
+        yield Painted(batch, box, seen, keep, z_0)
+
+
+def edit_region(
+    model: PaintByExample, repaint: np.ndarray, painted: Iterable[Painted], settings: EditSettings
+) -> list[Picture]:
+    """The photos with what `paint_region` has painted in the region: decode → composite."""
+    results: list[Picture] = []
+    for batch, box, seen, keep, z_0 in painted:
+        with on_device(model.vae, model.device):
             tiny = model.tiny_decoder if settings.decoder == "tiny" else None
             edited = (tiny or model.vae.decode)(z_0.to(model.dtype))[..., : seen.shape[2], : seen.shape[3]]
         check_finite(edited)
@@ -215,13 +227,10 @@ def check_edit(model: PaintByExample, settings: EditSettings, **counts: int) -> 
 
 def check_latents(latents: Tensor, num_images: int) -> Tensor:
     """ValueError for what is not noise for one result, or for each."""
-    if not (
-        isinstance(latents, Tensor) and latents.is_floating_point() and latents.ndim == 4 and latents.isfinite().all()
-    ):
-        kind = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else type(latents).__name__
-        raise ValueError(f"latents must be a tensor of finite floats (num_images or 1, 4, h, w), got {kind}")
-    if len(latents) not in (1, num_images):
-        raise ValueError(f"latents must be noise for one result or for all {num_images}, got {len(latents)}")
+    kind = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else type(latents).__name__
+    is_noise = isinstance(latents, Tensor) and latents.is_floating_point() and bool(latents.isfinite().all())
+    if not (is_noise and latents.ndim == 4 and len(latents) in (1, num_images)):
+        raise ValueError(f"latents must be finite floats of shape ({num_images} or 1, 4, h, w), got {kind}")
     return latents
 
 

@@ -110,23 +110,20 @@ def test_the_transparent_part_can_be_grown_and_cut_into_regions(model):
     assert (result[shape_mask(holes, grow=4), 3] == 255).all()
 
 
-@pytest.mark.parametrize(
-    ("alpha", "message"),
-    [
-        (
-            None,
-            "nothing to repaint: give one of mask, box and polygon, or extend, or .* a transparent part$",
-        ),
-        (255, "an image with a transparent part, which this one, opaque everywhere, has not"),
-        (10, "this one is transparent everywhere"),
-    ],
-)
-def test_no_mask_at_all(model, alpha, message):
-    image = photo(40, 30, 3 if alpha is None else 4)
+@pytest.mark.parametrize(("channels", "alpha"), [(1, None), (3, None), (4, 255)])
+def test_no_mask_at_all(model, channels, alpha):
+    image = photo(40, 30, channels)
     if alpha is not None:
         image[..., 3] = alpha
+    message = "nothing to repaint: give one of mask, box and polygon, or extend, or an image with a transparent part"
     with pytest.raises(ValueError, match=message):
         edit(model, image, None)
+
+
+@pytest.mark.filterwarnings("ignore:no mask is given")
+def test_nothing_to_keep(model):
+    with pytest.raises(ValueError, match="with its pixels as they are the mask covers the whole image"):
+        edit(model, np.zeros((30, 40, 4), np.uint8), None)
 
 
 def test_a_mask_counts_more_than_the_alpha_channel(model):
