@@ -201,9 +201,19 @@ def sample_latents(
     seeds: Sequence[int],
     callback: Callback | None = None,
 ) -> Tensor:
-    """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with one of the seeds each."""
-    generators = [generator for seed in seeds for generator in make_generators(seed, 1)]
-    x_T = randn(condition.z_masked.shape[1:], generators, model.device)
+    """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with the seeds `seed`, `seed + 1`, …
+
+    With a strength below 1 they start from the photo's, `z_photo` (B or 1, 4, h, w). `null_context` (1, 1, context_dim)
+    and `noise` (B or 1, 4, h, w) stand in the place of the model's own and of the seeds', whose later draws stay.
+    """
+    shape = condition.z_masked.shape
+    generators = make_generators(seed, shape[0])
+    x_t = randn(shape[1:], generators, model.device)
+    if noise is not None:
+        if noise.shape[1:] != shape[1:]:
+            wanted = ", ".join(map(str, shape[1:]))
+            raise ValueError(f"latents must be (num_images or 1, {wanted}) for this window, got {tuple(noise.shape)}")
+        x_t = noise.to(x_t).expand(shape)
     grid = SPACINGS[settings.spacing](NoiseSchedule.scaled_linear(), settings.steps)
     if z_photo is not None:
         grid = grid.last(settings.steps_taken)
