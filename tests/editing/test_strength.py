@@ -169,7 +169,7 @@ def test_latents_come_out_in_place_of_pictures(model):
         ({"latents": torch.zeros(2, 4, 16, 16)}, r"latents must be .* \(1 or 1, 4, h, w\), got \(2, 4, 16, 16\)"),
         (
             {"latents": torch.zeros(1, 4, 8, 8)},
-            r"shape \(num_images or 1, 4, 16, 16\) for this window, got \(1, 4, 8, 8\)",
+            r"\(num_images or 1, 4, 16, 16\) for this window, got \(1, 4, 8, 8\)",
         ),
         ({"latents": torch.zeros(4, 16, 16)}, r"finite floats of shape \(1 or 1, 4, h, w\), got \(4, 16, 16\)"),
         ({"latents": torch.full((1, 4, 16, 16), float("nan"))}, "latents must be finite floats"),
