@@ -30,7 +30,7 @@ class ShiftedBlock(nn.Module):
         return self.block.emb_layers(emb)
 
     def forward(self, x: Tensor, shifts: Tensor) -> Tensor:
-        return self.block.body(x, copies(shifts[:, self.columns], len(x)))
+        return self.block.body(x, copies(shifts[:, self.columns], x.shape[0]))
 
 
 class FoldedBlock(nn.Module):
@@ -59,7 +59,7 @@ class FoldedBlock(nn.Module):
     def body(self, x: Tensor, constant: Tensor) -> Tensor:
         """The block, given what its attention over the context adds, (K, 1, C): the same for all positions."""
         x = x + self.attn1(self.norm1(x))
-        x = copies(x, len(constant)) + constant
+        x = copies(x, constant.shape[0]) + constant
         return x + self.ff(self.norm3(x))
 
 
@@ -74,7 +74,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = copies(x, len(context))
+        x = copies(x, context.shape[0])
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from pbe.acceleration import prepare_for_inference
 from pbe.baselines.systems import System, Task, WeightFiles
+from pbe.checkpoints.formats.opening import is_exported
 from pbe.editing.edit import edit
+from pbe.editing.loading import load_editor
 from pbe.editing.settings import EditSettings, settings_for
 from pbe.models.paint_by_example import PaintByExample
 
@@ -27,9 +30,12 @@ class PaintByExampleSystem(System):
     @classmethod
     def load(cls, weights: WeightFiles) -> PaintByExampleSystem:
         """Raises as `WeightFiles.load` does."""
-        model = weights.load("paint_by_example", PaintByExample)
-        settings = settings_for({}, model.config.distilled, cls.settings)
-        return cls(prepare_for_inference(model, consume=True), settings)  # once, and not for each task
+        path = Path(weights.path("paint_by_example"))
+        if is_exported(path):
+            model = load_editor(path, weights.device, weights.dtype, adapters=weights.adapters)
+        else:  # once, and not for each task
+            model = prepare_for_inference(weights.load("paint_by_example", PaintByExample), consume=True)
+        return cls(model, settings_for({}, model.config.distilled, cls.settings))
 
     def with_settings(self, **settings: Any) -> Self:
         return replace(self, settings=replace(self.settings, **settings))

@@ -14,7 +14,7 @@ import torch
 from pbe.baselines import Baseline, System, Task, WeightFiles, get_baseline
 from pbe.batch.provenance import identify, is_finished, made_from, save_described
 from pbe.batch.run import Outcome, attempt
-from pbe.checkpoints.loading import choose_device, choose_dtype
+from pbe.editing.loading import dtype_for
 from pbe.editing.settings import MAX_SEED
 from pbe.evaluation.test_set import TestSet, result_files
 
@@ -88,7 +88,7 @@ def describe(name: str, weights: WeightFiles, settings: Mapping[str, Any]) -> di
     """A system with its settings, and the name and checksum of each of its files, as JSON values."""
     about: dict[str, Any] = {"system": name, **settings}
     if files := get_baseline(name).files:
-        dtype = choose_dtype(weights.dtype, choose_device(weights.device))
+        dtype = dtype_for(weights.path(files[0]), weights.dtype, weights.device)
         found = {kind: identify(Path(weights.path(kind)), dtype, weights.adapters) for kind in files}
         about["weights"] = {kind: {"file": one.checkpoint, "crc32": one.crc32} for kind, one in found.items()}
         if weights.weights != "auto" and "paint_by_example" in files:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pbe.checkpoints.recognised import WeightChoice
 
 # What of a checkpoint tells it from another.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")  # in a folder
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json", ".onnx", ".data", ".pt2")  # in a folder
 NUM_SAMPLES, SAMPLE_BYTES = 256, 16384
 ABOUT_RESULT = ("pbe", "size")  # stored beside the provenance, not part of it
 

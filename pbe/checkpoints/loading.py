@@ -91,19 +91,12 @@ def open_recognised(path: str | Path, without: str | None = None) -> RecognisedC
     return recognise(open_checkpoint(path), without)
 
 
-def recognise(file: Checkpoint, without: str | None = None) -> RecognisedCheckpoint:
-    """A checkpoint under our names; `CheckpointError` if its layout is not known.
-
-    `without` is the network, of `layouts.NETWORKS`, that the file need not have. What it holds beside the layout's
-    networks is left out with a warning, where it is networks of its own; any other unknown tensor is an error.
-    """
-    path, layout = file.path, find_layout(file.names(), without)
-    for outer in OUTER:
-        if layout is None and all(name.startswith(outer) for name in file.names()):
-            inner = part_of(file, outer)
-            layout = find_layout(inner.names(), without)
-            file = inner if layout else file
-    names = list(file.names())
+def recognise(file: Checkpoint) -> RecognisedCheckpoint:
+    """A checkpoint under our names; `CheckpointError` if its layout is not known."""
+    path, names = file.path, list(file.names())
+    layout = find_layout(names)
+    if "export" in file.extras:
+        raise CheckpointError(f"{path} holds exported networks, which can only edit: pbe.export.load_exported opens it")
     if layout is None and holds_adapters(file):
         raise CheckpointError(f"{path} holds adapters alone: give it beside a checkpoint (--adapter), not as one")
     if layout is None:

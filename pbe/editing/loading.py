@@ -36,7 +36,7 @@ class AdaptedModels:
 def load_editor(
     checkpoint: Path,
     device: str | torch.device = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     low_memory: bool = False,
     compile: Compile | None = None,
     adapters: Sequence[AdapterLike] = (),
@@ -46,18 +46,29 @@ def load_editor(
 ) -> PaintByExample:
     """`pbe.load_model` for a file that must hold Paint by Example, prepared for editing alone, with its adapters.
 
-    With `low_memory` each network is on the device only while it computes.
+    With `low_memory` each network is on the device only while it computes. A folder of exported networks is opened by
+    `pbe.export.load_exported`.
 
     Raises:
-        ValueError: for another model, and for `low_memory` with the whole network's compilation.
+        ValueError: for another model, for `low_memory` with the whole network's compilation, and for anything but a
+            device and a precision with exported networks.
     """
     from pbe.acceleration import prepare_for_inference
     from pbe.acceleration.offloading import offload
     from pbe.checkpoints.adapters import add_adapters
+    from pbe.checkpoints.formats.opening import is_exported
     from pbe.checkpoints.loading import choose_device, choose_dtype, load_model
     from pbe.models.paint_by_example import PaintByExample
 
     check_memory(low_memory, compile)
+    if is_exported(checkpoint):
+        from pbe.export import load_exported
+
+        asked = {"adapters": adapters, "tiny_decoder": tiny_decoder, "low_memory": low_memory, "compile": compile}
+        if refused := [name for name, value in asked.items() if value]:
+            why = "adapters can be folded in when it is exported" if adapters else "use the checkpoint that it is from"
+            raise ValueError(f"{checkpoint} holds exported networks, which take no {', '.join(refused)}: {why}")
+        return load_exported(checkpoint, device, dtype)
     chosen = choose_device(device)
     home, precision = choose_device("cpu") if low_memory else chosen, choose_dtype(dtype, chosen)
     # on the CPU preparing converts what is mapped, with no copy between; to a device the least is sent
@@ -70,6 +81,16 @@ def load_editor(
     if low_memory:
         model = offload(model, chosen)
     return prepare_for_inference(model, consume=True, dtype=precision, compile=compile)
+
+
+def dtype_for(checkpoint: str | Path, dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
+    """The precision in which the model of a checkpoint is to compute: exported networks have their own."""
+    import torch
+
+    from pbe.checkpoints.formats.opening import is_exported
+    from pbe.checkpoints.loading import choose_device, choose_dtype
+
+    return torch.float32 if is_exported(checkpoint) else choose_dtype(dtype, choose_device(device))
 
 
 def distilled_for(checkpoint: str | Path, adapters: Sequence[AdapterLike] = ()) -> Distilled | None:

@@ -132,7 +132,7 @@ class UShaped(nn.Module):
     ) -> Tensor:
         """What these output blocks make of x and the last of `skips`, which they take out of the list."""
         for layers in blocks:
-            x = torch.cat([x, copies(skips.pop(), len(x))], dim=1)
+            x = torch.cat([x, copies(skips.pop(), x.shape[0])], dim=1)
             size = skips[-1].shape[-2:] if skips else x.shape[-2:]
             x = layers(x, Signals(emb, context, size))
         return x
@@ -143,4 +143,4 @@ def copies(x: Tensor, count: int) -> Tensor:
 
     A network prepared for inference has a sample for each context only from the first block that takes it.
     """
-    return x if len(x) == count else torch.cat([x] * (count // len(x)))
+    return x if x.shape[0] == count else torch.cat([x] * (count // x.shape[0]))

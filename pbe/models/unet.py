@@ -126,7 +126,7 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             y = block(y, context)
         y = y.transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
-        return copies(x, len(y)) + self.proj_out(y)
+        return copies(x, y.shape[0]) + self.proj_out(y)
 
 
 class Downsample(nn.Module):
@@ -153,8 +153,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        h, w = size
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")[..., :h, :w])
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
 
 
 class UNet(UShaped):

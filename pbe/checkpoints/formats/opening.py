@@ -17,6 +17,7 @@ from pbe.io.json_text import parse_json
 
 __all__ = ["Checkpoint", "CheckpointError", "find_checkpoint", "open_checkpoint", "read_state_dict"]
 
+EXPORT_JSON = "export.json"  # in a folder of pbe.export's
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "weights" / "demo.ckpt"
 
 EXPECTED = (
@@ -104,6 +105,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return _read_file(path)
 
 
+def is_exported(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds networks for another runtime (`pbe.export`)."""
+    return (find_checkpoint(path) / EXPORT_JSON).is_file()
+
+
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All weights of a checkpoint of any kind as CPU tensors, memory-mapped. Raises as `open_checkpoint` does."""
     checkpoint = open_checkpoint(path)
@@ -139,6 +145,9 @@ def _describe(head: bytes, size: int) -> str:
 
 
 def _open_folder(path: Path) -> Checkpoint:
+    if is_exported(path):
+        about = _read_json(path / EXPORT_JSON)
+        return Checkpoint(path, "folder of exported networks", {}, {"export": about, "pbe": about.get("pbe")})
     if (path / "model_index.json").is_file():
         index = _read_json(path / "model_index.json")
         components = [name for name in COMPONENTS if _is_listed(index, name)]
