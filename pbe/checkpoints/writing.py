@@ -86,8 +86,8 @@ def save_diffusers(
 ) -> None:
     """Writes a folder for diffusers' `PaintByExamplePipeline`, as the hub's is; needs the extra `safetensors`.
 
-    Releases of diffusers that moved the pipeline to `deprecated` no longer find its encoder by the name that every such
-    folder gives it, the hub's too; docs/checkpoints.md has the two lines that help.
+    Releases of diffusers that moved the pipeline to `deprecated` find its encoder by no name that model_index.json
+    could give; they take it from a module of the folder, ENCODER, with `trust_remote_code=True`. Older ones ignore it.
 
     `tensors` have the original keys. Raises `ValueError` where diffusers' classes cannot express `config`, and
     `FileExistsError` for an existing folder, unless `overwrite` is set and it is a diffusers folder.
@@ -109,6 +109,7 @@ def save_diffusers(
         for name, content in configs.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_text(json.dumps(content, indent=2) + "\n")
+        (part / "image_encoder" / "paint_by_example.py").write_text(ENCODER)
         for component, file in COMPONENT_FILES.items():
             if f"{component}/config.json" not in configs:
                 continue
@@ -120,6 +121,10 @@ def save_diffusers(
             save_safetensors(weights, part / component / file, about if component == "unet" else {})
 
 
+ENCODER = """\
+# The encoder that model_index.json names, for releases of diffusers that moved it.
+from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder  # noqa: F401
+"""
 COMPONENT_FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",

@@ -29,8 +29,8 @@ PARTS = ("unet", "vae", "exemplar")  # of the config, that export.json holds
 # a text is open: "batch", "height" and "width" of latents, "8*height" of pixels
 Shape = tuple[int | str, ...]
 TENSORS = {
-    "unet_in": "z_t, z_masked and mask, one after the other: noisy latents, scaled latents of the masked image, and the "
-    "mask at latent size in [0, 1], 1 = keep",
+    "unet_in": "z_t, z_masked and mask in a row: noisy latents, scaled latents of the masked image, and the mask at "
+    "latent size in [0, 1], 1 = keep",
     "t": "whole timesteps, 0 to 999 (int64)",
     "context": "the exemplar encoder's output, or `null_context`",
     "eps": "the predicted noise",

@@ -4,6 +4,9 @@ The weights go through a checkpoint file and this library's own converter, so th
 """
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -57,6 +60,33 @@ def pipeline(folder):
     pipeline = diffusers.PaintByExamplePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+OPEN = """
+import sys
+import diffusers
+folder, *names = sys.argv[1:]
+for name in names:
+    pipeline = getattr(diffusers, name).from_pretrained(folder, trust_remote_code=True)
+    parts = pipeline.image_encoder, pipeline.scheduler, pipeline.feature_extractor
+    print(type(pipeline).__name__, *(type(part).__name__ for part in parts))
+try:
+    diffusers.DiffusionPipeline.from_pretrained(folder)
+except ValueError as error:
+    print("without:", *str(error).split())
+"""
+
+
+def test_the_installed_diffusers_opens_the_folder(folder, tmp_path):
+    """Without the two lines of help that the hub's folder needs; where a release needs a word, it says which."""
+    command = [sys.executable, "-c", OPEN, str(folder), "DiffusionPipeline", "PaintByExamplePipeline"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    first, second, *without = run.stdout.splitlines()
+    parts = "PaintByExamplePipeline PaintByExampleImageEncoder PNDMScheduler CLIPImageProcessor"
+    assert first == second == parts
+    assert all("Pass `trust_remote_code=True`" in line for line in without)
 
 
 def draw(*shape, seed=0):
