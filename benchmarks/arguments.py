@@ -18,6 +18,7 @@ from pbe.checkpoints.writing import save_checkpoint, save_diffusers
 
 DTYPES = ("float32", "bfloat16", "float16")
 COUNTS = ("steps", "pairs", "starts", "batch", "batches", "rows", "repeats")
+ON_CPU = {"openvino": ("openvino", "bench"), "onnx": ("onnxruntime", "export")}  # systems: their package and its extra
 PEERS = ("diffusers", "openvino")  # how the names of systems begin that are not this library's
 
 
@@ -63,9 +64,10 @@ def check_models(
             setattr(args, name, value)
     if not (chosen or args.diffusers or args.quick):
         args.systems = [name for name in args.systems if not name.startswith(PEERS)]
-    if "openvino" in args.systems and find_spec("openvino") is None:
-        print("'openvino' is left out: it is not installed (pip install -e '.[bench]')", file=sys.stderr)
-        args.systems = [name for name in args.systems if name != "openvino"] or p.error("no system is left")
+    for system, (package, extra) in ON_CPU.items():
+        if system in args.systems and find_spec(package) is None:
+            print(f"{system!r} is left out: it is not installed (pip install -e '.[{extra}]')", file=sys.stderr)
+            args.systems = [name for name in args.systems if name != system] or p.error("no system is left")
     check_weights(p, args)
     sides = [args.resolution, *getattr(args, "resolutions", [])]
     if wrong := [side for side in sides if side % 64 or side < 64]:
@@ -118,8 +120,8 @@ def check_common(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def check_editing(p: argparse.ArgumentParser, args: argparse.Namespace, small_card: Sequence[str]) -> None:
     """Ends the program for --steps and --guidance that no edit has, and for what a system cannot run on."""
-    if args.device != "cpu" and "openvino" in args.systems:
-        p.error("'openvino' is measured on the CPU: it needs --device cpu")
+    if args.device != "cpu" and (found := [name for name in args.systems if name in ON_CPU]):
+        p.error(f"{found[0]!r} is measured on the CPU: it needs --device cpu")
     if args.device == "cpu" and (small := [name for name in args.systems if name in small_card]):
         p.error(f"{small[0]!r} needs --device cuda: there is nothing to leave on a CPU")
     if args.steps > 1000:

@@ -20,7 +20,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import DTYPES, PEERS, add_model_flags, check_editing, check_models, make_parser, weights
+from benchmarks.arguments import (
+    DTYPES,
+    ON_CPU,
+    PEERS,
+    add_model_flags,
+    check_editing,
+    check_models,
+    make_parser,
+    weights,
+)
 from benchmarks.edit_worker import SYSTEMS, Task
 from benchmarks.kinds import count_flops
 from benchmarks.report import markdown, spread, times
@@ -28,7 +37,7 @@ from benchmarks.worker import Worker
 
 MEASURED = {"unet": "UNet call s", "decode": "VAE decode s", "edit": "edit s"}
 # of no use there, or in the place of a better one
-NOT_ON_CUDA = ("pbe, model kept", "diffusers, compiled without trials", "openvino")
+NOT_ON_CUDA = ("pbe, model kept", "pbe, not prepared", "diffusers, compiled without trials", *ON_CPU)
 SMALL_CARD = [name for name in SYSTEMS if name.endswith("small card")]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
@@ -146,7 +155,10 @@ def form_of(system: str) -> str:
     """Which of `count_flops`'s forms a system computes."""
     if system.startswith(PEERS):
         return "diffusers"
-    return "plain upsampling" if system.endswith("plain upsampling") else "prepared"
+    if system == "pbe, not prepared":
+        return "ordinary"
+    # what is exported has plain upsampling too
+    return "plain upsampling" if system.endswith("plain upsampling") or system == "onnx" else "prepared"
 
 
 def differences(first: Path, second: Path) -> dict[str, dict[str, float]]:

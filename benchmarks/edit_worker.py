@@ -8,6 +8,7 @@ peaks so far; `matmul` by the speed of matrix products.
 
 import json
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -107,16 +108,19 @@ class Ours(System):
     """This library: as the command line runs it, but for what differs.
 
     compile: its UNet and decoder, each as a whole. small_card: each network is on the GPU only while it runs: `unet`
-    and `decode` send it there for each call. prepare: how the loaded model is prepared instead.
+    and `decode` send it there for each call. prepare: how the loaded model is prepared instead, False for not at all.
     """
 
     predictions = ("predict", "predict_from")
 
     def __init__(
-        self, task: Task, compile: bool = False, small_card: bool = False, prepare: Mapping[str, Any] | None = None
+        self,
+        task: Task,
+        compile: bool = False,
+        small_card: bool = False,
+        prepare: Mapping[str, Any] | Literal[False] | None = None,
     ):
         from pbe.acceleration import prepare_for_inference
-        from pbe.acceleration.offloading import on_device
         from pbe.checkpoints.loading import load_model
         from pbe.editing.loading import load_editor
 
@@ -126,13 +130,22 @@ class Ours(System):
         else:
             loaded = load_model(task.ckpt, task.device, task.dtype)
             assert isinstance(loaded, PaintByExample)
-            self.model = prepare_for_inference(loaded, **prepare)
+            self.model = loaded if prepare is False else prepare_for_inference(loaded, **prepare)
+        self.use(task, small_card)
+
+    def use(self, task: Task, small_card: bool = False) -> None:
+        """Gets the model ready for calls."""
+        from pbe.acceleration.offloading import on_device
+        from pbe.sampling.guidance import Bindable, repeated
+
         self.networks = {"unet": self.model.unet, "decode": self.model.vae}
         config = self.model.config
         super().__init__(task, config.unet.context_dim, config.vae.downsampling)
+        unet = self.model.unet
         self.visit = partial(on_device, device=self.device) if small_card else nullcontext
-        with self.visit(self.model.unet):
-            self.predict = self.model.unet.bind(self.context, self.timesteps)
+        with self.visit(unet):
+            bindable = isinstance(unet, Bindable)
+            self.predict = unet.bind(self.context, self.timesteps) if bindable else repeated(unet, self.context)
 
     def unet(self) -> Tensor:
         with self.visit(self.model.unet):
@@ -162,6 +175,27 @@ class Ours(System):
             **settings,
         )
         return torch.from_numpy(np.stack([np.asarray(result) for result in results])).permute(0, 3, 1, 2)
+
+
+class ONNX(Ours):
+    """This library with its networks in ONNX Runtime. Its start includes the export, unless the checkpoint's name and
+    `.onnx` is that of a folder which `pbe export` wrote."""
+
+    predictions = ("forward",)
+
+    def __init__(self, task: Task):
+        from pbe.checkpoints.loading import load_model
+        from pbe.export import export_model, load_exported
+
+        folder = Path(f"{task.ckpt}.onnx")
+        with tempfile.TemporaryDirectory() as temporary:
+            if not folder.exists():
+                folder = Path(temporary, "onnx")
+                loaded = load_model(task.ckpt, "cpu", task.dtype)
+                assert isinstance(loaded, PaintByExample)
+                export_model(loaded, folder)
+            self.model = load_exported(folder, task.device)
+        self.use(task)
 
 
 def tiny_decoder(device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -254,8 +288,10 @@ SYSTEMS: dict[str, Callable[[Task], System]] = {
     "pbe": Ours,
     "pbe, model kept": lambda task: Ours(task, prepare={}),
     "pbe, plain upsampling": lambda task: Ours(task, prepare={"consume": True, "sum_phases": False}),
+    "pbe, not prepared": lambda task: Ours(task, prepare=False),
     "pbe, compiled": lambda task: Ours(task, compile=True),
     "pbe, small card": lambda task: Ours(task, small_card=True),
+    "onnx": ONNX,
     "diffusers": Diffusers,
     "diffusers, best": lambda task: Diffusers(task, best=True),
     "diffusers, compiled": lambda task: Diffusers(task, best=True, compile="max-autotune"),

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks import edit
-from benchmarks.arguments import DTYPES, check_editing, check_models, make_parser, weights
+from benchmarks.arguments import DTYPES, ON_CPU, check_editing, check_models, make_parser, weights
 from benchmarks.edit_worker import Task
 from benchmarks.kinds import KINDS
 from benchmarks.report import markdown
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     check_models(p, args, DEFAULTS, QUICK)
     check_editing(p, args, edit.SMALL_CARD)
-    if compiled := [name for name in args.systems if "compiled" in name or name == "openvino"]:
+    if compiled := [name for name in args.systems if "compiled" in name or name in ON_CPU]:
         p.error(f"{compiled[0]!r} has no layers left to time; choose systems that are not compiled")
 
 

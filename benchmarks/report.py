@@ -30,7 +30,7 @@ def about(section: str, argv: Sequence[str], device: str = "cpu") -> dict[str, A
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "safetensors", "openvino"):
+    for package in ("torch", "diffusers", "transformers", "safetensors", "openvino", "onnxruntime"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

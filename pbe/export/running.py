@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pbe.acceleration import PreparedModel
-from pbe.acceleration.unet import PreparedUNet
 from pbe.checkpoints.formats.opening import EXPORT_JSON, CheckpointError, is_exported, open_checkpoint
-from pbe.checkpoints.infer_config import Hints
-from pbe.checkpoints.loading import choose_device, choose_dtype, hints_of
-from pbe.export.writing import SUFFIXES
-from pbe.models.clip import CLIPVisionConfig
-from pbe.models.exemplar import ExemplarConfig
+from pbe.checkpoints.loading import choose_device, choose_dtype
+from pbe.export.writing import SUFFIXES, smallest_side
+from pbe.io.fields import field_types
 from pbe.models.paint_by_example import PaintByExampleConfig
-from pbe.models.unet import UNetConfig
 from pbe.models.vae import AutoencoderKL, Posterior, VAEConfig, pad_to_multiple
 
 Run = Callable[..., tuple[Tensor, ...]]
-Sizes = TypeVar("Sizes")
 
 
 class ExportedNetwork(nn.Module):
@@ -34,48 +30,43 @@ class ExportedNetwork(nn.Module):
         self.run = run
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        (output,) = self.run(*inputs)
-        return output
+        return self.run(*inputs)[0]
 
 
 class ExportedVAE(AutoencoderKL):
-    """The autoencoder's two halves; pictures have at least `smallest` latent cells along a side."""
+    """The autoencoder's two halves, for pictures of at least `smallest` latent cells a side."""
 
     def __init__(self, config: VAEConfig, encoder: Run, decoder: Run, smallest: int):
         nn.Module.__init__(self)  # another runtime holds the networks
         self.config, self.run_encoder, self.run_decoder, self.smallest = config, encoder, decoder, smallest
 
     def encode(self, image: Tensor) -> Posterior:
-        f = self.config.downsampling
-        image = pad_to_multiple(image, f)
+        image = pad_to_multiple(image, self.config.downsampling)
         height, width = image.shape[2:]
-        if min(height, width) < self.smallest * f:
-            least = f"at least {self.smallest * f} pixels along each side"
-            raise ValueError(f"exported networks take pictures of {least}, not {width}x{height}")
+        least = self.smallest * self.config.downsampling
+        if min(height, width) < least:
+            raise ValueError(
+                f"exported networks take pictures of at least {least}x{least} pixels, not {width}x{height}"
+            )
         return Posterior(*self.run_encoder(image))
 
     def decode(self, z_0: Tensor) -> Tensor:
-        (image,) = self.run_decoder(z_0)
-        return image
+        return self.run_decoder(z_0)[0]
 
 
 class ExportedModel(PreparedModel):
     """What `pbe.edit` needs of a model, with exported networks; made by `load_exported`."""
 
-    def __init__(self, config: PaintByExampleConfig, null_context: Tensor, runs: Mapping[str, Run], smallest: int):
+    def __init__(self, config: PaintByExampleConfig, null_context: Tensor, runs: Mapping[str, Run]):
         nn.Module.__init__(self)
         self.config = config
         self.model = nn.ModuleDict({"diffusion_model": ExportedNetwork(runs["unet"])})
-        self.first_stage_model = ExportedVAE(config.vae, runs["vae_encoder"], runs["vae_decoder"], smallest)
+        halves = runs["vae_encoder"], runs["vae_decoder"]
+        self.first_stage_model = ExportedVAE(config.vae, *halves, smallest_side(config))
         self.cond_stage_model = cast(Any, ExportedNetwork(runs["exemplar_encoder"]))
-        self.proj_out = cast(Any, nn.Identity())  # a part of the exported encoder
+        self.proj_out = cast(Any, nn.Identity())  # the encoder has it
         self.learnable_vector = nn.Parameter(null_context, requires_grad=False)
         self.tiny_decoder = None
-
-    @property
-    def unet(self) -> PreparedUNet:
-        """The denoising network: `unet(unet_in, t, context)`."""
-        return cast(PreparedUNet, self.model["diffusion_model"])
 
 
 def load_exported(
@@ -83,63 +74,54 @@ def load_exported(
 ) -> ExportedModel:
     """The model in a folder that `pbe export` wrote, for `pbe.edit`.
 
-    Its latents are on the CPU where ONNX Runtime computes, on `device` where torch does; `device` "auto" is CUDA where
-    the runtime has it, else the CPU. `dtype` can only be what the networks compute in, float32.
-
-    A program of torch.export may run code of its author's when it is opened, which ONNX files cannot.
+    `device` "auto" is CUDA where the runtime has it, else the CPU. `dtype` can only be float32, as the networks are. A
+    program of torch.export may execute code when it is opened, which an ONNX file cannot.
 
     Raises `FileNotFoundError`; `CheckpointError` for a folder that lacks a file or is damaged; `ValueError` for another
     precision, and a device that the runtime does not have; `ImportError` without ONNX Runtime.
     """
     file = open_checkpoint(folder)
-    if not is_exported(file.path):
+    if not is_exported(folder):
         raise CheckpointError(f"{folder} is no exported folder but a {file.kind}, which pbe.load_model opens")
     if dtype != "auto" and choose_dtype(dtype, torch.device("cpu")) != torch.float32:
-        raise ValueError(f"{folder} computes in float32, got dtype={str(dtype)!r}: export knows no other precision")
+        raise ValueError(f"{folder} computes in float32 alone, got dtype={str(dtype)!r}")
     try:
         about = file.extras["export"]
-        config = read_config(about["config"], hints_of(file))
+        config = built(PaintByExampleConfig, {**about["config"], "tiny_decoder": None})
         null_context = torch.tensor(about["null_context"], dtype=torch.float32).view(1, 1, config.unet.context_dim)
-        smallest, sizes, suffix = int(about["smallest"]), dict(about["files"]), SUFFIXES[about["runtime"]]
+        suffix, sizes = SUFFIXES[about["runtime"]], dict(about["files"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{file.path / EXPORT_JSON} is damaged: {type(error).__name__}: {error}") from error
-    check_files(file.path, sizes)
-    open_network, place = (open_onnx, "cpu") if suffix == ".onnx" else (open_program, str(choose_device(device)))
+    for name, size in sizes.items():
+        if not (file.path / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}, which its {EXPORT_JSON} lists")
+        if (found := (file.path / name).stat().st_size) != size:
+            raise CheckpointError(f"{file.path / name} is damaged: it has {found:,} bytes, not {size:,}")
+    # with ONNX Runtime tensors stay on the CPU, wherever it computes
+    place, open_network = ("cpu", open_onnx) if suffix == ".onnx" else (choose_device(device), open_program)
     names = ("unet", "vae_encoder", "vae_decoder", "exemplar_encoder")
     runs = {name: open_network(file.path / (name + suffix), device) for name in names}
-    return ExportedModel(config, null_context.to(place), runs, smallest).eval()
+    return ExportedModel(config, null_context.to(place), runs).eval()
 
 
-def read_config(parts: Mapping[str, Any], hints: Hints) -> PaintByExampleConfig:
-    """The model's sizes, of JSON values; raises what wrong ones bring about."""
-
-    def sizes(kind: type[Sizes], values: Mapping[str, Any]) -> Sizes:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-    exemplar = {**parts["exemplar"], "vision": sizes(CLIPVisionConfig, parts["exemplar"]["vision"])}
-    return PaintByExampleConfig(
-        sizes(UNetConfig, parts["unet"]),
-        sizes(VAEConfig, parts["vae"]),
-        sizes(ExemplarConfig, exemplar),
-        hints.resolution or PaintByExampleConfig.resolution,
-        hints.distilled,
-    )
+def built(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass of dataclasses from what JSON makes of it; raises what wrong values bring about."""
+    types = {name: next(filter(is_dataclass, get_args(t)), t) for name, t in field_types(kind).items()}
+    made = {name: built(types[name], value) if isinstance(value, dict) else value for name, value in values.items()}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in made.items()})
 
 
-def check_files(folder: Path, sizes: Mapping[str, int]) -> None:
-    """`CheckpointError` for a file that is not there, or not whole."""
-    for name, size in sizes.items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}, which its {EXPORT_JSON} lists")
-        if (found := (folder / name).stat().st_size) != size:
-            raise CheckpointError(f"{folder / name} is damaged: it has {found:,} bytes, not {size:,}")
-
-
-# --- the runtimes -----------------------------------------------------------------------------------------
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Makes any error a `CheckpointError` that names the file: each kind of damage has one of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def open_onnx(path: Path, device: str | torch.device) -> Run:
-    """An ONNX file in ONNX Runtime, on as many threads as torch has; tensors on the CPU in and out."""
+    """An ONNX file in ONNX Runtime, on as many threads as torch has."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -148,20 +130,18 @@ def open_onnx(path: Path, device: str | torch.device) -> Run:
     kind, _, index = str(device).partition(":")
     if kind == "auto":
         kind = "cuda" if "CUDAExecutionProvider" in there else "cpu"
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind, kind)
+    provider = f"{kind.upper()}ExecutionProvider"
     if provider not in there:
-        raise ValueError(f"device={str(device)!r} is not there: onnxruntime has {', '.join(there)} alone; cpu is")
+        raise ValueError(f"device={str(device)!r} is not there: onnxruntime has {', '.join(there)}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        chosen = (provider, {"device_id": index} if index else {})
+    chosen = (provider, {"device_id": index} if index else {})
+    with opening(path):
         session = onnxruntime.InferenceSession(path, options, providers=[chosen])
-    except Exception as error:  # each kind of damage has an exception of its own, none with a common parent
-        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     names = [one.name for one in session.get_inputs()]
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        arrays = [np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs]
+        arrays = [x.detach().contiguous().numpy() for x in inputs]
         return tuple(map(torch.from_numpy, session.run(None, dict(zip(names, arrays, strict=True)))))
 
     return run
@@ -172,11 +152,8 @@ def open_program(path: Path, device: str | torch.device) -> Run:
     from torch.export.passes import move_to_device_pass
 
     place = choose_device(device)
-    try:
-        program = torch.export.load(path)
-    except Exception as error:  # of zip files, pickles, JSON and operators
-        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-    module = move_to_device_pass(program, place).module() if place.type != "cpu" else program.module()
+    with opening(path):
+        module = move_to_device_pass(torch.export.load(path), place).module()
 
     @torch.no_grad()
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:

@@ -154,7 +154,7 @@ def test_a_small_card_s_networks_visit_it(tiny_checkpoint, monkeypatch):
 
     monkeypatch.setattr(offloading, "on_device", on_device)
     with torch.no_grad():
-        plain = SYSTEMS["pbe"](make_task(tiny_checkpoint))
+        plain = SYSTEMS["pbe, not prepared"](make_task(tiny_checkpoint))
         system = SYSTEMS["pbe, small card"](make_task(tiny_checkpoint))
         visits.clear()
         for what in ("unet", "decode"):
@@ -175,10 +175,11 @@ def test_a_network_converted_for_openvino():
 
 
 @pytest.mark.slow
-def test_openvino_computes_the_same(tiny_checkpoint, tiny_folder):
-    pytest.importorskip("openvino")
+@pytest.mark.parametrize(("name", "package"), [("openvino", "openvino"), ("onnx", "onnxruntime")])
+def test_another_runtime_computes_the_same(name, package, tiny_checkpoint, tiny_folder):
+    pytest.importorskip(package)
     with torch.no_grad():
-        ours, theirs = (SYSTEMS[name](make_task(tiny_checkpoint, tiny_folder)) for name in ("pbe", "openvino"))
+        ours, theirs = (SYSTEMS[one](make_task(tiny_checkpoint, tiny_folder)) for one in ("pbe", name))
         for what in edit.MEASURED:
             expected, got = (timed(system, what)[1] for system in (ours, theirs))
             assert (got - expected).abs().max() < 1e-3 * expected.abs().max(), what

@@ -189,7 +189,13 @@ def test_the_folder_explains_itself(folders, checkpoint, to):
     assert about["config"]["vae"]["latent_scale"] == SMALL.vae.latent_scale
     assert about["pbe"] == json.loads(json.dumps(pbe_entry(SMALL)))
     readme = (folders[to] / "README.md").read_text()
-    for words in ("(batch, 9, height, width)", "(batch, 3, 2*height, 2*width)", "0 to 999", "2B", "at least 3 each"):
+    for words in (
+        "(batch, 9, height, width)",
+        "(batch, 3, 2*height, 2*width)",
+        "0 to 999",
+        "2B",
+        "cells of 2x2 pixels, 3",
+    ):
         assert words in readme
     here = str(checkpoint.parents[2]).encode()
     assert not any(path.stat().st_size and here in path.read_bytes() for path in folders[to].iterdir())
@@ -289,7 +295,7 @@ def test_an_index_that_is_damaged(copy, change):
 def test_what_exported_networks_cannot_do(folders, exported, checkpoint, capsys):
     folder = folders["onnx"]
     for options, words in (
-        ({"dtype": "bfloat16"}, "computes in float32, got dtype='bfloat16'"),
+        ({"dtype": "bfloat16"}, "computes in float32 alone, got dtype='bfloat16'"),
         ({"dtype": "int8"}, "dtype='int8' is not one of"),
         ({"device": "cuda"}, "device='cuda' is not there: onnxruntime has .*CPUExecutionProvider"),
         ({"adapters": ["style.safetensors"]}, "take no adapters: .*when it is exported"),
@@ -301,7 +307,7 @@ def test_what_exported_networks_cannot_do(folders, exported, checkpoint, capsys)
     for settings, words in (({"reuse": 3}, "reuse=3"), ({"decoder": "tiny"}, "decoder='tiny'")):
         with pytest.raises(ValueError, match=words):
             differences(exported("onnx"), exported("onnx"), **settings)
-    with pytest.raises(ValueError, match="at least 6 pixels along each side, not 4x4"):
+    with pytest.raises(ValueError, match="at least 6x6 pixels, not 4x4"):
         exported("onnx").vae.encode(torch.zeros(1, 3, 4, 4))
     with pytest.raises(CheckpointError, match="holds exported networks, which can only edit"):
         load_model(folder)
