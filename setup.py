@@ -26,7 +26,8 @@ SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometh
 MASKS = ["opencv-python-headless>=4.8"]
 EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
 # diffusers loads weights tensor by tensor, and moves networks off a small card, only with accelerate.
-BENCH = ["diffusers>=0.33", "transformers>=4.48", "accelerate>=0.31", "openvino>=2025.0", *SAFETENSORS]
+VERIFY = ["diffusers>=0.33", "transformers>=4.48", "accelerate>=0.31", *SAFETENSORS]
+BENCH = ["openvino>=2025.0", *VERIFY]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 # ruff and mypy are pinned, here and nowhere else: another version finds other things, or formats another way.
@@ -38,11 +39,15 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
+    "openai>=1.99",
+    "schemathesis>=4.0",
+    *HUB,
     *ADAPTERS,
     *CHECKS,
     *DOCS,
     *BENCH,
     *APP,
+    *SERVE,
     *EVAL,
     *MASKS,
     *EXPORT,
@@ -91,6 +96,7 @@ setup(
         "eval": EVAL,
         "masks": MASKS,
         "export": EXPORT,
+        "verify": VERIFY,
         "bench": BENCH,
         "docs": DOCS,
         "test": TEST,

@@ -7,8 +7,8 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
+from pbe.checkpoints.diffusers_layouts import diffusers_unet
 from pbe.checkpoints.key_map import KeyMap
-from pbe.checkpoints.layouts import diffusers_unet
 from pbe.checkpoints.seeding import seeded_state
 from pbe.checkpoints.writing import unet_json
 from pbe.models.paint_by_example import PaintByExample

@@ -42,8 +42,9 @@ ARROWS = {
     "training": {"batch", "data", "editing", *EDITING},
     "evaluation": {"batch", "data", "editing", *EDITING},
     "baselines": {"evaluation", "batch", "data", "editing", *EDITING},
-    "app": {"batch", "editing", *EDITING},
-    "cli": {"app", "baselines", "evaluation", "training", "batch", "data", "editing", "export", *EDITING},
+    "serve": {"batch", "editing", *EDITING},
+    "app": {"serve", "batch", "editing", *EDITING},
+    "cli": {"app", "serve", "baselines", "evaluation", "training", "batch", "data", "editing", "export", *EDITING},
 }
 # The only modules that know Lightning.
 LIGHTNING = ("training/", "batch/distributed.py", "data/datamodule.py")

@@ -1,31 +1,35 @@
 """What the page does: edits of what was uploaded and drawn there, at its controls' values.
 
-Image and exemplar stay the files that were uploaded, which `pbe.app.uploads` edits.
+Image and exemplar stay the files that were uploaded, which `pbe.serve.uploads` edits.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import gradio as gr
+from PIL import Image
 
 from pbe.app.canvas import drawn_mask
-from pbe.app.serving import waiting_client, with_previews, workplace
-from pbe.app.uploads import EditFiles, save_edits
+from pbe.app.serving import followed, workplace
 from pbe.batch.provenance import Weights
 from pbe.editing.loading import AdaptedModels
-from pbe.editing.preview import Preview
 from pbe.editing.settings import SETTINGS, EditSettings, settings_for
+from pbe.editing.together import Steps
 from pbe.images.windows import mask_bounding_box
 from pbe.io.fields import read
+from pbe.serve.engine import Engine, Ticket
+from pbe.serve.uploads import NUMBER, EditFiles, job_of, save_edits
 
 Adapters = tuple[tuple[Path, float], ...]  # files and their strengths
 NOTHING_NEW = (gr.skip(),) * 4  # of the results while they are painted
+
+
+def show_previews(images: list[Image.Image]) -> tuple[object, ...]:
+    return *NOTHING_NEW, gr.Gallery(images, visible=True)
 
 
 class Upload(NamedTuple):
@@ -47,7 +51,7 @@ class Editor:
     weights: Weights
     settings: EditSettings
     adapters: Adapters = ()
-    lock: threading.Lock = field(default_factory=threading.Lock)  # Gradio goes on while a cancelled edit's step lasts
+    engine: Engine = field(default_factory=Engine)
 
     def paint(
         self,
@@ -71,8 +75,8 @@ class Editor:
             shown = drawn_mask(crop, exemplar.size)
             box = None if shown is None else mask_bounding_box(shown)
             files = EditFiles(Path(image.path), mask, Path(exemplar.path), box)
-            save = partial(self.save, files, controls, num_images, folder, progress)
-            paths = yield from with_previews(save, lambda images: (*NOTHING_NEW, gr.Gallery(images, visible=True)))
+            edit = self.ticket(files, controls, num_images, folder)
+            paths = yield from followed(self.engine, edit, progress, show_previews)
             results = [(path, f"seed {Path(path).stem.rpartition('-')[2]}") for path in paths]
             # Gradio has copied the files when this function goes on, and the folder can go.
             row, preview = gr.Row(visible=True), gr.Gallery(visible=False)
@@ -94,30 +98,23 @@ class Editor:
             if missing:
                 raise ValueError(f"{' and '.join(missing)} missing: give files, with gradio_client.handle_file")
             files = EditFiles(Path(image), Path(mask), Path(exemplar))
-            yield self.save(files, controls, num_images, folder, progress)
+            edit = self.ticket(files, controls, num_images, folder)
+            yield (yield from followed(self.engine, edit, progress))
 
-    def save(
-        self,
-        files: EditFiles,
-        controls: dict[str, object],
-        num_images: object,
-        folder: Path,
-        progress: gr.Progress,
-        preview: Preview | None = None,
-        closed: threading.Event | None = None,
-    ) -> list[str]:
-        """`save_edits`, as long as somebody waits for it."""
-        check = waiting_client(closed)
+    def ticket(
+        self, files: EditFiles, controls: dict[str, object], num_images: object, folder: Path
+    ) -> Ticket[list[str]]:
+        """`save_edits` for the engine, in whose thread alone models are asked for."""
+        number = read("num_images", num_images, NUMBER)
 
-        def tell(step: tuple[int, int], desc: str) -> None:
-            check()
-            progress(step, desc=desc)
-
-        with self.lock:
+        def begin(ticket: Ticket[list[str]]) -> Steps[list[str]]:
             settings, adapters = self.changed(controls), self.with_strengths(controls)
             about = zip(self.weights.adapters, adapters, strict=True)
             weights = self.weights._replace(adapters=tuple({**one, "strength": s} for one, (_, s) in about))
-            return save_edits(self.models(adapters), weights, files, settings, num_images, folder, tell, preview)
+            job = job_of(files, settings, folder)
+            return (yield from save_edits(self.models(adapters), weights, job, number, ticket.step, ticket.show))
+
+        return Ticket(begin, number)
 
     def changed(self, controls: dict[str, object]) -> EditSettings:
         """The settings with the controls' values: 20.0 from a program is 20, None from an emptied field is an error."""

@@ -1,13 +1,13 @@
 """The page: load an image, draw a mask, load an exemplar, look at the results; the same over Gradio's API.
 
-Image and exemplar stay the files that were uploaded, which `pbe.serve.uploads` edits; the canvases show smaller copies,
-and only the masks drawn come back from there.
+The canvases show smaller copies of image and exemplar, and only the masks drawn come back from there. The edits are
+made by `pbe.app.editor`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import inf
 from os.path import isdir
@@ -19,16 +19,17 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, drawn_mask, to_value
-from pbe.app.serving import cancel_edit, followed, workplace
+from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, to_value
+from pbe.app.editor import Adapters, Editor, Upload
+from pbe.app.serving import cancel_edit, workplace
 from pbe.batch.provenance import Weights
-from pbe.editing.settings import QUICK, SETTINGS, EditSettings, settings_for
+from pbe.editing.loading import AdaptedModels
+from pbe.editing.settings import QUICK, EditSettings
 from pbe.images.pillow import open_image
 from pbe.images.reading import read_mask, read_picture
 from pbe.models.paint_by_example import PaintByExample
 from pbe.sampling import SAMPLERS
-from pbe.serve.engine import Engine, Ticket
-from pbe.serve.uploads import MAX_RESULTS, NUMBER, EditFiles, job_of, take, ticket_of
+from pbe.serve.uploads import MAX_RESULTS, take
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # of the repository; an installed package has none
@@ -75,83 +76,12 @@ def show_example(index: int) -> tuple[object, ...]:
     return *show(image, "image", repaint), *show(exemplar, "exemplar")
 
 
-def show_previews(images: list[Image.Image]) -> tuple[object, ...]:
-    return *NOTHING_NEW, gr.Gallery(images, visible=True)
-
-
 def choose_result(results: list[tuple[str, str]], event: gr.SelectData) -> tuple[int, str]:
     return event.index, results[event.index][0]
 
 
 def reuse_result(results: list[tuple[str, str]], chosen: int) -> tuple[object, ...]:
     return show(results[chosen][0], "image")
-
-
-@dataclass(frozen=True)
-class Editor:
-    """The edits of the page and of its endpoint for programs, by one model."""
-
-    model: PaintByExample
-    weights: Weights
-    settings: EditSettings  # where no control says otherwise
-    engine: Engine = field(default_factory=Engine)
-
-    def paint(
-        self,
-        image: Upload | None,
-        drawn: dict[str, str] | None,
-        exemplar: Upload | None,
-        crop: dict[str, str] | None,
-        num_images: object,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio hands it over)
-        **controls: object,
-    ) -> Iterator[tuple[object, ...]]:
-        """What `result_view` shows: the results for what is loaded and drawn on the page."""
-        with workplace() as folder:
-            if image is None:
-                raise ValueError("There is no image yet: load one on the left.")
-            mask = drawn_mask(drawn, image.size)
-            if mask is None:
-                raise ValueError("There is no mask yet: brush or box what to replace in the image.")
-            if exemplar is None:
-                raise ValueError("There is no exemplar yet: load a picture of what to paint.")
-            shown = drawn_mask(crop, exemplar.size)
-            box = None if shown is None else mask_bounding_box(shown)
-            files, settings = EditFiles(Path(image.path), mask, Path(exemplar.path), box), self.changed(controls)
-            edit = self.ticket(files, settings, num_images, folder)
-            paths = yield from followed(self.engine, edit, progress, show_previews)
-            results = [(path, f"seed {settings.seed + i}") for i, path in enumerate(paths)]
-            # Gradio has copied the files when this function goes on, and the folder can go.
-            row, preview = gr.Row(visible=True), gr.Gallery(visible=False)
-            yield gr.Gallery(results, selected_index=0), 0, gr.DownloadButton(value=paths[0]), row, preview
-
-    def edit(
-        self,
-        image: str,
-        mask: str,
-        exemplar: str,
-        num_images: object,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-        **controls: object,
-    ) -> Iterator[list[str]]:
-        """Repaints the white part of the mask, in the image, as the exemplar's object: one PNG file per result."""
-        with workplace() as folder:
-            given = {"image": image, "mask": mask, "exemplar": exemplar}
-            missing = [name for name, file in given.items() if file is None]
-            if missing:
-                raise ValueError(f"{' and '.join(missing)} missing: give files, with gradio_client.handle_file")
-            files = EditFiles(Path(image), Path(mask), Path(exemplar))
-            edit = self.ticket(files, self.changed(controls), num_images, folder)
-            yield (yield from followed(self.engine, edit, progress))
-
-    def ticket(self, files: EditFiles, settings: EditSettings, num_images: object, folder: Path) -> Ticket[list[str]]:
-        number = read("num_images", num_images, NUMBER)
-        return ticket_of(self.model, self.weights, job_of(files, settings, folder), number)
-
-    def changed(self, controls: dict[str, object]) -> EditSettings:
-        """The settings with the controls' values: 20.0 from a program is 20, None from an emptied field is an error."""
-        given = {name: read(name, value, SETTINGS[name]) for name, value in controls.items()}
-        return settings_for(given, self.model.config.distilled, self.settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

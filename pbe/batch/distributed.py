@@ -21,7 +21,8 @@ from pbe.batch.run import Outcome, run_row
 from pbe.checkpoints.adapters import AdapterLike
 from pbe.checkpoints.loading import choose_device
 from pbe.checkpoints.recognised import WeightChoice
-from pbe.editing.loading import check_memory, limit_threads, load_editor
+from pbe.editing.loading import AdaptedModels, check_memory, limit_threads, load_editor
+from pbe.models.paint_by_example import PaintByExample
 
 Result = TypeVar("Result")
 
@@ -136,10 +137,19 @@ def row_runner(
     check_memory(low_memory, compile)
 
     def set_up(device: torch.device) -> Callable[[int], Outcome]:
-        model = load_editor(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder, vae, weights)
-        limit_threads(model)
-        identified = identify(checkpoint, model.dtype, adapters, tiny_decoder, vae, weights)
-        run = partial(run_row, lambda: model, weights=identified, redo=redo)
-        return lambda index: run(jobs[index])
+        def load(adapters: tuple[AdapterLike, ...]) -> PaintByExample:
+            model = load_editor(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder, vae, weights)
+            limit_threads(model)
+            return model
+
+        def run(index: int) -> Outcome:
+            used = jobs[index].with_adapters(adapters)
+            return run_row(partial(editors, used), jobs[index], identified(used), redo)
+
+        editors = AdaptedModels(load)
+        identified = cache(lambda used: identify(checkpoint, precision, used, tiny_decoder, vae, weights))
+        precision = editors(adapters).dtype
+        identified(tuple(adapters))  # what is not there shows now
+        return run
 
     return set_up

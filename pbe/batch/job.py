@@ -73,6 +73,49 @@ class RegionFiles:
             pictures, values = getattr(self, kind) or (), getattr(self, f"{kind}_{what}")
             if values is not None and len(values) != len(pictures):
                 raise ValueError(f"{kind}_{what} has {len(values)} values for {len(pictures)} {kind}s; give one each")
+        colours = [colour for colour, _ in map(with_colour, self.exemplar)]
+        if any(colours) and (not all(colours) or self.mask is None or self.exemplar_weights is not None):
+            raise ValueError("exemplars as COLOUR=FILE need a mask picture and no weights, and all have a colour")
+
+    @property
+    def files(self) -> list[str]:
+        """The files it reads."""
+        exemplars = [file for _, file in map(with_colour, self.exemplar)]
+        others = (self.exemplar_mask, self.negative, self.negative_mask)
+        return [*([self.mask] if self.mask else []), *exemplars, *(name for names in others for name in names or ())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextRegion(RegionFiles):
+    """One of an edit's regions after the first, which may have settings of its own: a row's mask_2, guidance_2, …"""
+
+    guidance: float | None = None
+    strength: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if all(getattr(self, name) is None for name in WHERE):
+            raise ValueError("mask, box, polygon or select missing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(RegionFiles):
+    """One edit of a photo and where its result goes; see `pbe.edit` and `pbe.edit_regions`.
+
+    Paths are as the user wrote them, relative to `folder`. ValueError where the fields contradict each other.
+    """
+
+    image: str
+    out: str
+    adapters: Adapters | None = None
+    regions: tuple[NextRegion, ...] = ()
+    settings: EditSettings = field(default_factory=EditSettings)
+    folder: Path = Path()
+    line: int = 0  # of the batch file
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.inputs:
             # not Path.resolve, which raises something else than ValueError for a link that leads back to itself
             if os.path.realpath(self.path(name)) == os.path.realpath(self.path(self.out)):
@@ -239,6 +282,8 @@ def run_job(
     rest: dict[str, Any] = {"num_images": num_images, "batch_size": batch_size, "callback": callback}
     rest |= {"preview": preview, **vars(job.settings)}
     try:
+        if inputs.regions:
+            return cast("list[Image.Image]", edit_regions(model, inputs.picture, inputs.regions, **rest))
         results = yield from editing.edit.begin(
             model,
             inputs.canvas,

@@ -9,7 +9,8 @@ from torch import Tensor
 from pbe.checkpoints.adapters import Adapter
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.key_map import mismatches, shorten
-from pbe.checkpoints.loading import RecognisedCheckpoint, build
+from pbe.checkpoints.loading import build
+from pbe.checkpoints.recognised import RecognisedCheckpoint
 from pbe.checkpoints.surgery import input_order
 from pbe.models.adapters import Update
 from pbe.models.lora import layers_of

@@ -116,14 +116,12 @@ def alpha_of(update: Update, rslora: bool = False) -> float:
 
 
 def lora_entry(adapter: Adapter) -> dict[str, Any]:
-    """Rank and alpha as training keeps them; nothing where all scales are 1, which ranks may then differ."""
-    found = {(update.rank, alpha_of(update)) for update in adapter.updates.values()}
-    if len(found) == 1 and (rank := next(iter(found))[0]):
-        return {"lora": {**asdict(LoRAConfig(rank, found.pop()[1])), "targets": list(adapter.updates)}}
-    if any(update.scale != 1 for update in adapter.updates.values()):
+    """Rank and alpha as training keeps them."""
+    found = {(update.rank or 1, alpha_of(update)) for update in adapter.updates.values()}
+    if len(found) > 1:
         shown = shorten([f"{rank} and {alpha:g}" for rank, alpha in sorted(found)], 4)
         raise ValueError(f"pbe names hold one rank and alpha for all layers, got {shown}; kohya's, PEFT's hold any")
-    return {"lora": asdict(LoRAConfig(*found.pop(), [re.escape(name) for name in adapter.updates]))}
+    return {"lora": {**asdict(LoRAConfig(*found.pop())), "targets": list(adapter.updates)}}
 
 
 def peft_settings(adapter: Adapter, paths: dict[str, str]) -> dict[str, Any]:

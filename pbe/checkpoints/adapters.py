@@ -20,7 +20,7 @@ from pbe.checkpoints.formats.lazy_tensors import release_mapped
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, is_number
 from pbe.checkpoints.key_map import KeyMap, average_name, shorten
-from pbe.checkpoints.layouts import diffusers_unet, find_layout
+from pbe.checkpoints.layouts import find_layout
 from pbe.io.json_text import parse_json, shown
 from pbe.models.adapters import FACTORS, Update
 from pbe.models.lora import QUERIES, UNET, LoRAConfig, check_plain, has_effect, layers_of, target_layers

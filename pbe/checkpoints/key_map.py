@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+EMA_PREFIX = "model_ema."  # of averaged copies, in CompVis checkpoints
 MAX_LAYERS = 64  # of one kind; CLIP's largest tower has 48
 
 
@@ -140,7 +141,7 @@ def count(names: Iterable[str], template: str) -> int:
 
 def average_name(name: str) -> str:
     """What the moving average of the parameter `name` is called in CompVis checkpoints."""
-    return "model_ema." + name.removeprefix("model.").replace(".", "")
+    return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
 
 
 def shorten(names: list[str], limit: int = 8) -> str:

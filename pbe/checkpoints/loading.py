@@ -10,15 +10,13 @@ from pathlib import Path
 import torch
 
 from pbe.checkpoints.adapters import AdapterLike, add_adapters, holds_adapters
-from pbe.checkpoints.formats.lazy_tensors import converted
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, open_checkpoint
 from pbe.checkpoints.infer_config import Hints, Shapes
-from pbe.checkpoints.key_map import KeyMap, mismatches, shorten
+from pbe.checkpoints.key_map import EMA_PREFIX, KeyMap, mismatches, shorten
 from pbe.checkpoints.layouts import LAYOUTS, Model, find_layout, lacking
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.checkpoints.original_layouts import VAE_PREFIX
 from pbe.checkpoints.recognised import (
-    EMA_PREFIX,
     RecognisedCheckpoint,
     WeightChoice,
     choose_weights,
@@ -59,9 +57,9 @@ def load_model(
     What is not converted is memory-mapped on the CPU, not read: keep the file where it is while the model is in use.
     Otherwise tensors are converted one by one, so that the file's contents never stand in memory beside the model.
 
-    Raises `FileNotFoundError`, or `CheckpointError` where the file has no known layout, is damaged, does not fit, or
-    has no averages for "ema"; `ValueError` for an unknown device, precision or choice of weights, for a tiny decoder of
-    other latents, and for a model that takes no adapters, autoencoder or tiny decoder.
+    Raises `FileNotFoundError`, or `CheckpointError` where the file has no known layout, is damaged, does not fit,
+    overflows float16, or has no averages for "ema"; `ValueError` for an unknown device, precision or choice of weights,
+    for a tiny decoder of other latents, and for a model that takes no adapters, autoencoder or tiny decoder.
     """
     device = choose_device(device)
     converted = None if dtype == "stored" else choose_dtype(dtype, device)
@@ -91,12 +89,21 @@ def open_recognised(path: str | Path, without: str | None = None) -> RecognisedC
     return recognise(open_checkpoint(path), without)
 
 
-def recognise(file: Checkpoint) -> RecognisedCheckpoint:
-    """A checkpoint under our names; `CheckpointError` if its layout is not known."""
-    path, names = file.path, list(file.names())
-    layout = find_layout(names)
+def recognise(file: Checkpoint, without: str | None = None) -> RecognisedCheckpoint:
+    """A checkpoint under our names; `CheckpointError` if its layout is not known.
+
+    `without` is the network, of `layouts.NETWORKS`, that the file need not have. What it holds beside the layout's
+    networks is left out with a warning, where it is networks of its own; any other unknown tensor is an error.
+    """
+    path, layout = file.path, find_layout(file.names(), without)
     if "export" in file.extras:
         raise CheckpointError(f"{path} holds exported networks, which can only edit: pbe.export.load_exported opens it")
+    for outer in OUTER:
+        if layout is None and all(name.startswith(outer) for name in file.names()):
+            inner = part_of(file, outer)
+            layout = find_layout(inner.names(), without)
+            file = inner if layout else file
+    names = list(file.names())
     if layout is None and holds_adapters(file):
         raise CheckpointError(f"{path} holds adapters alone: give it beside a checkpoint (--adapter), not as one")
     if layout is None:

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from pbe.checkpoints.formats.lazy_tensors import CheckpointError, converted
 from pbe.checkpoints.formats.opening import open_checkpoint
 from pbe.checkpoints.key_map import mismatches
-from pbe.checkpoints.layouts import LAYOUTS, find_layout
-from pbe.checkpoints.loading import RecognisedCheckpoint, recognise
+from pbe.checkpoints.layouts import find_layout
+from pbe.checkpoints.loading import recognise
+from pbe.checkpoints.recognised import RecognisedCheckpoint
 from pbe.checkpoints.surgery import FIRST_CONVOLUTION, Tensors, config_of, input_order, network, network_of
-
-STABLE_DIFFUSION_FILE = next(x for x in LAYOUTS if x.name == "Stable Diffusion v1, original layout")
 
 
 def part_of(name: str) -> str:
@@ -66,10 +65,10 @@ def merge(
 
 
 def open_for_merging(path: str | Path) -> RecognisedCheckpoint:
-    """`open_recognised`, and of Stable Diffusion also a file that lacks its text tower or its autoencoder."""
+    """`open_recognised`, and also a file that lacks its text tower or its autoencoder."""
     file = open_checkpoint(path)
-    is_part = not find_layout(file.names()) and f"{FIRST_CONVOLUTION}.weight" in file.names()
-    return recognise(file, STABLE_DIFFUSION_FILE if is_part else None)
+    without = (None, "text tower", "autoencoder")
+    return recognise(file, next((network for network in without if find_layout(file.names(), network)), None))
 
 
 def add_difference(

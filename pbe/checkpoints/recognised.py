@@ -8,15 +8,15 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.formats.lazy_tensors import converted
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError
 from pbe.checkpoints.infer_config import Hints, Shapes
-from pbe.checkpoints.key_map import KeyMap, TensorMapping, mismatches, shorten
+from pbe.checkpoints.key_map import EMA_PREFIX, KeyMap, TensorMapping, average_name, mismatches, shorten
 from pbe.checkpoints.layouts import Layout
 from pbe.checkpoints.original_layouts import VAE_PREFIX
 from pbe.models.clip import CLIP, Activation, CLIPVisionTower
 
 WeightChoice = Literal["auto", "ema", "raw"]
-EMA_PREFIX = "model_ema."
 
 
 class RecognisedCheckpoint(NamedTuple):
@@ -38,10 +38,13 @@ class RecognisedCheckpoint(NamedTuple):
         return self.file.path
 
     def tensor(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor under our name; what was read of the file to convert it is given back to the system."""
+        """One tensor under our name; what was read of the file to convert it is given back to the system.
+
+        Raises `CheckpointError` where it overflows float16.
+        """
         mapping = self.mappings[name]
         mapped = mapping.build(*(self.file.tensor(source) for source in mapping.sources))
-        tensor = mapped.to(device=device, dtype=dtype).contiguous()
+        tensor = converted(mapped, dtype, f"{self.path}: {name}", device).contiguous()
         if tensor.data_ptr() != mapped.data_ptr():
             self.release(name)
         return tensor
@@ -63,7 +66,7 @@ def averaged(checkpoint: RecognisedCheckpoint) -> RecognisedCheckpoint:
     where there are none, not one for each parameter after `model.`, or one of another shape.
     """
     file = checkpoint.file
-    names = {name: EMA_PREFIX + name.removeprefix("model.").replace(".", "") for name in checkpoint.mappings}
+    names = {name: average_name(name) for name in checkpoint.mappings}
     found = {name: ema for name, ema in names.items() if ema in file.tensors}
     if not found:
         raise CheckpointError(f"{file.path} holds no averaged copies (names that begin with {EMA_PREFIX!r})")

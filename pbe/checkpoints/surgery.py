@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pbe.checkpoints.formats.lazy_tensors import converted
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.checkpoints.infer_config import ModelSizes, is_number, pbe_entry
-from pbe.checkpoints.key_map import MAX_LAYERS, average_name, mismatches, shorten
-from pbe.checkpoints.loading import RecognisedCheckpoint, build
+from pbe.checkpoints.key_map import EMA_PREFIX, MAX_LAYERS
+from pbe.checkpoints.loading import build
 from pbe.checkpoints.meta_device import build_on_meta
 from pbe.checkpoints.recognised import (
-    EMA_PREFIX,
     RecognisedCheckpoint,
     averaged,
     doubt_activation,
@@ -55,24 +53,8 @@ def network(checkpoint: RecognisedCheckpoint, dtype: torch.dtype | None = None) 
 
 
 def extract_ema(checkpoint: RecognisedCheckpoint, dtype: torch.dtype | None = None) -> Tensors:
-    """The networks' tensors with the averaged copies in the place of the parameters they average.
-
-    A copy is called `model_ema.` and the parameter's name after `model.`, without its dots.
-    """
-    names = {name: average_name(name) for name in checkpoint.mappings}
-    averaged = {name: ema for name, ema in names.items() if ema in checkpoint.file.tensors}
-    if not averaged:
-        raise CheckpointError(f"{checkpoint.path} holds no averaged copies (names that begin with {EMA_PREFIX!r})")
-    missing = [name for name in names if name.startswith("model.") and name not in averaged]
-    if missing:
-        raise CheckpointError(f"{checkpoint.path} has no averaged copy of {len(missing)}: {shorten(missing)}")
-    tensors = network(checkpoint, dtype)
-    for name, ema in averaged.items():
-        tensors[name] = checkpoint.file.tensor(ema).to(dtype=dtype)
-        if tensors[name].shape != checkpoint.shapes[name]:
-            shapes = f"{tuple(tensors[name].shape)}, not {checkpoint.shapes[name]} as {name}"
-            raise CheckpointError(f"{checkpoint.path}: {ema} has the shape {shapes}")
-    return tensors
+    """The networks' tensors with the averaged copies in the place of the parameters; raises as `averaged`."""
+    return network(averaged(checkpoint), dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,32 +184,6 @@ def set_vae(checkpoint: RecognisedCheckpoint, vae: RecognisedCheckpoint) -> tupl
     config = config_of(result)
     assert isinstance(config, PaintByExampleConfig | StableDiffusionConfig)
     return tensors, {**entry_of(result), "latent_scale": config.vae.latent_scale}
-
-
-def merge(checkpoints: Sequence[RecognisedCheckpoint], weights: Sequence[float]) -> Tensors:
-    """The weighted sum of checkpoints, computed in float32, in the first one's dtypes.
-
-    Raises `CheckpointError` unless all have the same sizes and the same meaning of the UNet's inputs.
-    """
-    if len(checkpoints) != len(weights) or not checkpoints:
-        raise ValueError(f"{len(checkpoints)} checkpoints and {len(weights)} weights: give one weight per checkpoint")
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
-        if other.mappings.keys() != first.mappings.keys() or config_of(other) != config_of(first):
-            raise CheckpointError(f"{other.path} has other sizes than {first.path}, or was distilled otherwise")
-        if f"{FIRST_CONVOLUTION}.weight" in first.shapes and input_order(other) != input_order(first):
-            raise CheckpointError(
-                f"{other.path} has the inputs {input_order(other)}, {first.path} has "
-                f"{input_order(first)}: `pbe checkpoint expand` brings them into one order"
-            )
-    merged = {}
-    for name in first.mappings:
-        total = torch.zeros(first.shapes[name])
-        for checkpoint, weight in zip(checkpoints, weights, strict=True):
-            total += weight * checkpoint.tensor(name, dtype=torch.float32)
-            checkpoint.release(name)
-        merged[name] = total.to(first.dtype(name))
-    return merged
 
 
 # ----------------------------------------------------------------------------------------------------------------------

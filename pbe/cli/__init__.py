@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": ("pbe.cli.serve", "serve edits to programs over HTTP"),
     "checkpoint": ("pbe.cli.checkpoint", "look into checkpoints and change them"),
     "export": ("pbe.cli.export", "write a model's networks for ONNX Runtime or torch.export"),
+    "verify": ("pbe.cli.verify", "compare what a checkpoint computes here and in diffusers"),
     "train": ("pbe.cli.train", "train or fine-tune, as a YAML file says"),
     "index-boxes": ("pbe.cli.index_boxes", "make the boxes of OpenImages quick to look up"),
     "evaluate": ("pbe.cli.evaluate", "score a checkpoint, or any results, on COCOEE or a test set like it"),

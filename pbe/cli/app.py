@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import Parser, add_model, files_beside, load_for
+from pbe.editing.loading import AdaptedModels
 from pbe.io.signals import handling
 
 
@@ -73,8 +74,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     dtype = models(adapters).dtype
     ends = handling(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with ends, files_of_page() as files, warnings_on_page():
-        weights = identify(args.ckpt, model.dtype, *files_beside(args))
-        page = build_page(model, weights, quick_settings(args.ckpt))
+        weights = identify(args.ckpt, dtype, *files_beside(args))
+        page = build_page(models, weights, quick_settings(args.ckpt), adapters)
         address = serve(page, args.host, args.port, auth, tuple(args.allow_host), files)
         print(f"serving at {address} (Ctrl+C ends it)", flush=True)
         page.block_thread()

@@ -79,6 +79,8 @@ def parser(prog: str | None = None) -> Parser:
     new = "merge-adapter CHECKPOINT FILE[:STRENGTH]… --out FILE"
     commands.add_parser("merge-lora").add_argument("arguments", nargs=argparse.REMAINDER, action=Renamed, new=new)
 
+    add_adapter_commands(add)
+
     help = "put another autoencoder in the place of this checkpoint's, or where it has none"
     sub = add("set-vae", partial(write, set_vae), help, "checkpoint")
     sub.add_argument("vae", type=Path, help="one of the same sizes: a file or folder of its own, or a model's")

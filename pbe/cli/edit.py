@@ -27,8 +27,8 @@ from pbe.batch.provenance import (
 from pbe.batch.run import Outcome, is_done, read_jobs, run_row
 from pbe.cli.comparison import comparison, runs, variants
 from pbe.cli.errors import one_line_errors
-from pbe.cli.flags import Parser, add_model, add_renamed, add_settings, flag, load_for
-from pbe.editing.loading import check_memory, distilled_for, dtype_for
+from pbe.cli.flags import Parser, add_model, add_renamed, add_settings, files_beside, flag, load_for
+from pbe.editing.loading import AdaptedModels, check_memory, distilled_for, dtype_for
 from pbe.editing.settings import COUNT, SETTINGS, EditSettings
 from pbe.io.fields import check
 
@@ -288,8 +288,8 @@ def report(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> int:
 # --- both -------------------------------------------------------------------------------------------------
 
 
-def weights_of(args: argparse.Namespace) -> Weights:
-    return identify(args.ckpt, dtype_for(args.ckpt, args.dtype, args.device), args.adapter, args.tiny_decoder)
+def weights_of(args: argparse.Namespace, adapters: Sequence[AdapterLike]) -> Weights:
+    return identify(args.ckpt, dtype_for(args.ckpt, args.dtype, args.device), *files_beside(args, adapters))
 
 
 def is_lossy(out: str) -> bool:

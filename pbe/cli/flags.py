@@ -150,15 +150,6 @@ def add_adapter(group: Group) -> None:
     )
 
 
-def adapter(text: str) -> tuple[Path, float]:
-    """A file of adapters and its strength, of FILE or FILE:STRENGTH."""
-    file, colon, number = text.rpartition(":")
-    try:
-        return (Path(file), float(number)) if colon else (Path(text), 1.0)
-    except ValueError:  # a colon of the name's own
-        return Path(text), 1.0
-
-
 def add_device(group: Group) -> None:
     """--device"""
     group.add_argument("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
@@ -185,16 +176,17 @@ def add_force(group: Group) -> None:
     group.add_argument("--force", action="store_true", help="replace what is there at --out")
 
 
-def files_beside(args: argparse.Namespace) -> tuple[Any, ...]:
-    """What the flags of `add_model` name beside the checkpoint, and what is taken of it, in the order of parameters."""
-    return args.adapter, args.tiny_decoder, args.vae, args.weights
+def files_beside(args: argparse.Namespace, adapters: Sequence[AdapterLike] | None = None) -> tuple[Any, ...]:
+    """What the flags of `add_model` name beside the checkpoint, or these adapters in place of theirs, and what is taken
+    of it, in the order of parameters."""
+    return args.adapter if adapters is None else adapters, args.tiny_decoder, args.vae, args.weights
 
 
-def load_for(args: argparse.Namespace) -> PaintByExample:
-    """The model that the flags of `add_model` ask for, ready for editing."""
+def load_for(args: argparse.Namespace, adapters: Sequence[AdapterLike] | None = None) -> PaintByExample:
+    """The model that the flags of `add_model` ask for, or with other adapters, ready for editing."""
     from pbe.editing.loading import limit_threads, load_editor
 
     form = (args.dtype, args.low_memory, args.compile)
-    model = load_editor(args.ckpt, args.device, *form, *files_beside(args))
+    model = load_editor(args.ckpt, args.device, *form, *files_beside(args, adapters))
     limit_threads(model)
     return model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pbe.cli.edit import one_line_warnings
 from pbe.cli.errors import one_line_errors
-from pbe.cli.flags import Parser, add_model, flag, load_for
+from pbe.cli.flags import Parser, add_model, files_beside, flag, load_for
 from pbe.io.atomic import locked
 from pbe.io.fields import field_docs, field_types, read
 from pbe.serve.limits import Limits
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args.files.mkdir(parents=True, exist_ok=True)
     with one_line_warnings(), locked(args.files / ".lock", f"another server has its jobs in {args.files}"):
         model = load_for(args)
-        weights = identify(args.ckpt, model.dtype, args.adapter, args.tiny_decoder)
+        weights = identify(args.ckpt, model.dtype, *files_beside(args))
         names = args.host, tuple(args.allow_host)
         serve(
             build_api(model, weights, args.files, quick_settings(args.ckpt), limits, token, *names),

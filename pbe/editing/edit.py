@@ -15,10 +15,11 @@ from torch import Tensor
 from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
 from pbe.editing.canvas import Canvas, read_canvas
-from pbe.editing.condition import mixed_context, read_exemplars, window_condition
+from pbe.editing.condition import contexts, placed_size, window_condition
 from pbe.editing.preview import Preview, with_previews
 from pbe.editing.settings import BY_SAMPLER, COUNT, SETTINGS, EditKeywords, EditSettings, settings_for
 from pbe.editing.together import Sampling, Steps, sampled
+from pbe.editing.window import crop_window, place_window, seam_weights
 from pbe.images import windows
 from pbe.images.pillow import PictureWarning
 from pbe.images.reading import MaskLike, Picture, PictureLike
@@ -30,7 +31,6 @@ from pbe.sampling import SPACINGS, Callback, NoiseSchedule, get_sampler, guided_
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
 
 
 @sampled
@@ -100,10 +100,14 @@ def edit(
     with on_device(model.cond_stage_model, model.device):
         context, null_context = contexts(model, settings, *told)
 
-    results = [picture] * num_images
-    for region in windows.connected_regions(repaint) if settings.regions == "each" else [repaint]:
-        results = yield from edit_region(model, results, region, context, settings, batch_size, callback)
-    return [result.with_pixels(result.pixels) for result in results]
+    results = [canvas.picture] * num_images
+    for region in canvas.regions:
+        rest = (settings, batch_size, callback, null_context, noise)
+        painted = yield from paint_region(model, results, region, context, *rest)
+        if output == "latents":
+            return [z_0 for batch in painted for z_0 in batch.z_0.float().cpu().split(1)]
+        results = edit_region(model, results, region, painted, settings)
+    return [canvas.finish(result) for result in results]
 
 
 def with_settings(function: Callable[..., Any]) -> inspect.Signature:
@@ -153,9 +157,15 @@ def paint_region(
     context: Tensor,
     settings: EditSettings,
     batch_size: int,
-    callback: Callback | None,
-) -> Steps[list[Picture]]:
-    """The photos, one per seed, with `repaint` (H, W) edited in one window: condition → sample → decode → composite."""
+    callback: Callback | None = None,
+    null_context: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Steps[list[Painted]]:
+    """Latents for the region `repaint` (H, W) of the photos, one per seed, in one window: condition → sample.
+
+    `null_context` (1, 1, context_dim) and `noise` (as many as photos, or 1, 4, h, w) stand in the place of the model's
+    own and of the seeds'.
+    """
     device, resolution = model.device, settings.resolution or model.config.resolution
     box = place_window(repaint, settings.window, settings.margin, resolution)
     size = windows.model_size(box, resolution, multiple=model.config.vae.downsampling)
@@ -167,18 +177,22 @@ def paint_region(
             condition = window_condition(model, seen, keep, context, len(batch))
             z_photo = model.vae.encode(seen.to(device, model.dtype)).mean if settings.strength < 1 else None
         own = noise if noise is None or len(noise) == 1 else noise[first : first + batch_size]
-        with on_device(model.unet, device):
-            seed = settings.seed + first
-            z_0 = sample_latents(model, condition, settings, seed, callback, z_photo, null_context, own)
-        yield Painted(batch, box, seen, keep, z_0)
+        seeds = range(settings.seed + first, settings.seed + first + len(batch))
+        z_0 = yield Sampling(model, condition, settings, seeds, callback, z_photo, null_context, own)
+        painted.append(Painted(box, seen, keep, z_0))
+    return painted
 
 
 def edit_region(
-    model: PaintByExample, repaint: np.ndarray, painted: Iterable[Painted], settings: EditSettings
+    model: PaintByExample,
+    photos: Sequence[Picture],
+    repaint: np.ndarray,
+    painted: Iterable[Painted],
+    settings: EditSettings,
 ) -> list[Picture]:
     """The photos with what `paint_region` has painted in the region: decode → composite."""
     results: list[Picture] = []
-    for batch, box, seen, keep, z_0 in painted:
+    for box, seen, keep, z_0 in painted:
         with on_device(model.vae, model.device):
             tiny = model.tiny_decoder if settings.decoder == "tiny" else None
             edited = (tiny or model.vae.decode)(z_0.to(model.dtype))[..., : seen.shape[2], : seen.shape[3]]
@@ -200,14 +214,18 @@ def sample_latents(
     settings: EditSettings,
     seeds: Sequence[int],
     callback: Callback | None = None,
+    z_photo: Tensor | None = None,
+    null_context: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with the seeds `seed`, `seed + 1`, …
+    """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with one of the seeds each.
 
-    With a strength below 1 they start from the photo's, `z_photo` (B or 1, 4, h, w). `null_context` (1, 1, context_dim)
-    and `noise` (B or 1, 4, h, w) stand in the place of the model's own and of the seeds', whose later draws stay.
+    With a strength below 1 they start from the photo's, `z_photo` (B or 1, 4, h, w). `null_context` (B or 1, 1,
+    context_dim) and `noise` (B or 1, 4, h, w) stand in the place of the model's own and of the seeds', whose later
+    draws stay.
     """
     shape = condition.z_masked.shape
-    generators = make_generators(seed, shape[0])
+    generators = [generator for seed in seeds for generator in make_generators(seed, 1)]
     x_t = randn(shape[1:], generators, model.device)
     if noise is not None:
         if noise.shape[1:] != shape[1:]:

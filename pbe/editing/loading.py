@@ -65,6 +65,7 @@ def load_editor(
         from pbe.export import load_exported
 
         asked = {"adapters": adapters, "tiny_decoder": tiny_decoder, "low_memory": low_memory, "compile": compile}
+        asked |= {"vae": vae, "weights": weights != "auto"}
         if refused := [name for name, value in asked.items() if value]:
             why = "adapters can be folded in when it is exported" if adapters else "use the checkpoint that it is from"
             raise ValueError(f"{checkpoint} holds exported networks, which take no {', '.join(refused)}: {why}")

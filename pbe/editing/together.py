@@ -31,11 +31,15 @@ class Sampling(NamedTuple):
     settings: EditSettings
     seeds: Sequence[int]
     callback: Callback | None = None
+    z_photo: Tensor | None = None  # as `sample_latents` takes these three
+    null_context: Tensor | None = None
+    noise: Tensor | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """What is equal for all that one batch can hold."""
-        return id(self.model), self.condition.z_masked.shape[1:], replace(self.settings, seed=0)
+        given = tuple(tensor is None for tensor in self[-3:])
+        return id(self.model), self.condition.z_masked.shape[1:], replace(self.settings, seed=0), given
 
 
 Steps = Generator[Sampling, Any, T]  # it is sent z_0
@@ -96,11 +100,13 @@ def sample(requests: Sequence[Sampling]) -> list[Tensor | Exception]:
     from pbe.editing.edit import sample_latents
     from pbe.models.paint_by_example import Condition
 
-    model, condition, settings, seeds, _ = requests[0]
+    model, condition, settings, seeds, _, *others = requests[0]
     if len(requests) > 1:
         conditions = (request.condition for request in requests)
         condition = Condition(*(torch.cat(tensors) for tensors in zip(*conditions, strict=True)))
         seeds = [seed for request in requests for seed in request.seeds]
+        columns = zip(*(request[-3:] for request in requests), strict=True)
+        others = [None if column[0] is None else repeated(column, requests) for column in columns]
     ends = list(accumulate(len(request.seeds) for request in requests))
     parts = [slice(end - len(request.seeds), end) for request, end in zip(requests, ends, strict=True)]
     raised: dict[int, Exception] = {}
@@ -117,9 +123,17 @@ def sample(requests: Sequence[Sampling]) -> list[Tensor | Exception]:
 
     try:
         with on_device(model.unet, model.device):
-            z_0 = sample_latents(model, condition, settings, seeds, tell_each)
+            z_0 = sample_latents(model, condition, settings, seeds, tell_each, *others)
     except Exception as error:
         if len(requests) == 1 or len(raised) == len(requests):
             return [raised.get(i, error) for i in range(len(requests))]
         return [answer for request in requests for answer in sample([request])]  # the memory may hold one
     return [raised.get(i, z_0[part]) for i, part in enumerate(parts)]
+
+
+def repeated(tensors: Sequence[Tensor], requests: Sequence[Sampling]) -> Tensor:
+    """One tensor of all the requests', with one row for each seed."""
+    import torch
+
+    numbers = [len(request.seeds) for request in requests]
+    return torch.cat([x.expand(n, *x.shape[1:]) for x, n in zip(tensors, numbers, strict=True)])

@@ -106,9 +106,13 @@ def load_exported(
 
 def built(kind: Any, values: Mapping[str, Any]) -> Any:
     """A dataclass of dataclasses from what JSON makes of it; raises what wrong values bring about."""
-    types = {name: next(filter(is_dataclass, get_args(t)), t) for name, t in field_types(kind).items()}
-    made = {name: built(types[name], value) if isinstance(value, dict) else value for name, value in values.items()}
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in made.items()})
+    made = {}
+    for name, annotation in field_types(kind).items():
+        value = values[name]
+        if is_dataclass(annotation) or isinstance(value, dict):  # the latter where it may be None
+            value = built(next(filter(is_dataclass, get_args(annotation)), annotation), value)
+        made[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**made)
 
 
 @contextmanager
@@ -117,7 +121,7 @@ def opening(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def open_onnx(path: Path, device: str | torch.device) -> Run:

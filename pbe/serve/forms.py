@@ -30,7 +30,8 @@ def parts(kind: Any) -> list[Any]:
     return [kind, *(part for argument in get_args(kind) for part in parts(argument))]
 
 
-UPLOADS = {name: kind for name, kind in FILES.items() if str in parts(kind) and name != "out"}
+OWN = ("out", "adapters")  # what the server says itself
+UPLOADS = {name: kind for name, kind in FILES.items() if str in parts(kind) and name not in OWN}
 SEVERAL = {name for name, kind in UPLOADS.items() if any(get_origin(part) is tuple for part in parts(kind))}
 TEXTS = {name: kind for name, kind in FILES.items() if str not in parts(kind)} | SETTINGS | {"num_images": NUMBER}
 Uploads = dict[str, list[UploadFile]]

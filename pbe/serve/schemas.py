@@ -17,6 +17,7 @@ DOCS = setting_docs() | {
     "mask": "A picture of the photo's size, white where it is repainted; or give box or polygon.",
     "exemplar": "The object to paint; of several their mean.",
     "exemplar_mask": "Where the object is in each exemplar, white = object.",
+    "negative": "What guidance leads away from.",
     "num_images": "How many results: the first has the seed `seed`, the next have the next seeds.",
 }
 

@@ -266,6 +266,38 @@ def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
     assert not preview.visible
 
 
+def test_adapters_have_a_strength_each_on_the_page(tiny_checkpoint, files, tmp_path):
+    factors = {"lora_down": torch.ones(1, 64, 3, 3), "lora_up": torch.ones(64, 1, 1, 1)}
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    torch.save({f"{name}.{part}.weight": x for part, x in factors.items()}, tmp_path / "style.pt")
+    loaded = []
+
+    def load(adapters):
+        loaded.append([strength for _, strength in adapters])
+        return pbe.load_model(tiny_checkpoint, "cpu", adapters=adapters)
+
+    adapters = ((tmp_path / "style.pt", 0.5), (tmp_path / "style.pt", -2.0))
+    page = app.build_page(AdaptedModels(load), identify(tiny_checkpoint, torch.float32, adapters), QUICK, adapters)
+    sliders = [block for block in page.blocks.values() if getattr(block, "label", None) == "style.pt: strength"]
+    assert [(one.value, one.minimum, one.maximum) for one in sliders] == [(0.5, -1, 2), (-2, -2, 2)]
+    with serving.warnings_on_page():
+        client = Client(serving.serve(page, port=free_port()), verbose=False)
+        results = [call(client, files, **given)[0] for given in ({}, {}, {"strength_1": 2, "strength_2": 0})]
+        with pytest.raises(AppError, match="strength_2 must be a number, got 'x'"):
+            call(client, files, strength_2="x")
+        with pytest.raises(AppError, match="greater than maximum value 2"):
+            call(client, files, strength_1=3)
+        results += call(client, files, strength_1=0, strength_2=0)
+    page.close(verbose=False)
+    assert loaded == [[0.5, -2], [2, 0], [0, 0]]
+    stored = [[one["strength"] for one in read_provenance(path)["adapters"]] for path in results]
+    assert stored == [[0.5, -2], [0.5, -2], [2, 0], [0, 0]]
+    edit = {"mask": files["mask"], "exemplar": files["exemplar"], **vars(EDIT_SETTINGS)}
+    for path, given in zip(results[1:], [adapters, [(tmp_path / "style.pt", 2.0)], []], strict=True):
+        model = pbe.load_model(tiny_checkpoint, "cpu", adapters=given)
+        assert np.array_equal(pixels(path), pixels(pbe.edit(model, files["image"], **edit)[0]))
+
+
 def show_one(work: Callable[[Ticket], None]) -> Iterator[str]:
     """What the page shows of an edit that shows "a" and then does `work`."""
 
@@ -456,8 +488,8 @@ def test_flags_reach_the_model_and_the_checkpoint_the_page(tiny_checkpoint, monk
     flags = ["--device", "cpu", "--dtype", "float32", "--low-memory", "--compile", "regions"]
     flags += ["--tiny-decoder", str(tiny_checkpoint)]
     assert main(flags) == main(["--ckpt", str(tiny_checkpoint)]) == 2
-    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions", (), tiny_checkpoint), DEMO]
-    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None, (), None), QUICK]
+    assert calls[:2] == [(Path("demo"), "cpu", "float32", True, "regions", (), tiny_checkpoint, None, "auto"), DEMO]
+    assert calls[2:] == [(tiny_checkpoint, "auto", "auto", False, None, (), None, None, "auto"), QUICK]
 
 
 def test_cuda_graphs_are_not_for_the_page_s_threads(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fakes import at_once
 from PIL import Image
 
@@ -133,7 +134,9 @@ def test_rows_are_edited_with_their_own_adapters(rows, tiny_checkpoint, monkeypa
     name = "lora_unet_mid_block_resnets_0_conv1"
     torch.save({f"{name}.{part}.weight": x for part, x in factors.items()}, rows.parent / "style.pt")
     seen = []
-    monkeypatch.setattr("pbe.editing.edit.edit", lambda model, image, *_, **__: [seen.append(model), image.source][1:])
+    monkeypatch.setattr(
+        "pbe.editing.edit.edit", at_once(lambda model, image, *_, **__: [seen.append(model), image.picture.source][1:])
+    )
     job = Job.from_row({**json.loads(rows.open().readline()), "out": "0.png"}, rows.parent)
     jobs = [
         replace(job, out=f"{i}.png", adapters=own) for i, own in enumerate([None, ("style.pt:2",), ("style.pt:2",)])

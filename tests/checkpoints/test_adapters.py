@@ -26,11 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import pbe
 from pbe.checkpoints.adapters import add_adapters, layers_of, read_adapter
-from pbe.checkpoints.diffusers_layouts import diffusers_unet
 from pbe.checkpoints.formats.opening import CheckpointError
-from pbe.checkpoints.key_map import KeyMap
-from pbe.checkpoints.seeding import seeded_state
-from pbe.checkpoints.writing import unet_json
 from pbe.cli.checkpoint import main
 from pbe.editing.loading import adapter, load_editor
 

@@ -192,7 +192,7 @@ def test_what_overflows_float16_is_an_error(a, tmp_path, capsys):
     averages = {n: x for n, x in averages.items() if n.startswith("model_ema.diffusion_model")}
     path = write(tmp_path / "averages.ckpt", state | averages, pbe=pbe_entry(TINY))
     assert main(["extract-ema", str(path), "--out", str(out), "--dtype", "float16", "--force"]) == 2
-    assert "averages.ckpt: model_ema.diffusion_model" in capsys.readouterr().err
+    assert "averages.ckpt: model.diffusion_model" in capsys.readouterr().err
 
 
 def test_what_a_merge_makes_too_large_is_an_error(a, capsys):

@@ -17,6 +17,7 @@ from PIL import Image
 import pbe
 import pbe.cli
 from pbe.batch.provenance import read_provenance
+from pbe.cli import edit as edit_command
 from pbe.cli.checkpoint import main as checkpoint
 from pbe.cli.comparison import parse_seeds, runs
 from pbe.cli.edit import main
@@ -157,6 +158,37 @@ def test_results_of_adapters_hold_which_and_how_strong(cli, folder, tiny_checkpo
     assert (stored["sampler"], stored["steps"]) == ("lcm", 2)
     assert cli(adapter="none.pt") == 2
     assert "none.pt" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("adapters")
+def test_rows_with_adapters_of_their_own(cli, folder, monkeypatch, capsys):
+    torch.save({"lora_unet_conv_out.lora_down.weight": torch.ones(1, 1)}, folder / "misfit.pt")
+    columns = ["", "style.pt", "", "lcm.pt:0.5;style.pt:-0.25", "style.pt", "none.pt", "misfit.pt", "style.pt:x"]
+    rows = [f"photo.png,mask.png,dog.png,{i}.png,{adapters}" for i, adapters in enumerate(columns)]
+    (folder / "rows.csv").write_text("\n".join(["image,mask,exemplar,out,adapters", *rows]))
+    loaded, load = [], edit_command.load_for
+    monkeypatch.setattr("pbe.cli.edit.load_for", lambda *asked: (loaded.extend(asked[1:]), load(*asked))[1])
+    assert cli(batch="rows.csv", adapter="style.pt:2", steps="2") == 1
+    out, err = capsys.readouterr()
+    assert "8 rows: 5 done, 0 done before, 3 failed" in out
+    assert "line 7 failed: there is no checkpoint none.pt" in err
+    assert "line 8 failed: misfit.pt" in err
+    assert "line 9 failed: there is no checkpoint style.pt:x" in err
+    given = {"flag": [("style.pt", 2.0)], "own": [("style.pt", 1.0)], "two": [("lcm.pt", 0.5), ("style.pt", -0.25)]}
+    named = [[(str(path), strength) for path, strength in asked] for asked in loaded]
+    assert named == [*given.values(), [("misfit.pt", 1.0)]]  # each once, though rows take turns
+    stored = [read_provenance(folder / f"{i}.png") for i in range(5)]
+    found = [[(one["file"], one["strength"]) for one in each["adapters"]] for each in stored]
+    assert found == [given[name] for name in ("flag", "own", "flag", "two", "own")]
+    assert [each["sampler"] for each in stored] == ["plms", "plms", "plms", "lcm", "plms"]
+    pictures = [(folder / f"{i}.png").read_bytes() for i in range(5)]
+    assert cli(out="again.png", adapter="style.pt", steps="2") == 0
+    assert np.array_equal(*(np.asarray(Image.open(folder / name)) for name in ("1.png", "again.png")))
+    assert len(set(pictures)) == 3
+    loaded.clear()
+    assert cli(batch="rows.csv", adapter="style.pt:2", steps="2") == 1
+    assert "5 done before" in capsys.readouterr().out
+    assert len(loaded) == 1  # by the row that fails
 
 
 def test_another_autoencoder_and_the_choice_of_weights_are_used_and_noted(cli, folder, tiny_checkpoint, capsys):
@@ -657,7 +689,8 @@ def test_large_seed_is_kept(cli, edits, folder, monkeypatch):
         '{"image": "photo.png", "mask": "mask.png", "exemplar": "dog.png", "out": "b.png", "seed": 9007199254740993}'
     )
     monkeypatch.setattr(
-        "pbe.editing.edit.edit", at_once(lambda model, image, *_, **settings: edits.append(settings) or [image.source])
+        "pbe.editing.edit.edit",
+        at_once(lambda model, image, *_, **settings: edits.append(settings) or [image.picture.source]),
     )
     assert cli(seed=2**53 + 1, out="a.png") == 0
     assert cli(batch="rows.jsonl") == 0

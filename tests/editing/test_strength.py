@@ -59,7 +59,7 @@ def test_it_starts_from_the_photo_s_posterior_mean(model):
         raise StopIteration
 
     with pytest.raises(StopIteration):
-        sample_latents(prepared, condition, settings, 7, first, z_photo)
+        sample_latents(prepared, condition, settings, range(7, 7 + len(condition.z_masked)), first, z_photo)
     grid = SPACINGS["leading"](NoiseSchedule.scaled_linear(), 10)
     assert steps[0].t == grid[6].t == 301
     # DDIM's estimate is z_0 = (x_t - sigma eps) / alpha: with its own next state x_t and eps follow

@@ -59,6 +59,21 @@ def test_each_is_the_same_as_alone(model, batches):
     assert not np.array_equal(together[0][0], arguments(0)[0])
 
 
+def test_strengths_negatives_and_noise_are_each_edit_s_own(model, batches):
+    def own(i: int) -> dict:
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i))
+        return {"negative": arguments(i + 5)[2], "latents": noise, "strength": 0.7}
+
+    together = run_together([begin(model, i, num_images=1 + i, **own(i)) for i in range(2)])
+    assert batches == [3]
+    for i, results in enumerate(together):
+        for result, one in zip(results, alone(model, i, num_images=1 + i, **own(i)), strict=True):
+            assert np.abs(result.astype(int) - one).max() <= 1
+    batches.clear()
+    run_together([begin(model, 0), begin(model, 0, negative=arguments(5)[2]), begin(model, 1)])
+    assert batches == [2, 1]
+
+
 def test_only_equal_settings_and_sizes_are_one_batch(model, batches):
     edits = [{}, {"steps": 4}, {"window": "full"}, {"seed": 9}, {"height": 200, "window": "full"}, {"guidance": 2}]
     run_together([begin(model, i, **changes) for i, changes in enumerate(edits)])

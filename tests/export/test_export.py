@@ -280,7 +280,7 @@ def test_a_file_of_other_bytes(copy, to, name):
         lambda about: about.update(files=3),
         lambda about: about["config"].update(unet={"width": 3}),
         lambda about: about["config"].update(vae=None),
-        lambda about: about.update(pbe={"resolution": -1}),
+        lambda about: about.update(config=[]),
     ],
 )
 def test_an_index_that_is_damaged(copy, change):

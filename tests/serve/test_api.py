@@ -189,6 +189,7 @@ def huge_png() -> bytes:
         ({"steps": b"4"}, {}, "steps", "steps must be text"),
         ({}, {"exemplar": "a.png"}, "exemplar", "exemplar must be a file"),
         ({}, {"out": "/etc/passwd"}, "out", "unknown field 'out'"),
+        ({"adapters": b"a"}, {}, "adapters", "unknown field 'adapters'"),
         ({}, {"seed": ["1", "2"]}, "seed", "seed is given twice"),
         ({}, {"box": "1,2,3,4"}, None, "give one of mask, box and polygon, got mask and box"),
         ({}, {"sampler": "ddim", "eta": "2"}, "eta", "eta must be a number from 0 to 1, got '2'"),

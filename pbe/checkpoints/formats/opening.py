@@ -64,12 +64,17 @@ OTHER_FORMATS = {
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """Where a checkpoint is: `path`, or for "demo" the small model that is part of this package (docs/demo-model.md);
-    for a folder `models--OWNER--NAME` of the hub's cache, the snapshot in it.
+    for a folder `models--OWNER--NAME` of the hub's cache, the snapshot in it; for `hf:OWNER/NAME[/FILE][@REVISION]`
+    where `hub.fetch` puts what the hub has.
 
     A file of one's own that is called demo is "./demo". Raises `CheckpointError` where the cache has several snapshots.
     """
     if os.fspath(path) == "demo":
         return DEMO_MODEL
+    if (text := Path(path).as_posix()).startswith("hf:"):
+        from pbe.checkpoints.formats.hub import fetch
+
+        return fetch(text)
     path = Path(path)
     return _snapshot(path) if (path / "snapshots").is_dir() else path
 
@@ -86,7 +91,7 @@ def _snapshot(cache: Path) -> Path:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a checkpoint, which `find_checkpoint` finds, without reading its tensors or executing anything in it.
+    """Open a checkpoint, or "demo", without reading its tensors or executing anything in it.
 
     Reads zip and pre-zip files of `torch.save` (Lightning checkpoints, whose weights are their `state_dict`, and plain
     state dicts), TorchScript archives, safetensors files, diffusers folders (names are prefixed with the component, as
