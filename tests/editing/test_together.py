@@ -84,7 +84,7 @@ def test_regions_of_one_edit_follow_each_other(model, batches):
     mask = np.zeros((80, 96), dtype=bool)
     mask[5:25, 5:25] = mask[50:75, 60:90] = True
     photo, _, exemplar = arguments(0)
-    settings = {**SETTINGS, "regions": "each"}
+    settings = {**SETTINGS, "split_mask": True}
     first, second = run_together([pbe.edit.begin(model, photo, mask, exemplar, **settings) for _ in range(2)])
     assert batches == [2, 2]
     np.testing.assert_array_equal(first, second)
