@@ -204,7 +204,7 @@ class Inputs(NamedTuple):
     canvas: Canvas
     exemplars: list[Image.Image]
     negatives: list[Image.Image] | None
-    regions: Sequence[Region] = ()  # where there are several, or colours
+    regions: Sequence[Region] = ()  # where there are several
 
     @property
     def picture(self) -> Picture:
