@@ -139,6 +139,7 @@ def open_onnx(path: Path, device: str | torch.device) -> Run:
         raise ValueError(f"device={str(device)!r} is not there: onnxruntime has {', '.join(there)}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.enable_cpu_mem_arena = False  # it would keep, and grow to, several times what a UNet call needs
     chosen = (provider, {"device_id": index} if index else {})
     with opening(path):
         session = onnxruntime.InferenceSession(path, options, providers=[chosen])

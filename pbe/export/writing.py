@@ -50,15 +50,16 @@ def export_model(
     "torch-export". `source` says where the model is from, as JSON values. Adapters are folded in.
 
     Raises:
-        ValueError: for another runtime, a prepared model, and one in another precision than float32.
+        ValueError: for another runtime, a prepared model, and one that is not in float32 on the CPU.
         FileExistsError: for an existing folder, unless `overwrite` is set and it is an exported one.
         ImportError: without the extra.
     """
     folder = Path(folder).resolve()
     if to not in SUFFIXES:
         raise ValueError(f"unknown runtime {to!r}, choose one of {', '.join(SUFFIXES)}")
-    if model.dtype != torch.float32:
-        raise ValueError(f"models are exported in float32: load this one with dtype='float32', not in {model.dtype}")
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        found = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
+        raise ValueError(f"models are exported in float32 on the CPU, not in {found}: load_model(…, 'cpu', 'float32')")
     if folder.exists() and not is_exported(folder):
         raise FileExistsError(f"{folder} exists and is not an exported folder; it is not replaced")
     if to == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
@@ -78,8 +79,8 @@ def export_model(
             "pbe": pbe_entry(model.config),
             "source": source,
         }
-        (part / EXPORT_JSON).write_text(json.dumps(about, indent=1) + "\n")
-        (part / "README.md").write_text(readme(networks, model.config, to))
+        (part / EXPORT_JSON).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        (part / "README.md").write_text(readme(networks, model.config, to), encoding="utf-8")
 
 
 def networks_of(model: PreparedModel) -> dict[str, Network]:
