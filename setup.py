@@ -21,8 +21,9 @@ SAFETENSORS = ["safetensors>=0.4"]
 HUB = ["huggingface_hub>=0.30", *SAFETENSORS]
 LOG = ["tensorboard>=2.14"]
 PLOT = ["matplotlib>=3.7"]
-APP = ["gradio>=6.29", "starlette>=0.40"]  # starlette is what gradio serves with
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20"]
+STARLETTE = ["starlette>=0.40"]  # what gradio and fastapi serve with
+APP = ["gradio>=6.29", *STARLETTE]
+SERVE = ["fastapi>=0.115", *STARLETTE, "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20"]
 MASKS = ["opencv-python-headless>=4.8"]
 EVAL = ["scikit-learn>=1.3", "torch-fidelity>=0.3"]
 # diffusers loads weights tensor by tensor, and moves networks off a small card, only with accelerate.

@@ -24,6 +24,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
+    "prometheus_client": "prometheus-client",
+    "python_multipart": "python-multipart",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "torch_fidelity": "torch-fidelity",
@@ -81,11 +83,12 @@ def test_every_folder_of_code_is_a_package():
 
 
 def test_module_imports_are_core_requirements(setup_arguments):
-    """Importing a module needs no extra; the page is all of one, which `import pbe.app` names where it is missing."""
-    core = names(setup_arguments["install_requires"])
-    app = core | names(setup_arguments["extras_require"]["app"])
+    """Importing a module needs no extra; page and server are each all of one, which their import names where it is
+    missing."""
+    core, extras = names(setup_arguments["install_requires"]), setup_arguments["extras_require"]
+    allowed = {"app": names(extras["app"]), "serve": names(extras["serve"])}
     found = {path: imported(ast.parse(path.read_text(encoding="utf-8")).body) for path in sources("pbe")}
-    extra = {str(path): packages - (app if path.parent.name == "app" else core) for path, packages in found.items()}
+    extra = {str(path): packages - core - allowed.get(path.parent.name, set()) for path, packages in found.items()}
     assert {path: packages for path, packages in extra.items() if packages} == {}
 
 
