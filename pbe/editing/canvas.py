@@ -15,7 +15,7 @@ from pbe.images.windows import connected_regions, white_level
 
 HAS_ALPHA = (2, 4)  # numbers of channels
 SEEN_THROUGH = 0.998  # of an alpha channel: below 255 of 255
-NO_MASK = "nothing to repaint: give one of mask, box and polygon, or extend, or an image with a transparent part"
+NO_MASK = "nothing to repaint: give one of mask, box, polygon and select, or extend, or an image partly transparent"
 
 
 class Canvas(NamedTuple):

@@ -149,7 +149,7 @@ def test_the_commands_model_is_loaded_beside_the_device(tiny_checkpoint, monkeyp
 def test_the_flag(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     seen = []
 
-    def load(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder):
+    def load(checkpoint, device, dtype, low_memory, compile, adapters, tiny_decoder, vae, weights):
         seen.append(low_memory)
         raise OSError("far enough")
 

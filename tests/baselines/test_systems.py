@@ -143,6 +143,11 @@ def test_the_report_says_how_each_system_was_run(ran, weights, judge):  # noqa: 
         "resolution": None,
         "reuse": 1,
         "decoder": "vae",
+        "strength": 1.0,
+        "fill_holes": False,
+        "smooth": 0,
+        "grow": 0,
+        "placement": "fill",
     }
 
 

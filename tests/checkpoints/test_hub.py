@@ -179,7 +179,8 @@ def test_adapters_come_with_their_settings(server, tmp_path):
         assert list(file.names()) == ["base_model.model.x.lora_A.weight"]
     assert adapter("hf:someone/lora@main:0.5") == (Path("hf:someone/lora@main"), 0.5)
     assert adapter("hf:someone/lora") == (Path("hf:someone/lora"), 1.0)
-    row = Job("a.png", ("b.png",), "c.png", adapters=("hf:someone/lora@main:0.5", "d.bin"), folder=Path("rows"))
+    files = {"image": "a.png", "exemplar": ("b.png",), "out": "c.png"}
+    row = Job(**files, adapters=("hf:someone/lora@main:0.5", "d.bin"), folder=Path("rows"))
     assert row.with_adapters(()) == ((Path("hf:someone/lora@main"), 0.5), (Path("rows/d.bin"), 1.0))
     weights = identify(Path("demo"), torch.float32, [("hf:someone/lora/adapter_model.bin", 0.5)])
     assert weights.adapters[0]["file"] == "adapter_model.bin"

@@ -234,7 +234,7 @@ def test_a_hole_in_the_photo_is_repainted_once_for_all(cli, folder, capsys):
     for name in ("out-321.png", "out-322.png"):
         assert (np.asarray(Image.open(folder / name))[..., 3] == 255).all()
     assert cli(image="photo.png", mask=None) == 2
-    assert "error: nothing to repaint: give one of mask, box and polygon, or extend" in capsys.readouterr().err
+    assert "error: nothing to repaint: give one of mask, box, polygon and select, or extend" in capsys.readouterr().err
 
 
 def test_control_by_flags_and_by_rows(cli, folder, capsys):
@@ -269,7 +269,7 @@ def test_a_row_may_have_no_mask(cli, folder, capsys):
     (folder / "rows.csv").write_text(rows)
     assert cli(batch="rows.csv") == 1
     assert Image.open(folder / "a.png").size == (116, 80)
-    assert "line 3 failed: nothing to repaint: give one of mask, box and polygon" in capsys.readouterr().err
+    assert "line 3 failed: nothing to repaint: give one of mask, box, polygon and select" in capsys.readouterr().err
 
 
 def test_several_results_are_those_of_their_seeds(cli, folder):
@@ -545,7 +545,7 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"mask": None, "box": "10,10,200,20"}, "outside"),
         ({"mask": None, "box": "10,10"}, "box must be a box x0,y0,x1,y1, got '10,10'"),
         ({"mask": "dog.png"}, "20x30"),
-        ({"mask": None}, "one of mask, box and polygon"),
+        ({"mask": None}, "one of mask, box, polygon and select"),
         ({"box": "1,2,3,4"}, "got mask and box"),
         ({"image": None, "mask": None, "exemplar": None, "out": None}, "image and exemplar and out missing"),
         ({"sampler": "heun"}, "sampler must be 'ddim', 'plms'"),

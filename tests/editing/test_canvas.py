@@ -115,7 +115,7 @@ def test_no_mask_at_all(model, channels, alpha):
     image = photo(40, 30, channels)
     if alpha is not None:
         image[..., 3] = alpha
-    message = "nothing to repaint: give one of mask, box and polygon, or extend, or an image with a transparent part"
+    message = "nothing to repaint: give one of mask, box, polygon and select, or extend, or an image partly transparent"
     with pytest.raises(ValueError, match=message):
         edit(model, image, None)
 
