@@ -105,10 +105,11 @@ def load_exported(
 
 
 def built(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass of dataclasses from what JSON makes of it; raises what wrong values bring about."""
-    made = {}
-    for name, annotation in field_types(kind).items():
-        value = values[name]
+    """A dataclass of dataclasses from what JSON makes of it, in which newer fields may lack; raises what wrong values
+    bring about."""
+    made, types = {}, field_types(kind)
+    for name, value in values.items():
+        annotation = types[name]
         if is_dataclass(annotation) or isinstance(value, dict):  # the latter where it may be None
             value = built(next(filter(is_dataclass, get_args(annotation)), annotation), value)
         made[name] = tuple(value) if isinstance(value, list) else value
