@@ -8,6 +8,7 @@ those tensors alone, a few megabytes (`pbe.checkpoints.adapters`, which reads ot
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,9 +87,9 @@ class LoRALayer(nn.Module):
         growth = (self.lora_magnitude / self.norms() - 1).to(y.dtype).view(by_output)
         return y + growth * (y if self.bias is None else y - self.bias.to(y.dtype).view(by_output))
 
+    @abstractmethod
     def low_rank(self, x: Tensor) -> Tensor:
         """B A x."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def norms(self) -> Tensor:
