@@ -292,6 +292,15 @@ def test_an_index_that_is_damaged(copy, change):
         load_exported(folder)
 
 
+def test_a_folder_of_an_older_release(copy):
+    """It opens without the sizes that newer ones have, which take their defaults."""
+    folder = copy("onnx")
+    about = json.loads((folder / "export.json").read_text())
+    del about["config"]["vae"]["latent_scale"]
+    (folder / "export.json").write_text(json.dumps(about))
+    assert load_exported(folder).config == SMALL
+
+
 def test_what_exported_networks_cannot_do(folders, exported, checkpoint, capsys):
     folder = folders["onnx"]
     for options, words in (
