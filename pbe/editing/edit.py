@@ -203,7 +203,7 @@ def edit_region(
             weights = seam_weights(repaint, box, settings, settings.resolution or model.config.resolution)
         results += [
             replace(photo, pixels=windows.composite(photo.pixels, one[None], box, weights))
-            for photo, one in zip(photos[len(results) :], edited, strict=False)
+            for photo, one in zip(photos[len(results) : len(results) + len(edited)], edited, strict=True)
         ]
     return results
 

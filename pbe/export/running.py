@@ -82,7 +82,7 @@ def load_exported(
     """
     file = open_checkpoint(folder)
     if not is_exported(folder):
-        raise CheckpointError(f"{folder} is no exported folder but a {file.kind}, which pbe.load_model opens")
+        raise CheckpointError(f"{folder} is a {file.kind}, which pbe.load_model opens, not an exported folder")
     if dtype != "auto" and choose_dtype(dtype, torch.device("cpu")) != torch.float32:
         raise ValueError(f"{folder} computes in float32 alone, got dtype={str(dtype)!r}")
     try:

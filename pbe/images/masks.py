@@ -1,4 +1,4 @@
-"""Shaping masks, bool (H, W) arrays, True = repaint. A photo's own border is no edge of its mask."""
+"""Shaping masks, bool (H, W) arrays, True = repaint. Where a mask reaches the photo's border, it does not end there."""
 
 from __future__ import annotations
 

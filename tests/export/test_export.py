@@ -320,7 +320,9 @@ def test_what_exported_networks_cannot_do(folders, exported, checkpoint, capsys)
         exported("onnx").vae.encode(torch.zeros(1, 3, 4, 4))
     with pytest.raises(CheckpointError, match="holds exported networks, which can only edit"):
         load_model(folder)
-    with pytest.raises(CheckpointError, match="is no exported folder but a PyTorch zip checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"is a PyTorch zip checkpoint, which pbe\.load_model opens, not an exported folder"
+    ):
         load_exported(checkpoint)
     with pytest.raises(FileNotFoundError):
         load_exported(folder / "nothing")
