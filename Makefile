@@ -37,7 +37,7 @@ docs: $(DOCS)
 
 clean:
 	rm -rf $(VENV) build dist site pbe.egg-info .pytest_cache .ruff_cache .mypy_cache
-	find pbe tests tools examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find pbe tests tools examples integrations benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(CORE): setup.py
 	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) not found: make PYTHON=/path/to/python3.10 or newer"; exit 1; }

@@ -40,6 +40,6 @@ def drawn(mask: Tensor, name: str) -> np.ndarray:
     return pixels_of(mask)
 
 
-def batch_of(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures (H, W, C) or masks (H, W) of equal sizes as one batch."""
+def batch_of(pictures: Sequence[Any]) -> Tensor:
+    """Arrays of equal sizes, pictures (H, W, C) or masks (H, W), as one batch."""
     return torch.from_numpy(np.stack(pictures).astype(np.float32, copy=False))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pbe.editing.settings import QUICK, SETTINGS, setting_docs
@@ -24,11 +23,8 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
 
 
-@dataclass(frozen=True)
-class Socket:
-    """A value that comes from another node, by ComfyUI's name for its type."""
-
-    kind: str
+class Socket(str):
+    """ComfyUI's name for the type of a value that comes from another node."""
 
 
 def node(*first: str, advanced: Sequence[str] = ()) -> Callable[[F], F]:
@@ -44,7 +40,7 @@ def node(*first: str, advanced: Sequence[str] = ()) -> Callable[[F], F]:
             return {"required": required, "optional": inputs | setting_inputs(first) | setting_inputs(advanced, True)}
 
         words = run.__name__.replace("_", " ")
-        outputs = tuple(get_args(kind)[1].kind for kind in get_args(signature.return_annotation))
+        outputs = tuple(str(get_args(kind)[1]) for kind in get_args(signature.return_annotation))
         about = {
             "INPUT_TYPES": classmethod(input_types),
             "RETURN_TYPES": outputs,
@@ -80,7 +76,7 @@ def as_input(kind: Any, default: Any, tooltip: str = "") -> Input:
     found = extras[0]
     options: dict[str, Any] = {"tooltip": tooltip or extras[-1]}
     if isinstance(found, Socket):
-        return found.kind, options
+        return str(found), options
     if callable(found):
         return found(), options
     options["default"] = default

@@ -6,6 +6,8 @@ Elsewhere, as in tests, there is the demo model, the library's own choice of a d
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,15 +18,12 @@ from pbe.checkpoints.formats.opening import EXPORT_JSON
 from pbe.editing.preview import Preview
 from pbe.sampling import StepInfo
 
-folder_paths: Any
-model_management: Any
-ProgressBar: Any
-try:
-    import folder_paths
-    from comfy import model_management
-    from comfy.utils import ProgressBar
-except ImportError:
-    folder_paths = model_management = ProgressBar = None
+folder_paths: Any = None
+model_management: Any = None
+ProgressBar: Any = None
+with suppress(ImportError):
+    folder_paths, model_management = import_module("folder_paths"), import_module("comfy.model_management")
+    ProgressBar = import_module("comfy.utils").ProgressBar
 
 MODELS, ADAPTERS = "pbe", "loras"  # ComfyUI's names of its folders
 FOLDERS = ("model_index.json", EXPORT_JSON)  # a folder with one of these is a model: diffusers', or exported networks

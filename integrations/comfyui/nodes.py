@@ -112,9 +112,11 @@ def edit(
     preview = host.progress(len(edits))
     host.make_room()
     for i, (photo, repaint, positive, not_this) in enumerate(edits):
+        pixels, drawn_mask = photo_and_mask(photo, repaint, settings)
         results += pbe.edit(
             model,
-            *photo_and_mask(photo, repaint, settings),
+            pixels,
+            drawn_mask,
             **told("exemplar", positive),
             **told("negative", not_this),
             preview=preview,
@@ -153,7 +155,7 @@ def crop_window(
     edit by example set that one's window to full, and composite to false. A batch has one window."""
     settings = EditSettings.from_texts(values)
     pairs = together(image=image, mask=masks_of(mask))
-    canvases = [read_canvas(*photo_and_mask(*pair, settings), settings) for pair in pairs]
+    canvases = [read_canvas(*photo_and_mask(photo, repaint, settings), settings) for photo, repaint in pairs]
     union = np.logical_or.reduce([canvas.repaint for canvas in canvases])
     box = place_window(union, settings.window, settings.margin, RESOLUTION)
     pixels = batch_of([canvas.picture.pixels[box.slices] for canvas in canvases])

