@@ -135,9 +135,9 @@ def test_no_module_lies_loose_in_the_package():
     assert [path.name for path in (ROOT / "pbe").glob("*.py")] == ["__init__.py"]
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "examples", "integrations"])
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
 def test_what_uses_the_library_calls_no_command_from_code(folder):
-    """Benchmarks, examples and integrations use the library as anyone's code would."""
+    """Benchmarks and examples use the library as anyone's code would."""
     callers = [
         f"{path.relative_to(ROOT)} imports {module}"
         for path in (ROOT / folder).rglob("*.py")
