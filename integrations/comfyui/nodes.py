@@ -24,7 +24,7 @@ from . import host
 from .batches import batch_of, drawn, masks_of, pixels_of, together
 from .declaring import Socket, node
 
-# The settings of an edit that most people turn, and of those of its mask the ones that a window takes.
+# The settings that most people turn, and those of an edit's mask, which a window takes too.
 FIRST = ("seed", "steps", "guidance", "sampler", "spacing", "strength", "window", "seam")
 OF_MASKS = ("fit_mask", "invert", "extend", "fill_holes", "smooth", "grow")
 RESOLUTION = 512  # the released model's, from which the least size of a window follows

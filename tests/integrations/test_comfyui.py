@@ -4,16 +4,22 @@ import importlib.util
 import json
 import os
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
 import pbe
 from integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host, nodes
+from pbe.checkpoints.seeding import seeded_state
 from pbe.editing.settings import QUICK, SETTINGS, EditSettings, setting_docs
+from pbe.images.pillow import PictureWarning
+from pbe.models.paint_by_example import Distilled, PaintByExample
 from pbe.sampling import SAMPLERS
 
 PACK = Path(__file__).resolve().parents[2] / "integrations" / "comfyui"
@@ -136,6 +142,18 @@ def test_texts_of_widgets_are_read(model):
     )
     options = {"window": (4, 0, 52, 48), "guidance_interval": (0, 500)}
     assert torch.equal(result[0], edited(model, IMAGE, MASK, EXEMPLAR[0].numpy(), **options))
+
+
+def test_a_distilled_model_s_own_settings_hold_where_a_prompt_is_silent():
+    with torch.inference_mode(False):
+        student = PaintByExample(replace(TINY, distilled=Distilled("lcm", steps=2, guidance=1.0)))
+        student.load_state_dict(seeded_state(TINY, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (result,) = nodes.edit(student.eval(), IMAGE, MASK, EXEMPLAR)
+    assert not torch.equal(result, IMAGE)
+    with pytest.warns(PictureWarning, match="distilled for sampler='lcm', steps=2, guidance=1.0"):
+        nodes.edit(student, IMAGE, MASK, EXEMPLAR, **FAST)
 
 
 def test_a_batch_is_edited_one_by_one(model):
