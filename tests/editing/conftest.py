@@ -1,4 +1,4 @@
-"""Models that the tests of editing share."""
+"""What the tests of editing share."""
 
 from dataclasses import replace
 
@@ -6,6 +6,7 @@ import pytest
 from conftest import TINY
 
 from pbe.checkpoints.seeding import seeded_state
+from pbe.editing import edit as editing
 from pbe.models.paint_by_example import Distilled, PaintByExample
 
 
@@ -22,3 +23,16 @@ def student(model):
     student = PaintByExample(replace(TINY, distilled=Distilled("lcm", steps=2, guidance=1.0)))
     student.load_state_dict(model.state_dict())
     return student.eval()
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[int]:
+    """How many windows went through the network at a time."""
+    sizes, sample_latents = [], editing.sample_latents
+
+    def noted(model, condition, *others):
+        sizes.append(len(condition.z_masked))
+        return sample_latents(model, condition, *others)
+
+    monkeypatch.setattr(editing, "sample_latents", noted)
+    return sizes

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 import pbe
-from pbe.editing import edit as editing
 from pbe.editing.regions import Region, regions_by_colour
 
 pytestmark = [
@@ -19,19 +18,6 @@ IMAGE = RANDOM.integers(0, 256, (120, 400, 3), np.uint8)
 DOG, CAT = (Image.fromarray(RANDOM.integers(0, 256, (30, 40, 3), np.uint8)) for _ in range(2))
 LEFT, MIDDLE, RIGHT = (20, 40, 60, 80), (50, 50, 90, 90), (300, 30, 350, 70)
 SETTINGS = {"steps": 2, "sampler": "ddim"}
-
-
-@pytest.fixture
-def batches(monkeypatch) -> list[int]:
-    """How many windows went through the network at a time."""
-    sizes, sample_latents = [], editing.sample_latents
-
-    def noted(model, condition, *others):
-        sizes.append(len(condition.z_masked))
-        return sample_latents(model, condition, *others)
-
-    monkeypatch.setattr(editing, "sample_latents", noted)
-    return sizes
 
 
 def inside(*boxes: tuple[int, int, int, int]) -> np.ndarray:

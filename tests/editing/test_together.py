@@ -18,19 +18,6 @@ def model(tiny_checkpoint):
     return pbe.prepare_for_inference(pbe.load_model(tiny_checkpoint, device="cpu"))
 
 
-@pytest.fixture
-def batches(monkeypatch) -> list[int]:
-    """How many samples went through the network at a time."""
-    sizes, sample_latents = [], editing.sample_latents
-
-    def noted(model, condition, *others):
-        sizes.append(len(condition.z_masked))
-        return sample_latents(model, condition, *others)
-
-    monkeypatch.setattr(editing, "sample_latents", noted)
-    return sizes
-
-
 def arguments(i: int, height: int = 80, width: int = 96) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
     """Another photo, mask and exemplar for each number."""
     draw = np.random.default_rng(i)
