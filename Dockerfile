@@ -17,4 +17,4 @@ HEALTHCHECK --interval=30s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
 # a token must be given, as PBE_TOKEN or with --token-file
 ENTRYPOINT ["pbe", "serve", "--host", "0.0.0.0", "--files", "/files"]
-CMD ["--ckpt", "demo"]
+CMD ["demo"]

@@ -95,14 +95,18 @@ def metavar(annotation: Any) -> str:
     return "|".join(part for part in parts if part)
 
 
-def add_model(group: Group, default: Path | None = None) -> None:
-    """The flags that say which model, where and in what form: what `load_for` reads."""
+def add_model(group: Group, default: Path | None = None, positional: bool = False) -> None:
+    """The arguments that say which model, where and in what form: what `load_for` reads.
+
+    The model is `positional` where it is all that a command needs, else a flag, with a default or required.
+    """
+    how: dict[str, Any] = {"metavar": "CKPT"}
+    if not positional:
+        how = {"metavar": "FILE", "required": default is None, "default": default}
     group.add_argument(
-        "--ckpt",
+        "ckpt" if positional else "--ckpt",
         type=Path,
-        required=default is None,
-        default=default,
-        metavar="FILE",
+        **how,
         help="a checkpoint, a folder of diffusers, hf:OWNER/NAME[/FILE][@REVISION] on the Hugging Face Hub, "
         "or demo, the small model that comes with this package" + (f" (default: {default})" if default else ""),
     )

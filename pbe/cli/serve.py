@@ -15,7 +15,7 @@ from pbe.serve.limits import Limits
 
 def parser(prog: str | None = None) -> Parser:
     p = Parser(prog=prog, description=__doc__)
-    add_model(p)
+    add_model(p, positional=True)
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1; 0.0.0.0: all)")
     p.add_argument("--port", type=int, default=8000, help="default 8000")
     p.add_argument(

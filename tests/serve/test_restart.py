@@ -40,7 +40,7 @@ def status(client, job: str) -> str:
 def start(checkpoint: Path, folder: Path) -> tuple[subprocess.Popen, str]:
     """The command in a process of its own, and its address."""
     program = "import sys; from pbe.cli import main; sys.exit(main(sys.argv[1:]))"
-    flags = ["--ckpt", str(checkpoint), "--device", "cpu", "--port", "0", "--files", str(folder)]
+    flags = [str(checkpoint), "--device", "cpu", "--port", "0", "--files", str(folder)]
     command = [sys.executable, "-c", program, "serve", *flags]
     environment = {name: value for name, value in os.environ.items() if name != "PBE_TOKEN"}
     process = subprocess.Popen(
@@ -59,7 +59,7 @@ def test_jobs_of_a_killed_server_are_found_again(tiny_checkpoint, serve, picture
             wait_for(lambda: status(client, done) == "done")
             running, waiting = begin(client, pictures, **SLOW), begin(client, pictures, steps=2)
             wait_for(lambda: status(client, running) == "running")
-            assert main(["--ckpt", str(tiny_checkpoint), "--files", str(tmp_path), "--port", "0"]) == 2
+            assert main([str(tiny_checkpoint), "--files", str(tmp_path), "--port", "0"]) == 2
             assert f"another server has its jobs in {tmp_path}" in capsys.readouterr().err
     finally:
         process.kill()
