@@ -1,5 +1,6 @@
 """The scripts in examples/ run as they stand, show the library rather than more of themselves, and do what they say."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -73,3 +74,14 @@ def test_edits_are_served(tmp_path, pictures, capsys):
     assert all(np.array_equal(result[~repaint], photo[~repaint]) for result in results)
     assert not np.array_equal(results[0], results[1])
     assert "refused: mask is 640x100" in capsys.readouterr().out
+
+
+def test_the_gallery_is_that_of_the_page(tmp_path):
+    gallery = runpy.run_path(str(EXAMPLES / "gallery.py"))
+    docs = EXAMPLES.parent / "docs"
+    kept = {path.stem: path for path in (docs / "images" / "gallery").iterdir()}
+    shown = re.findall(r"!\[.+\]\(images/gallery/(\w+)\.jpg\)", (docs / "editing.md").read_text(encoding="utf-8"))
+    assert sorted(kept) == sorted(gallery["STRIPS"]) == sorted(shown)
+    gallery["main"](str(tmp_path), "fill_holes")
+    with Image.open(tmp_path / "fill_holes.jpg") as made, Image.open(kept["fill_holes"]) as old:
+        assert np.abs(np.asarray(made, dtype=float) - np.asarray(old)).mean() < 1
