@@ -151,7 +151,7 @@ def read_canvases(picture: Picture, regions: Sequence[Region], settings: EditSet
     for i, region in enumerate(regions):
         with naming(i):
             if region.mask is None:
-                raise ValueError("it has no mask")
+                raise ValueError("it has no mask: give a picture, a box or a polygon for its exemplar")
             size = placed_size(region.exemplar, region.exemplar_mask, settings)
             canvases.append(read_canvas(picture, region.mask, settings, size))
     return canvases
