@@ -114,7 +114,9 @@ STRIPS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 }
 
 
-def before(image: Image.Image, mask: Image.Image | None, insets: Sequence[Image.Image], is_negative: bool):
+def before(
+    image: Image.Image, mask: Image.Image | None, insets: Sequence[Image.Image], is_negative: bool
+) -> Image.Image:
     """The photo with the colours of the mask over it, and the insets in its corner."""
     shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     if mask is not None:
