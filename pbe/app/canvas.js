@@ -49,7 +49,7 @@ const width = () => Math.max(canvas.width, canvas.height) * size.value / 400;
 function load() {
   const value = props.value;
   box = last = hover = null;
-  past = [];
+  past = value && picture?.src === value.picture ? [...past.slice(-19), pixels()] : [];  // drawn by `select`: to undo
   if (!value) { picture = null; return; }
   const image = new Image(), region = new Image();
   image.src = value.picture;
@@ -111,6 +111,7 @@ canvas.addEventListener("pointermove", (event) => {
 });
 canvas.addEventListener("pointerup", () => {
   if (!last) return;
+  if (box && tool === "select") { select(...box); last = box = null; draw(); return; }
   if (box) {
     if (crops) clear();
     paint.globalCompositeOperation = "source-over";
@@ -122,6 +123,16 @@ canvas.addEventListener("pointerup", () => {
 });
 canvas.addEventListener("pointerleave", () => { hover = null; draw(); });
 
+// --- select: Python finds the object at a click or in a rough box, and draws it
+
+function select(x, y, w, h) {
+  past.pop();  // nothing is drawn yet
+  const corners = [[Math.min(x, x + w), Math.min(y, y + h)], [Math.max(x, x + w), Math.max(y, y + h)]];
+  const isClick = Math.hypot(w, h) < 0.01 * Math.hypot(canvas.width, canvas.height);
+  const at = (isClick ? [[x, y]] : corners).flatMap(([x, y]) => [x / canvas.width, y / canvas.height]);
+  trigger("select", { at });
+}
+
 const acts = {
   undo() { if (past.length) paint.putImageData(past.pop(), 0, 0); publish(); draw(); },
   reset() { remember(); clear(); publish(); draw(); },
@@ -132,7 +143,7 @@ all("[data-tool]").forEach((b) => {
   b.classList.toggle("absent", !tools.includes(b.dataset.tool) || tools.length === 1);
   b.addEventListener("click", () => choose(b.dataset.tool));
 });
-size.classList.toggle("absent", crops);
+size.classList.toggle("absent", !tools.includes("brush"));
 choose(tools[0]);
 watch("value", load);
 load();

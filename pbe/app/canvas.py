@@ -20,7 +20,7 @@ from pbe.images.pillow import UNREADABLE
 
 MAX_SIDE = 1536  # of the picture as shown: more only makes the brush slow
 BAR_HEIGHT = 42  # of the tools above the picture
-DRAWING, CROPPING = ("brush", "box", "eraser"), ("crop",)
+DRAWING, CROPPING = ("brush", "box", "select", "eraser"), ("crop", "select", "brush", "eraser")
 _PNG = "data:image/png;base64,"
 
 
@@ -69,7 +69,8 @@ def _encoded(image: Image.Image, file_format: str) -> str:
 
 
 def canvas(label: str, tools: tuple[str, ...], height: int, elem_id: str) -> gr.HTML:
-    """The component, hidden until there is a picture; its event `close` asks for another picture."""
+    """The component, hidden until there is a picture. Its event `close` asks for another picture, `select` for the mask
+    of an object: its data `at` are x, y or x0, y0, x1, y1, as shares of width and height."""
     html, css, js = (files("pbe.app").joinpath(f"canvas.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     # Not as properties of the component: an update of its value makes Gradio forget them.
     html = Template(html).substitute(label=label, tools=" ".join(tools), height=height - BAR_HEIGHT)

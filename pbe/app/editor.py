@@ -5,7 +5,7 @@ Image and exemplar stay the files that were uploaded, which `pbe.serve.uploads` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,14 +22,20 @@ from pbe.editing.together import Steps
 from pbe.images.windows import mask_bounding_box
 from pbe.io.fields import read
 from pbe.serve.engine import Engine, Ticket
-from pbe.serve.uploads import NUMBER, EditFiles, job_of, save_edits
+from pbe.serve.uploads import NUMBER, EditFiles, RegionUpload, job_of, save_edits
 
 Adapters = tuple[tuple[Path, float], ...]  # files and their strengths
 NOTHING_NEW = (gr.skip(),) * 4  # of the results while they are painted
+NO_IMAGE = "There is no image yet: load one on the left."
+A_BOX = 0.99  # share of its box that a box takes, whose corners are lost where the canvas shows a smaller copy
 
 
 def show_previews(images: list[Image.Image]) -> tuple[object, ...]:
     return *NOTHING_NEW, gr.Gallery(images, visible=True)
+
+
+def path_of(file: str | None) -> Path | None:
+    return None if file is None else Path(file)
 
 
 class Upload(NamedTuple):
@@ -37,6 +43,28 @@ class Upload(NamedTuple):
 
     path: str
     size: tuple[int, int]  # (height, width)
+
+
+class Drawn(NamedTuple):
+    """What is drawn and loaded for a region: the canvas of the image, the exemplar, and its canvas."""
+
+    mask: dict[str, str] | None
+    exemplar: Upload | None
+    crop: dict[str, str] | None
+    thumbnail: str = ""  # of the exemplar, once the region is kept
+
+    def files(self, size: tuple[int, int], needs_mask: bool = True) -> RegionUpload:
+        """For an image of `size` (height, width); ValueError where something is missing that is needed."""
+        mask = drawn_mask(self.mask, size)
+        if mask is None and needs_mask:
+            raise ValueError("There is no mask yet: brush or box what to replace in the image.")
+        if self.exemplar is None:
+            raise ValueError("There is no exemplar yet: load a picture of what to paint.")
+        shown = drawn_mask(self.crop, self.exemplar.size)
+        if shown is None:
+            return RegionUpload(mask, Path(self.exemplar.path))
+        box = mask_bounding_box(shown)
+        return RegionUpload(mask, Path(self.exemplar.path), box if shown[box.slices].mean() > A_BOX else shown)
 
 
 @dataclass(frozen=True)
@@ -61,20 +89,19 @@ class Editor:
         crop: dict[str, str] | None,
         num_images: object,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio hands it over)
+        kept: Sequence[Drawn] = (),
+        negative: str | None = None,
         **controls: object,
     ) -> Iterator[tuple[object, ...]]:
-        """What `result_view` shows: the results for what is loaded and drawn on the page."""
+        """What `result_view` shows: the results for what is loaded and drawn on the page, as the last region after
+        those that are `kept`, if it is one of its own."""
         with workplace() as folder:
             if image is None:
-                raise ValueError("There is no image yet: load one on the left.")
-            mask = drawn_mask(drawn, image.size)
-            if mask is None:
-                raise ValueError("There is no mask yet: brush or box what to replace in the image.")
-            if exemplar is None:
-                raise ValueError("There is no exemplar yet: load a picture of what to paint.")
-            shown = drawn_mask(crop, exemplar.size)
-            box = None if shown is None else mask_bounding_box(shown)
-            files = EditFiles(Path(image.path), mask, Path(exemplar.path), box)
+                raise ValueError(NO_IMAGE)
+            is_more = not kept or exemplar is not None or drawn_mask(drawn, image.size) is not None
+            regions = [*kept, *([Drawn(drawn, exemplar, crop)] if is_more else [])]
+            first, *others = (one.files(image.size, not controls.get("extend")) for one in regions)
+            files = EditFiles(Path(image.path), *first, path_of(negative), others)
             edit = self.ticket(files, controls, num_images, folder)
             paths = yield from followed(self.engine, edit, progress, show_previews)
             results = [(path, f"seed {Path(path).stem.rpartition('-')[2]}") for path in paths]
@@ -85,19 +112,20 @@ class Editor:
     def edit(
         self,
         image: str,
-        mask: str,
+        mask: str | None,
         exemplar: str,
         num_images: object,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
+        negative: str | None = None,
         **controls: object,
     ) -> Iterator[list[str]]:
         """Repaints the white part of the mask, in the image, as the exemplar's object: one PNG file per result."""
         with workplace() as folder:
-            given = {"image": image, "mask": mask, "exemplar": exemplar}
-            missing = [name for name, file in given.items() if file is None]
+            given = {"image": image, "mask": mask or controls.get("extend"), "exemplar": exemplar}
+            missing = [name for name, file in given.items() if not file]
             if missing:
                 raise ValueError(f"{' and '.join(missing)} missing: give files, with gradio_client.handle_file")
-            files = EditFiles(Path(image), Path(mask), Path(exemplar))
+            files = EditFiles(Path(image), path_of(mask), Path(exemplar), None, path_of(negative))
             edit = self.ticket(files, controls, num_images, folder)
             yield (yield from followed(self.engine, edit, progress))
 
@@ -117,8 +145,10 @@ class Editor:
         return Ticket(begin, number)
 
     def changed(self, controls: dict[str, object]) -> EditSettings:
-        """The settings with the controls' values: 20.0 from a program is 20, None from an emptied field is an error."""
-        given = {name: read(name, value, SETTINGS[name]) for name, value in controls.items() if name in SETTINGS}
+        """The settings with the controls' values: 20.0 from a program is 20, None from an emptied number is an error,
+        an empty text leaves a setting as it is."""
+        said = {name: value for name, value in controls.items() if name in SETTINGS and value != ""}
+        given = {name: read(name, value, SETTINGS[name]) for name, value in said.items()}
         return settings_for(given, self.models(self.with_strengths(controls)).config.distilled, self.settings)
 
     def with_strengths(self, controls: dict[str, object]) -> Adapters:

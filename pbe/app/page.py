@@ -1,14 +1,11 @@
 """The page: load an image, draw a mask, load an exemplar, look at the results; the same over Gradio's API.
 
-The canvases show smaller copies of image and exemplar, and only the masks drawn come back from there. The edits are
-made by `pbe.app.editor`.
+What is loaded and drawn is in `pbe.app.pictures`, the settings are in `pbe.app.controls`, several regions in
+`pbe.app.regions`. The edits are made by `pbe.app.editor`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from math import inf
 from os.path import isdir
 from pathlib import Path
@@ -16,22 +13,20 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
-from pbe.app.canvas import CROPPING, DRAWING, MAX_SIDE, canvas, to_value
-from pbe.app.editor import Adapters, Editor, Upload
-from pbe.app.serving import cancel_edit, workplace
+from pbe.app.canvas import CROPPING, DRAWING
+from pbe.app.controls import edit_controls
+from pbe.app.editor import Adapters, Editor
+from pbe.app.pictures import connect_picture, listen, load_mask, picture_input, show
+from pbe.app.regions import connect_regions, region_list
+from pbe.app.serving import cancel_edit
 from pbe.batch.provenance import Weights
 from pbe.editing.loading import AdaptedModels
 from pbe.editing.settings import QUICK, EditSettings
 from pbe.images.pillow import open_image
-from pbe.images.reading import read_mask, read_picture
+from pbe.images.reading import read_mask
 from pbe.models.paint_by_example import PaintByExample
-from pbe.sampling import SAMPLERS
-from pbe.serve.uploads import MAX_RESULTS, take
 
-SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # of the repository; an installed package has none
 EXAMPLE_FILES = (  # image, mask, exemplar
     ("flower.jpg", "flower_mask.png", "flower_red.jpg"),
@@ -48,25 +43,6 @@ Load an image, and draw a mask over what to replace. Load an exemplar: a picture
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the parts do: values in, values or updates of components out
-
-
-def open_upload(path: str, name: str) -> tuple[Upload, Image.Image]:
-    """An uploaded picture, and a copy of it to show: upright 8-bit RGB, no larger than it need be."""
-    with workplace() as folder:
-        picture = read_picture(folder / take(Path(path), folder, name), name)
-    # The floats of all pixels would take gigabytes.
-    stride = max(1, max(picture.size) // (2 * MAX_SIDE))
-    return Upload(path, picture.size), replace(picture, pixels=picture.pixels[::stride, ::stride]).to_rgb8()
-
-
-def show(path: str, name: str, mask: np.ndarray | None = None) -> tuple[object, ...]:
-    """For a `PictureInput`: the picture in place of the drop zone."""
-    upload, shown = open_upload(path, name)
-    return upload, gr.update(value=None, visible=False), gr.update(value=to_value(shown, mask), visible=True)
-
-
-def show_drop_zone() -> tuple[object, ...]:
-    return None, gr.update(visible=True), gr.update(value=None, visible=False)
 
 
 def show_example(index: int) -> tuple[object, ...]:
@@ -86,43 +62,6 @@ def reuse_result(results: list[tuple[str, str]], chosen: int) -> tuple[object, .
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the parts look like
-
-
-class PictureInput(NamedTuple):
-    """A picture to load: the upload, the drop zone for it, the canvas that shows it."""
-
-    upload: gr.State
-    file: gr.File
-    canvas: gr.HTML
-
-
-def picture_input(name: str, label: str, tools: tuple[str, ...], tools_label: str, height: int) -> PictureInput:
-    file = gr.File(label=label, file_types=SUFFIXES, height=height, elem_id=f"{name}-file")
-    return PictureInput(gr.State(), file, canvas(tools_label, tools, height, elem_id=name))
-
-
-def edit_controls(settings: EditSettings, adapters: Adapters) -> dict[str, gr.blocks.Block]:
-    """The controls of the settings that a page's user may change, of the number of results, and of the adapters'
-    strengths, by name."""
-    about_guidance = "How closely the result follows the exemplar; too much distorts it"
-    guidance = gr.Slider(0, 15, settings.guidance, step=0.5, label="Guidance", info=about_guidance)
-    num_images = gr.Slider(1, MAX_RESULTS, 2, step=1, label="Results")
-    with gr.Accordion("Steps, seed, sampler", open=False):
-        steps = gr.Slider(min(4, settings.steps), 200, settings.steps, step=1, label="Steps")
-        with gr.Row():
-            seed = gr.Number(settings.seed, precision=0, minimum=0, label="Seed", min_width=80)
-            sampler = gr.Dropdown(list(SAMPLERS), value=settings.sampler, label="Sampler", min_width=80)
-    controls: dict[str, gr.blocks.Block] = {
-        "guidance": guidance,
-        "steps": steps,
-        "seed": seed,
-        "num_images": num_images,
-        "sampler": sampler,
-    }
-    for i, (path, strength) in enumerate(adapters, start=1):
-        label, least, most = f"{path.name}: strength", min(-1, strength), max(2, strength)
-        controls[f"strength_{i}"] = gr.Slider(least, most, strength, step=0.05, label=label)
-    return controls
 
 
 class ResultView(NamedTuple):
@@ -167,13 +106,17 @@ def example_row(samples: list[list[str]]) -> gr.Dataset:
     )
 
 
+A_FILE = "a file, as gradio_client.handle_file gives it"
 # What the components of an event take from a program, beside nothing at all where that is a type too.
 VALUES: dict[type[gr.blocks.Block], tuple[tuple[type, ...], str]] = {
     gr.Slider: ((int, float), "a number"),
     gr.Number: ((int, float), "a number"),
     gr.Dropdown: ((str,), "a text"),
     gr.Dataset: ((int,), "an example's number"),
-    gr.File: ((dict, NoneType), "a file, as gradio_client.handle_file gives it"),
+    gr.Textbox: ((str,), "a text"),
+    gr.Checkbox: ((bool,), "true or false"),
+    gr.File: ((dict, NoneType), A_FILE),
+    gr.UploadButton: ((dict, NoneType), A_FILE),
     gr.HTML: ((dict, str, NoneType), "a canvas's value"),  # a text, which is empty, where it is hidden
     gr.Gallery: ((list, NoneType), "results"),
 }
@@ -187,8 +130,9 @@ class Page(gr.Blocks):
         try:
             for name, block, value in zip(block_fn.input_parameter_names, block_fn.inputs, inputs, strict=False):
                 types, words = VALUES.get(type(block), ((object,), ""))
-                is_right = isinstance(value, types) and not isinstance(value, bool) and value not in (inf, -inf)
-                if isinstance(block, gr.File) and isinstance(value, dict):
+                is_right = isinstance(value, types) and value not in (inf, -inf)
+                is_right = is_right and (bool in types or not isinstance(value, bool))
+                if words == A_FILE and isinstance(value, dict):
                     path = value.get("path")  # Gradio would fetch an address
                     is_right = isinstance(path, str) and "://" not in path and "meta" in value and not isdir(path)
                 if words and not (is_right and value == value):  # NaN does not equal itself
@@ -214,12 +158,13 @@ def build_page(
             with gr.Column(scale=5, min_width=400):
                 image = picture_input("image", "Image", DRAWING, "Image · draw the mask", HEIGHT)
             with gr.Column(scale=3, min_width=280):
-                exemplar = picture_input("exemplar", "Exemplar", CROPPING, "Exemplar · drag to crop", 300)
+                exemplar = picture_input("exemplar", "Exemplar", CROPPING, "Exemplar", 300)
                 with gr.Row():
                     start = gr.Button("Paint", variant="primary", size="lg", scale=3, elem_id="paint")
                     cancel = gr.Button("Cancel", size="lg", scale=1, min_width=80, elem_id="cancel")
                 preview = gr.Gallery(label="Being painted", visible=False, height=180, elem_id="preview")
-                controls = edit_controls(editor.changed({}), adapters)
+                regions = region_list()
+                controls, mask_file = edit_controls(editor.changed({}), adapters)
             with gr.Column(scale=5, min_width=400):
                 results = result_view()
         if samples := example_files():
@@ -228,11 +173,13 @@ def build_page(
 
         connect_picture(image, "image")
         connect_picture(exemplar, "exemplar")
+        connect_regions(regions, image, exemplar)
+        listen(mask_file.upload, load_mask, [mask_file, *image[::2], controls["fit_mask"]], image.canvas)
         painting = start.click(
             editor.paint,
             [image.upload, image.canvas, exemplar.upload, exemplar.canvas],
             [*results[:4], preview],
-            inputs_kwargs=controls,
+            inputs_kwargs=controls | {"kept": regions.kept},
             api_visibility="private",
             show_progress_on=results.gallery,
             concurrency_id="model",
@@ -258,15 +205,3 @@ def build_page(
             concurrency_limit=1,
         )
     return page
-
-
-def connect_picture(picture: PictureInput, name: str) -> None:
-    shown = listen(picture.file.upload, partial(show, name=name), picture.file, [*picture])
-    # A file that is refused leaves the drop zone, which would not take another beside it.
-    listen(shown.failure, lambda: None, None, picture.file)
-    listen(picture.canvas.close, show_drop_zone, None, [*picture])
-
-
-def listen(event: Callable[..., Any], handler: Callable[..., object], inputs: Any, outputs: Any) -> Any:
-    """Has an event of the page handled at once: without a progress bar, and not over the API."""
-    return event(handler, inputs, outputs, api_visibility="private", show_progress="hidden", concurrency_id="pictures")

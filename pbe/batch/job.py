@@ -187,7 +187,8 @@ def next_region(row: Mapping[str, Any], n: int) -> NextRegion | None:
 FILES = {name: kind for name, kind in field_types(Job).items() if name not in ("regions", "settings", "folder", "line")}
 PARTS = field_types(NextRegion)
 NUMBERS = range(2, 10)  # of the regions after the first
-COLUMNS = (*FILES, *SETTINGS, *(f"{name}_{n}" for n in NUMBERS for name in PARTS))
+REGION_COLUMNS = {f"{name}_{n}": kind for n in NUMBERS for name, kind in PARTS.items()}
+COLUMNS = (*FILES, *SETTINGS, *REGION_COLUMNS)
 RENAMED = {
     "reference": "exemplar",
     "reference_mask": "exemplar_mask",
@@ -217,6 +218,16 @@ class Inputs(NamedTuple):
         return cast("Image.Image", self.picture.source)
 
 
+def select(source: PictureLike | Picture, where: Sequence[float], name: str = "image") -> np.ndarray:
+    """`pbe.select_object` at a point or in a box; without OpenCV, which an extra has, a ValueError too."""
+    try:
+        from pbe.images.grabcut import select_object
+    except ImportError as error:
+        column = "select" if name == "image" else f"{name}_select"
+        raise ValueError(f"{column} is not possible: {error}") from error
+    return select_object(source, **{"point" if len(where) == 2 else "box": where}, name=name)
+
+
 def read_inputs(job: Job) -> Inputs:
     """Reads a job's pictures; raises as `pbe.images.reading` does."""
     from pbe.editing.canvas import Canvas, read_canvas
@@ -227,11 +238,6 @@ def read_inputs(job: Job) -> Inputs:
     def read_all(names: FileNames, masks: FileNames | None, kind: str) -> list[Image.Image]:
         paths = None if masks is None else [job.path(name) for name in masks]
         return read_exemplars([job.path(name) for name in names], paths, kind, job.settings.fit_mask)
-
-    def select(source: PictureLike | Picture, where: Any, name: str = "image") -> np.ndarray:
-        from pbe.images.grabcut import select_object  # needs the extra masks
-
-        return select_object(source, **{"point" if len(where) == 2 else "box": where}, name=name)
 
     picture = read_picture(job.path(job.image))
     exemplars: list[Image.Image] = []  # of all regions

@@ -15,7 +15,7 @@ from pbe.io.json_text import shown
 try:
     import cv2
 except ImportError as error:
-    raise ImportError("drawing masks needs OpenCV, the extra masks: pip install -e .[masks]") from error
+    raise ImportError("segmentation needs OpenCV, the extra masks: pip install -e .[masks]") from error
 
 ROUNDS = 5  # of fitting the two mixtures of colours and segmenting by them
 SIDE = 256  # long side at which an object is selected; GrabCut takes seconds for a whole photo

@@ -30,7 +30,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.types import Scope
 
 from pbe import __version__
-from pbe.batch.job import COLUMNS, FILES, Job
+from pbe.batch.job import COLUMNS, FILES, NUMBERS, REGION_COLUMNS, Job
 from pbe.batch.provenance import Weights
 from pbe.editing.settings import QUICK, SETTINGS, EditSettings
 from pbe.io.atomic import remove
@@ -46,6 +46,7 @@ from pbe.serve.schemas import ERROR, HEALTH, JOB, RESULTS, TEXT, body, form_sche
 from pbe.serve.uploads import NUMBER, ticket_of
 
 OPEN = ("/healthz", "/openapi.json", "/docs")  # without a token
+MASKS = ("mask", *(f"mask_{n}" for n in NUMBERS))
 MEGABYTE = 2**20
 
 
@@ -130,12 +131,12 @@ class Api:
         folder = self.jobs.new_folder()
         try:
             number = read("n" if openai else "num_images", texts.get("num_images", 1), NUMBER)
-            row: dict[str, Any] = {name: texts[name] for name in FILES if name in texts}
+            row: dict[str, Any] = {name: texts[name] for name in (*FILES, *REGION_COLUMNS) if name in texts}
             for name, files in uploads.items():
                 names = [stored(file, folder, f"{name}-{i}" if i else name) for i, file in enumerate(files)]
                 row[name] = names if name in SEVERAL else names[0]
-            if openai and "mask" in row:
-                white_from_transparent(folder / row["mask"])
+            for mask in (row[name] for name in row if openai and name in MASKS):
+                white_from_transparent(folder / mask)
             given = {name: texts[name] for name in SETTINGS if name in texts}
             settings = EditSettings.from_texts(given, self.model.config.distilled, self.settings)
             job = Job.from_row({**row, **settings.to_json(), "out": f"result-{settings.seed}.png"}, folder)
@@ -178,7 +179,8 @@ class Api:
         return data(await self.results(request, await self.accept_form(request, lasting=False, openai=True)))
 
     async def edit(self, request: Request) -> Response:
-        """An edit with all settings. The answer has the results; with the header `Accept: image/png` it is the picture,
+        """An edit with all settings, of one region or of up to nine: `mask_2`, `exemplar_2` and the like are those of
+        the second. The answer has the results; with the header `Accept: image/png` it is the picture,
         of one result. With `Prefer: respond-async` it is 202 and a job, which `Location` names."""
         lasting = "respond-async" in request.headers.get("prefer", "")
         record = await self.accept_form(request, lasting, openai=False)

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from PIL import Image
 from starlette.datastructures import FormData, UploadFile
 
-from pbe.batch.job import FILES
+from pbe.batch.job import FILES, REGION_COLUMNS
 from pbe.editing.settings import SETTINGS
 from pbe.images.pillow import open_image
 from pbe.images.reading import read_picture
@@ -31,9 +31,10 @@ def parts(kind: Any) -> list[Any]:
 
 
 OWN = ("out", "adapters")  # what the server says itself
-UPLOADS = {name: kind for name, kind in FILES.items() if str in parts(kind) and name not in OWN}
+COLUMNS = FILES | REGION_COLUMNS
+UPLOADS = {name: kind for name, kind in COLUMNS.items() if str in parts(kind) and name not in OWN}
 SEVERAL = {name for name, kind in UPLOADS.items() if any(get_origin(part) is tuple for part in parts(kind))}
-TEXTS = {name: kind for name, kind in FILES.items() if str not in parts(kind)} | SETTINGS | {"num_images": NUMBER}
+TEXTS = {name: kind for name, kind in COLUMNS.items() if str not in parts(kind)} | SETTINGS | {"num_images": NUMBER}
 Uploads = dict[str, list[UploadFile]]
 
 
@@ -43,7 +44,8 @@ def edit_fields(form: FormData) -> tuple[Uploads, dict[str, str]]:
     texts: dict[str, str] = {}
     for name, value in form.multi_items():
         if name not in (*UPLOADS, *TEXTS):
-            message = f"unknown field {name!r:.100}; known are {', '.join([*UPLOADS, *TEXTS])}"
+            known = ", ".join(name for name in (*UPLOADS, *TEXTS) if name not in REGION_COLUMNS)
+            message = f"unknown field {name!r:.100}; known are {known}, and for more regions mask_2, exemplar_2, …"
             raise Problem(400, message, name, "unknown_field")
         if isinstance(value, UploadFile) != (name in UPLOADS):
             raise Problem(400, f"{name} must be {'a file' if name in UPLOADS else 'text'}", name, "invalid_value")

@@ -6,6 +6,7 @@ import math
 from html import escape
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from pbe.batch.job import NUMBERS, PARTS
 from pbe.editing.settings import setting_docs
 from pbe.io.fields import Range, describe
 from pbe.serve.forms import FIXED, SEVERAL, TEXTS, UPLOADS
@@ -14,12 +15,13 @@ from pbe.serve.jobs import Status
 Schema = dict[str, Any]
 DOCS = setting_docs() | {
     "image": "The photo.",
-    "mask": "A picture of the photo's size, white where it is repainted; or give box or polygon.",
+    "mask": "A picture of the photo's size, white where it is repainted; or give box, polygon or select.",
     "exemplar": "The object to paint; of several their mean.",
     "exemplar_mask": "Where the object is in each exemplar, white = object.",
     "negative": "What guidance leads away from.",
     "num_images": "How many results: the first has the seed `seed`, the next have the next seeds.",
 }
+DOCS |= {f"{name}_{n}": f"As {name}, of region {n}." for n in NUMBERS for name in PARTS}
 
 
 def array(items: Schema) -> Schema:
@@ -98,6 +100,8 @@ def page(openapi: Schema) -> str:
             parts += [f"<h2>{method.upper()} {path}</h2><p>{escape(operation['description'])}</p><table>"]
             content = operation.get("requestBody", {}).get("content", {})
             for name, found in content.get("multipart/form-data", {}).get("schema", {}).get("properties", {}).items():
+                if name.rpartition("_")[2] in map(str, NUMBERS[1:]):
+                    continue  # as those of region 2
                 kind = "|".join(found.get("enum", [])) or found.get("format") or found["type"]
                 parts += [f"<tr><th>{name}<td>{kind}<td>{escape(found.get('description', ''))}"]
             parts += ["</table>"]

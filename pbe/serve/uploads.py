@@ -6,14 +6,15 @@ The edit is `pbe.batch.job.run_job`, as for `pbe edit`.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from pbe.batch.job import Job, read_inputs, run_job
+from pbe.batch.job import Job, NextRegion, read_inputs, run_job
 from pbe.batch.provenance import Weights, check_writable, provenance_of, save_result
 from pbe.editing.preview import Preview
 from pbe.editing.settings import EditSettings
@@ -34,13 +35,23 @@ MAX_RESULTS = 8
 NUMBER = Annotated[int, Range(1, MAX_RESULTS)]
 
 
+class RegionUpload(NamedTuple):
+    """The uploaded files of one region of an edit."""
+
+    mask: Path | np.ndarray | None  # an array is bool (H, W), True = repaint; None where `extend` says it
+    exemplar: Path
+    crop: Box | np.ndarray | None = None  # of the exemplar: all, or what an array, bool (H, W), shows
+
+
 class EditFiles(NamedTuple):
-    """The uploaded files of one edit."""
+    """The uploaded files of one edit; the first region's as `RegionUpload` has them."""
 
     image: Path
-    mask: Path | np.ndarray  # an array is bool (H, W), True = repaint
+    mask: Path | np.ndarray | None
     exemplar: Path
-    crop: Box | None = None  # of the exemplar
+    crop: Box | np.ndarray | None = None
+    negative: Path | None = None  # for all regions
+    others: Sequence[RegionUpload] = ()
 
 
 def job_of(files: EditFiles, settings: EditSettings, folder: Path) -> Job:
@@ -48,11 +59,22 @@ def job_of(files: EditFiles, settings: EditSettings, folder: Path) -> Job:
 
     ValueError as `take`.
     """
+    common = {} if files.negative is None else {"negative": (take(files.negative, folder, "negative"),)}
+
+    def fields(mask: Path | np.ndarray | None, exemplar: Path, crop: Any, number: str = "") -> dict[str, Any]:
+        box, shown = (None, crop) if isinstance(crop, np.ndarray) else (crop, None)
+        return {
+            "mask": None if mask is None else take(mask, folder, f"mask{number}"),
+            "exemplar": (take(exemplar, folder, f"exemplar{number}", box),),
+            "exemplar_mask": None if shown is None else (take(shown, folder, f"exemplar_mask{number}"),),
+            **common,
+        }
+
     return Job(
         image=take(files.image, folder, "image"),
-        mask=take(files.mask, folder, "mask"),
-        exemplar=(take(files.exemplar, folder, "exemplar", files.crop),),
+        **fields(files.mask, files.exemplar, files.crop),
         out=f"{files.image.stem}-{settings.seed}.png",
+        regions=tuple(NextRegion(**fields(*one, f"_{n}")) for n, one in enumerate(files.others, start=2)),
         settings=settings,
         folder=folder,
     )

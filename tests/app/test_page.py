@@ -24,7 +24,7 @@ from PIL import Image
 import pbe
 from pbe.batch.provenance import Weights, identify, read_provenance
 from pbe.editing.loading import AdaptedModels
-from pbe.editing.settings import DEMO, QUICK, quick_settings
+from pbe.editing.settings import DEMO, QUICK, quick_settings, setting_docs
 from pbe.editing.together import run_together
 from pbe.images.pillow import PictureWarning
 from pbe.images.windows import Box
@@ -35,7 +35,7 @@ from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from pbe.app import page as app  # noqa: E402
-from pbe.app import serving  # noqa: E402
+from pbe.app import pictures, regions, serving  # noqa: E402
 from pbe.app.canvas import drawn_mask, to_value  # noqa: E402
 from pbe.cli.app import main  # noqa: E402
 from pbe.serve import uploads  # noqa: E402
@@ -249,8 +249,8 @@ def test_progress_counts_the_steps_of_all_batches(model, files, tmp_path):
 def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
     """The components' updates, in the order of `result_view` with the previews after them."""
     editor = app.Editor(AdaptedModels(lambda _: model), WEIGHTS, EDIT_SETTINGS)
-    image, _ = app.open_upload(str(files["image"]), "image")
-    exemplar, _ = app.open_upload(str(files["exemplar"]), "exemplar")
+    image, _ = pictures.open_upload(str(files["image"]), "image")
+    exemplar, _ = pictures.open_upload(str(files["exemplar"]), "exemplar")
     drawn = to_value(Image.open(files["image"]), pixels(files["mask"]) > 0)
     controls = {name: SETTINGS[name] for name in ("guidance", "steps", "seed", "sampler")}
     *so_far, last = editor.paint(image, drawn, exemplar, None, 2, lambda *_, **__: None, **controls)
@@ -390,6 +390,173 @@ def test_large_uploads_are_refused(model, files, monkeypatch):
     page.close(verbose=False)
 
 
+# --- masks and regions ------------------------------------------------------------------------------------
+
+
+def test_all_controls_reach_the_edit(client, model, files):
+    changes = {"strength": 0.5, "grow": 3, "smooth": 2, "placement": "bottom", "window": "0,0,96,80", "seam": "feather"}
+    (result,) = call(client, files, **changes, fill_holes=True, invert=True, negative=handle_file(files["image"]))
+    changes |= {"window": (0, 0, 96, 80), "fill_holes": True, "invert": True, "negative": files["image"]}
+    (expected,) = pbe.edit(model, *files.values(), **{**vars(EDIT_SETTINGS), **changes})
+    assert (pixels(result) == pixels(expected)).all()
+    stored = read_provenance(result)
+    assert (stored["negative"], stored["strength"], stored["window"]) == (["negative.png"], 0.5, [0, 0, 96, 80])
+
+
+def test_a_control_says_what_its_setting_is(model):
+    page = app.build_page(model, WEIGHTS)
+    infos = {getattr(block, "info", None) for block in page.blocks.values()}
+    names = ("strength", "fit_mask", "invert", "fill_holes", "smooth", "grow", "placement", "extend", "window", "seam")
+    assert {setting_docs()[name] for name in names} <= infos
+    page.close(verbose=False)
+
+
+def test_a_mask_of_another_size_is_resized_on_request(client, files):
+    Image.open(files["mask"]).resize((50, 40)).save(files["mask"])
+    with pytest.raises(AppError, match="fit_mask resizes it"):
+        call(client, files)
+    (result,) = call(client, files, fit_mask=True)
+    assert (pixels(result) != pixels(files["image"])).any()
+
+
+def test_what_extend_adds_needs_no_mask(client, files):
+    handed = {"image": handle_file(files["image"]), "mask": None, "exemplar": handle_file(files["exemplar"])}
+    (result,) = client.predict(**handed, **SETTINGS, extend="left,40", api_name="/edit")
+    assert (pixels(Path(result))[:, 40:] == pixels(files["image"])).all()
+    with pytest.raises(AppError, match=r"extend must be sides, .* got 'up,40'"):
+        client.predict(**handed, **SETTINGS, extend="up,40", api_name="/edit")
+
+
+def test_a_mask_file_is_drawn(files):
+    image, shown = pictures.open_upload(str(files["image"]), "image")
+    drawn = to_value(shown)
+    value = pictures.load_mask(str(files["mask"]), image, drawn, False)
+    assert (drawn_mask(value, image.size) == (pixels(files["mask"]) > 0)).all()
+    assert value["picture"] == drawn["picture"]
+    with pytest.raises(gr.Error, match="There is no image yet"):
+        pictures.load_mask(str(files["mask"]), None, drawn, False)
+    Image.open(files["mask"]).resize((50, 40)).save(files["mask"])
+    with pytest.raises(gr.Error, match=r"mask.png is 50x40, but .* 100x80 .*fit_mask resizes it"):
+        pictures.load_mask(str(files["mask"]), image, drawn, False)
+    fitted = drawn_mask(pictures.load_mask(str(files["mask"]), image, drawn, True), image.size)
+    assert np.count_nonzero(fitted != (pixels(Image.open(files["mask"]).resize((100, 80))) > 0)) < 100
+
+
+def click(*at: float) -> SimpleNamespace:
+    return SimpleNamespace(at=list(at))
+
+
+@pytest.fixture
+def disc(tmp_path) -> tuple[app.Upload, dict[str, str], np.ndarray]:
+    """An image of 160x120 with a disc: its upload, its canvas and where the disc is."""
+    yy, xx = np.mgrid[:120, :160]
+    inside = (xx - 50) ** 2 + (yy - 60) ** 2 < 30**2
+    noise = np.random.default_rng(0).integers(0, 20, (120, 160, 3))
+    Image.fromarray((np.where(inside[..., None], (200, 40, 30), (40, 90, 160)) + noise).astype(np.uint8)).save(
+        tmp_path / "disc.png"
+    )
+    upload, shown = pictures.open_upload(str(tmp_path / "disc.png"), "image")
+    return upload, to_value(shown), inside
+
+
+@pytest.mark.parametrize("at", [(0.3, 0.5), (0.1, 0.2, 0.55, 0.8)])
+@pytest.mark.parametrize("name", ["image", "exemplar"])
+def test_an_object_is_selected_by_a_click_or_a_box(disc, name, at):
+    pytest.importorskip("cv2", reason="selecting needs the extra masks")
+    upload, drawn, inside = disc
+    before = np.zeros((120, 160), bool)
+    before[100:, 140:] = True
+    drawn |= {"mask": to_value(Image.new("RGB", (160, 120)), before)["mask"]}
+    value = pictures.select_object(upload, drawn, click(*at), name)
+    found = drawn_mask(value, upload.size)
+    scaled = np.array(at) * np.resize((160, 120), len(at))
+    expected = pbe.select_object(Path(upload.path), **{"point" if len(at) == 2 else "box": scaled})
+    assert (found == (expected | before if name == "image" else expected)).all()
+    assert np.count_nonzero(expected != inside) < 0.03 * inside.sum()
+    assert value["picture"] == drawn["picture"]
+
+
+def test_without_opencv_a_selection_names_the_extra(disc, monkeypatch):
+    upload, drawn, _ = disc
+    monkeypatch.delitem(sys.modules, "pbe.images.grabcut", raising=False)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(gr.Error, match=r"exemplar_select is not possible: .* OpenCV, the extra masks"):
+        pictures.select_object(upload, drawn, click(0.5, 0.5), "exemplar")
+
+
+def test_what_is_selected_of_an_exemplar_is_its_mask(model, files, disc, tmp_path):
+    exemplar, _, inside = disc
+    image, shown = pictures.open_upload(str(files["image"]), "image")
+    mask, crop = to_value(shown, pixels(files["mask"]) > 0), to_value(shown, inside)
+    editor = app.Editor(AdaptedModels(lambda _: model), WEIGHTS, EDIT_SETTINGS)
+    *_, last = editor.paint(image, mask, exemplar, crop, 1, lambda *_, **__: None)
+    expected = pbe.edit(
+        model, files["image"], files["mask"], exemplar.path, exemplar_mask=inside, **vars(EDIT_SETTINGS)
+    )
+    assert (pixels(Path(last[2].value)) == pixels(expected[0])).all()
+    assert read_provenance(Path(last[2].value))["exemplar_mask"] == ["exemplar_mask.png"]
+
+
+@pytest.fixture
+def two(files, disc):
+    """Two masks of the image, what they look like drawn, and an exemplar and what is drawn on it for each."""
+    image, shown = pictures.open_upload(str(files["image"]), "image")
+    exemplar, _ = pictures.open_upload(str(files["exemplar"]), "exemplar")
+    masks = np.zeros((2, 80, 100), bool)
+    masks[0][10:40, 5:35] = masks[1][40:75, 60:95] = True
+    return image, masks, [to_value(shown, mask) for mask in masks], [(exemplar, None), disc[:2]]
+
+
+def test_regions_are_kept_opened_again_and_removed(two):
+    image, _, drawn, (first, second) = two
+    blank = drawn[0] | {"mask": ""}
+    kept, chips, canvas, *cleared = regions.add_region((), image, drawn[0], *first)
+    assert [chip["name"] for chip in chips] == ["region 1"]
+    assert canvas["mask"] == ""
+    assert canvas["picture"] != blank["picture"]  # the mask is shown in the region's colour
+    assert cleared[0] is None
+    kept, chips, *_ = regions.add_region(kept, image, drawn[1], *second)
+    assert len({chip["colour"] for chip in chips}) == len({chip["thumbnail"] for chip in chips}) == 2
+
+    left, _, canvas, exemplar, *_ = regions.open_region(kept, image, blank, None, None, SimpleNamespace(index=0))
+    assert (exemplar, canvas["mask"]) == (first[0], drawn[0]["mask"])
+    assert [one.exemplar for one in left] == [second[0]]
+    # the other is opened, and this one kept for it
+    swapped, _, canvas, exemplar, *_ = regions.open_region(left, image, canvas, *first, SimpleNamespace(index=0))
+    assert (exemplar, canvas["mask"]) == (second[0], drawn[1]["mask"])
+    assert [one.exemplar for one in swapped] == [first[0]]
+    left, _, canvas = regions.remove_region(kept, image, drawn[0], SimpleNamespace(index=0))
+    assert [one.exemplar for one in left] == [second[0]]
+    assert canvas["mask"] == drawn[0]["mask"]
+
+    with pytest.raises(gr.Error, match="There is no exemplar yet"):
+        regions.open_region(kept, image, drawn[0], None, None, SimpleNamespace(index=1))
+    with pytest.raises(gr.Error, match="There is no mask yet"):
+        regions.add_region((), image, blank, *first)
+    with pytest.raises(gr.Error, match="There is no image yet"):
+        regions.add_region((), None, None, *first)
+    with pytest.raises(gr.Error, match="may be 9 regions"):
+        regions.add_region(kept * 4, image, drawn[0], *first)
+
+
+def test_regions_are_painted_as_the_library_does(model, files, two, disc):
+    image, masks, drawn, (first, second) = two
+    kept, *_ = regions.add_region((), image, drawn[0], *first)
+    all_kept, *_ = regions.add_region(kept, image, drawn[1], *second)
+    asked = [
+        pbe.Region(masks[0], files["exemplar"], negative=files["image"]),
+        pbe.Region(masks[1], second[0].path, exemplar_mask=disc[2], negative=files["image"]),
+    ]
+    (expected,) = pbe.edit_regions(model, files["image"], asked, **vars(EDIT_SETTINGS))
+    editor = app.Editor(AdaptedModels(lambda _: model), WEIGHTS, EDIT_SETTINGS)
+    for *now, others in ((drawn[0] | {"mask": ""}, None, None, all_kept), (drawn[1], *second, kept)):
+        given = {"kept": others, "negative": str(files["image"])}
+        *_, last = editor.paint(image, *now, 1, lambda *_, **__: None, **given)
+        assert (pixels(Path(last[2].value)) == pixels(expected)).all()
+    stored = read_provenance(Path(last[2].value))
+    assert (stored["mask"], stored["exemplar_2"]) == ("mask.png", ["exemplar_2.png"])
+
+
 # --- warnings, canvases -----------------------------------------------------------------------------------
 
 
@@ -427,7 +594,7 @@ def test_the_canvas_shows_an_upright_copy_of_bounded_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (2000, 100), "gray").save(tmp_path / "image.jpg", exif=exif)
-    upload, shown = app.open_upload(str(tmp_path / "image.jpg"), "image")
+    upload, shown = pictures.open_upload(str(tmp_path / "image.jpg"), "image")
     assert upload.size == (2000, 100)
     assert (pixels(shown) == 128).all()
     picture = to_value(shown)["picture"].removeprefix("data:image/jpeg;base64,")
@@ -438,13 +605,13 @@ def test_the_canvas_shows_an_upright_copy_of_bounded_size(tmp_path):
 def test_a_damaged_image_is_a_message(tmp_path):
     (tmp_path / "image.png").write_bytes(b"no picture")
     with pytest.raises(gr.Error) as caught:
-        app.open_upload(str(tmp_path / "image.png"), "image")
+        pictures.open_upload(str(tmp_path / "image.png"), "image")
     assert caught.value.message.startswith("image image.png is not a picture")
 
 
 def test_an_image_that_was_deleted_is_a_message(tmp_path):
     with pytest.raises(gr.Error, match="load it again"):
-        app.open_upload(str(tmp_path / "image.png"), "image")
+        pictures.open_upload(str(tmp_path / "image.png"), "image")
 
 
 # --- starting ---------------------------------------------------------------------------------------------

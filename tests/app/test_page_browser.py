@@ -121,6 +121,20 @@ def paint(tab, out: Path, steps: int = 4) -> np.ndarray:
     return np.asarray(Image.open(out))
 
 
+def unfold(tab, label: str) -> None:
+    tab.get_by_role("button", name=label, exact=True).click()
+
+
+def shown(tab, name: str) -> str:
+    """What a canvas shows."""
+    return tab.locator(f"#{name} canvas").evaluate("canvas => canvas.toDataURL()")
+
+
+def wait_for_change(tab, name: str, before: str) -> None:
+    program = "([name, old]) => document.querySelector(`#${name} canvas`)?.toDataURL() !== old"
+    tab.wait_for_function(program, arg=[name, before])
+
+
 def message(tab) -> str:
     toast = tab.get_by_test_id("toast-text").last
     toast.wait_for()
@@ -217,15 +231,107 @@ def test_a_result_becomes_the_image(tab, tmp_path):
     press(tab, "image", "Box")
     drag(tab, "image", (0.1, 0.1), (0.3, 0.3))
     first = paint(tab, tmp_path / "first.png")
-    shown = tab.locator("#image canvas").evaluate("canvas => canvas.toDataURL()")
+    before = shown(tab, "image")
     tab.locator("#reuse").click()
-    tab.wait_for_function("old => document.querySelector('#image canvas').toDataURL() !== old", arg=shown)
+    wait_for_change(tab, "image", before)
     drag(tab, "image", (0.6, 0.6), (0.9, 0.9))
     second = paint(tab, tmp_path / "second.png")
     changed = (second != first).any(axis=-1)
     assert bounds(changed) == pytest.approx((360, 240, 540, 360), abs=4)
     with Image.open(EXAMPLES / "coffee.png") as before:
         assert (second[40:120, 60:180] != np.asarray(before)[40:120, 60:180]).any(axis=-1).mean() > 0.95
+
+
+@pytest.fixture
+def disc(tmp_path) -> tuple[Path, np.ndarray]:
+    """An image of 600x400 with a disc, and where that is."""
+    yy, xx = np.mgrid[:400, :600]
+    inside = (xx - 200) ** 2 + (yy - 200) ** 2 < 80**2
+    noise = np.random.default_rng(0).integers(0, 30, (400, 600, 3))
+    Image.fromarray((np.where(inside[..., None], (200, 40, 30), (40, 90, 160)) + noise).astype(np.uint8)).save(
+        tmp_path / "disc.png"
+    )
+    return tmp_path / "disc.png", inside
+
+
+def test_an_object_is_selected_and_brushed_on(tab, disc, tmp_path):
+    pytest.importorskip("cv2", reason="selecting needs the extra masks")
+    path, inside = disc
+    load(tab, "image", path)
+    load(tab, "exemplar", path)
+    for name in ("image", "exemplar"):
+        press(tab, name, "Select")
+        before = shown(tab, name)
+        drag(tab, name, *{"image": [(0.33, 0.5)], "exemplar": [(0.15, 0.2), (0.52, 0.8)]}[name])
+        wait_for_change(tab, name, before)
+    tab.wait_for_timeout(SECONDS)
+    selected = (paint(tab, tmp_path / "result.png") != np.asarray(Image.open(path))).any(axis=-1)
+    assert (selected & inside).sum() > 0.9 * (selected | inside).sum()
+    assert read_provenance(tmp_path / "result.png")["exemplar_mask"] == ["exemplar_mask.png"]
+
+    press(tab, "image", "Brush")
+    drag(tab, "image", (0.8, 0.2), (0.8, 0.8))
+    brushed = (paint(tab, tmp_path / "brushed.png") != np.asarray(Image.open(path))).any(axis=-1)
+    assert brushed[:, 470:490].mean() > 0.5
+    assert brushed[selected].mean() > 0.95
+    press(tab, "image", "Undo")
+    press(tab, "image", "Undo")  # the selection
+    tab.locator("#paint").click()
+    assert "There is no mask yet" in message(tab)
+    assert tab.faults == []
+
+
+def test_a_mask_file_is_drawn_and_grown(tab, disc, tmp_path):
+    path, inside = disc
+    Image.fromarray(inside).resize((300, 200)).save(tmp_path / "mask.png")
+    load(tab, "image", path)
+    load(tab, "exemplar", EXAMPLES / "china.jpg")
+    unfold(tab, "Mask")
+    before = shown(tab, "image")
+    with tab.expect_file_chooser() as chooser:
+        tab.locator("#mask-file").click()
+    chooser.value.set_files(tmp_path / "mask.png")
+    assert "mask.png is 300x200" in message(tab)
+    tab.get_by_label("Fit mask").check()
+    with tab.expect_file_chooser() as chooser:
+        tab.locator("#mask-file").click()
+    chooser.value.set_files(tmp_path / "mask.png")
+    wait_for_change(tab, "image", before)
+    tab.get_by_label("Grow").fill("20")
+    tab.get_by_label("Grow").press("Tab")
+    changed = (paint(tab, tmp_path / "result.png") != np.asarray(Image.open(path))).any(axis=-1)
+    assert bounds(changed) == pytest.approx((100, 100, 301, 301), abs=3)  # the disc's, 20 pixels larger
+    assert read_provenance(tmp_path / "result.png")["grow"] == 20
+
+
+def test_two_regions_are_painted_with_their_exemplars(tab, disc, tmp_path):
+    load(tab, "image", disc[0])
+    load(tab, "exemplar", EXAMPLES / "china.jpg")
+    press(tab, "image", "Box")
+    drag(tab, "image", (0.1, 0.1), (0.4, 0.4))
+    unfold(tab, "Several regions")
+    tab.locator("#add-region").click()
+    chip = tab.locator("#chips").get_by_role("button", name="region 1", exact=True)
+    chip.wait_for()
+    tab.locator("#exemplar-file").wait_for()
+    load(tab, "exemplar", EXAMPLES / "coffee.png")
+    drag(tab, "image", (0.6, 0.6), (0.9, 0.9))
+    before = np.asarray(Image.open(disc[0]))
+    changed = (paint(tab, tmp_path / "two.png") != before).any(axis=-1)
+    assert changed[50:150, 70:230].mean() > 0.95
+    assert changed[250:350, 370:530].mean() > 0.95
+    assert bounds(changed) == pytest.approx((60, 40, 540, 360), abs=4)
+    stored = read_provenance(tmp_path / "two.png")
+    assert (stored["exemplar"], stored["exemplar_2"]) == (["exemplar.jpg"], ["exemplar_2.png"])
+
+    chip.click()  # the first is opened, and the second kept for it
+    tab.wait_for_timeout(2 * SECONDS)
+    assert tab.locator("#chips .chip").count() == 1
+    tab.locator("#chips").get_by_role("button", name="Remove region 1").click()
+    chip.wait_for(state="detached")
+    changed = (paint(tab, tmp_path / "one.png") != before).any(axis=-1)
+    assert bounds(changed) == pytest.approx((60, 40, 240, 160), abs=4)
+    assert tab.faults == []
 
 
 def test_wrong_input_is_answered_in_words(tab, tmp_path):

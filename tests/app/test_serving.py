@@ -196,21 +196,27 @@ def test_an_upload_of_unknown_length_is_refused(http):
 WRONG = ["abc", [1], {"a": 1}, True, None, float("inf"), float("nan"), 10**400, -5]
 
 
-def right_data(http: httpx.Client, files: dict[str, Path]) -> list:
-    """What `submit` sends, as JSON."""
-    uploaded = [http.post(UPLOAD, files={"files": (path.name, path.read_bytes())}).json()[0] for path in files.values()]
-    return [*({"path": path, "meta": {"_type": "gradio.FileData"}} for path in uploaded), *SETTINGS.values()]
+def right_data(http: httpx.Client, files: dict[str, Path]) -> dict:
+    """What `submit` sends, as JSON, by name, with the other arguments' defaults."""
+    upload = {name: http.post(UPLOAD, files={"files": (path.name, path.read_bytes())}) for name, path in files.items()}
+    given = {name: {"path": one.json()[0], "meta": {"_type": "gradio.FileData"}} for name, one in upload.items()}
+    arguments = http.get("/gradio_api/info").json()["named_endpoints"]["/edit"]["parameters"]
+    defaults = {one["parameter_name"]: one["parameter_default"] for one in arguments}
+    return {**defaults, **given, **SETTINGS}
 
 
 def test_wrong_types_are_answered_in_words(http, files, capfd):
     right = right_data(http, files)
+    assert set(right) > {"strength", "fit_mask", "window", "placement", "grow", "negative"}
     paths = (5, "/etc/passwd", "http://127.0.0.1:1/", "/", "\0")
     others = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
-    for index, name in enumerate([*files, *SETTINGS]):
-        for value in [*WRONG, *(others if index < 3 else [])]:
-            error = api_error(http, [*right[:index], value, *right[index + 1 :]])
-            assert re.search(rf"^{name} |^Value:? |/etc/passwd|null byte", error), (name, value, error)
-            assert len(error) <= 600
+    for name, default in right.items():
+        is_right = {"grow": [-5], "negative": [None]}.get(name, [True] if isinstance(default, bool) else [])
+        for value in [*WRONG, *(others if name in (*files, "negative") else [])]:
+            if value not in is_right:
+                error = api_error(http, list({**right, name: value}.values()))
+                assert re.search(rf"^{name} |^Value:? |/etc/passwd|null byte", error), (name, value, error)
+                assert len(error) <= 600
     assert api_error(http, [])
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err
@@ -373,7 +379,7 @@ def test_edits_of_a_client_that_left_stop_and_do_not_start(address, files, slow)
 def test_an_edit_whose_client_never_listened_stops(http, files, slow, monkeypatch):
     monkeypatch.setattr(serving, "UNREAD", 1)
     started, ended = slow
-    http.post("/gradio_api/call/edit", json={"data": right_data(http, files)})
+    http.post("/gradio_api/call/edit", json={"data": list(right_data(http, files).values())})
     wait_for(lambda: len(started) == len(ended) == 1)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import struct
+import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -154,6 +155,68 @@ def test_boxes_and_several_exemplars(client, model, pictures):
     assert close(decoded(answer.content), np.asarray(right[0]))
 
 
+@pytest.fixture
+def two(pictures) -> list[tuple[str, tuple[str, bytes]]]:
+    """A form's files for two regions, the second of which has two exemplars."""
+    mask, second = io.BytesIO(), np.zeros((80, 96), bool)
+    second[50:75, 60:90] = True
+    Image.fromarray(second).save(mask, "PNG")
+    names = {"mask_2": mask.getvalue(), "exemplar_2": pictures["hole"].read_bytes()}
+    files = [*sent(pictures), *((name, ("a.png", content)) for name, content in names.items())]
+    return [*files, ("exemplar_2", ("b.png", pictures["exemplar"].read_bytes()))]
+
+
+def regions_of(pictures, two) -> list[pbe.Region]:
+    mask = Image.open(io.BytesIO(dict(two)["mask_2"][1]))
+    exemplars = [pictures["hole"], pictures["exemplar"]]
+    first = pbe.Region(pictures["mask"], pictures["exemplar"])
+    return [first, pbe.Region(mask, exemplars, exemplar_weights=(3, 1), guidance=2)]
+
+
+def test_regions_are_those_of_the_library(client, model, pictures, two):
+    texts = {"seed": 7, "guidance_2": 2, "exemplar_weights_2": "3,1"}
+    answer = client.post("/v1/edits", files=two, data=texts, headers={"Accept": "image/png"})
+    settings = {**vars(SERVED), "seed": 7}
+    (expected,) = pbe.edit_regions(model, pictures["image"], regions_of(pictures, two), **settings)
+    assert close(decoded(answer.content), np.asarray(expected))
+
+
+def test_openai_s_masks_of_regions_are_transparent_too(client, model, pictures, two):
+    """The first as OpenAI has it, the second white."""
+    files = [("image[]", two[0][1]), ("image[]", two[2][1]), ("mask", sent(pictures, "hole")[0][1]), *two[3:]]
+    texts = {"guidance_2": 2, "exemplar_weights_2": "3,1"}
+    (one,) = client.post("/v1/images/edits", files=files, data=texts).json()["data"]
+    (expected,) = pbe.edit_regions(model, pictures["image"], regions_of(pictures, two), **vars(SERVED))
+    assert close(decoded(one["b64_json"]), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("left", "texts", "param", "message"),
+    [
+        (["exemplar_2"], {}, "exemplar_2", "exemplar_2 missing"),
+        (["mask_2"], {}, None, "region 2: mask, box, polygon or select missing"),
+        (["mask_2"], {"box_2": "1,2,3"}, "box_2", "box_2 must be a box x0,y0,x1,y1, got '1,2,3'"),
+        ([], {"steps_2": "4"}, "steps_2", "unknown field 'steps_2'; known are .*more regions mask_2"),
+        ([], {"extend": "left,9"}, "extend", "extend is for one mask"),
+    ],
+)
+def test_what_is_wrong_with_a_region_is_said(client, two, left, texts, param, message):
+    files = [(name, file) for name, file in two if name not in left]
+    answer = client.post("/v1/edits", files=files, data=texts)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert re.search(message, answer.json()["error"]["message"])
+
+
+def test_a_selection_without_opencv_names_the_extra(client, pictures, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pbe.images.grabcut", raising=False)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    for name, others in (("select", {}), ("exemplar_select", {"box": "1,2,30,40"})):
+        answer = client.post("/v1/edits", files=sent(pictures, "image", "exemplar"), data={name: "9,9", **others})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, name)
+        assert "OpenCV, the extra masks: pip install -e .[masks]" in error["message"]
+
+
 def test_every_setting_is_a_documented_field(client):
     for path in ("/v1/edits", "/v1/images/edits"):
         operation = client.get("/openapi.json").json()["paths"][path]["post"]
@@ -164,6 +227,9 @@ def test_every_setting_is_a_documented_field(client):
     assert (fields["steps"]["type"], fields["steps"]["minimum"], fields["steps"]["maximum"]) == ("integer", 1, 1000)
     page = client.get("/docs").text
     assert all(f"<th>{name}<" in page for name in ALL_SETTINGS)
+    assert "<th>exemplar_2<" in page
+    assert {f"mask_{n}" for n in range(2, 10)} <= set(fields)
+    assert fields["exemplar_9"]["description"] == "As exemplar, of region 9."
     assert "http://" not in page
     assert "https://" not in page
 
