@@ -46,16 +46,24 @@ class Upload(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What is drawn and loaded for a region: the canvas of the image, the exemplar, and its canvas."""
+    """What is drawn and loaded for a region: the image and its canvas, the exemplar and its canvas."""
 
+    image: Upload | None
     mask: dict[str, str] | None
     exemplar: Upload | None
     crop: dict[str, str] | None
     thumbnail: str = ""  # of the exemplar, once the region is kept
 
-    def files(self, size: tuple[int, int], needs_mask: bool = True) -> RegionUpload:
-        """For an image of `size` (height, width); ValueError where something is missing that is needed."""
-        mask = drawn_mask(self.mask, size)
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither a mask nor an exemplar."""
+        return self.exemplar is None and not (self.mask and self.mask["mask"])
+
+    def files(self, needs_mask: bool = True) -> RegionUpload:
+        """The region for an edit; ValueError where something is missing that is needed."""
+        if self.image is None:
+            raise ValueError(NO_IMAGE)
+        mask = drawn_mask(self.mask, self.image.size)
         if mask is None and needs_mask:
             raise ValueError("There is no mask yet: brush or box what to replace in the image.")
         if self.exemplar is None:
@@ -96,11 +104,12 @@ class Editor:
         """What `result_view` shows: the results for what is loaded and drawn on the page, as the last region after
         those that are `kept`, if it is one of its own."""
         with workplace() as folder:
-            if image is None:
-                raise ValueError(NO_IMAGE)
-            is_more = not kept or exemplar is not None or drawn_mask(drawn, image.size) is not None
-            regions = [*kept, *([Drawn(drawn, exemplar, crop)] if is_more else [])]
-            first, *others = (one.files(image.size, not controls.get("extend")) for one in regions)
+            now = Drawn(image, drawn, exemplar, crop)
+            regions = [one for one in kept if one.image == image]  # of another there may be some for a moment
+            if not (regions and now.is_empty):
+                regions.append(now)
+            first, *others = (one.files(needs_mask=not controls.get("extend")) for one in regions)
+            assert image is not None  # else there is an error before
             files = EditFiles(Path(image.path), *first, path_of(negative), others)
             edit = self.ticket(files, controls, num_images, folder)
             paths = yield from followed(self.engine, edit, progress, show_previews)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pbe.app.canvas import drawn_mask, to_value
-from pbe.app.editor import NO_IMAGE, Drawn, Upload
+from pbe.app.editor import Drawn, Upload
 from pbe.app.pictures import PictureInput, listen, open_upload, show_drop_zone
 from pbe.app.serving import workplace
 from pbe.batch.job import NUMBERS
@@ -72,9 +72,9 @@ def add_region(
 ) -> tuple[object, ...]:
     """Keeps the region that is drawn, and begins another."""
     with workplace():
-        if image is None:
-            raise ValueError(NO_IMAGE)
-        return *show_regions(with_drawn(kept, image, Drawn(drawn, exemplar, crop)), image), *show_drop_zone()
+        kept = with_drawn(kept, Drawn(image, drawn, exemplar, crop))
+        assert image is not None  # else there is an error before
+        return *show_regions(kept, image), *show_drop_zone()
 
 
 def open_region(
@@ -83,8 +83,8 @@ def open_region(
     """Goes on with a region that was kept; the one that is drawn, if there is one, is kept for it."""
     with workplace():
         chosen, others = kept[event.index], kept[: event.index] + kept[event.index + 1 :]
-        if exemplar is not None or drawn_mask(drawn, image.size) is not None:
-            others = with_drawn(others, image, Drawn(drawn, exemplar, crop))
+        now = Drawn(image, drawn, exemplar, crop)
+        others = others if now.is_empty else with_drawn(others, now)
         picture = chosen.exemplar, gr.update(visible=False), gr.update(value=chosen.crop, visible=True)
         return *show_regions(others, image, chosen.mask), *picture
 
@@ -94,11 +94,11 @@ def remove_region(kept: Kept, image: Upload, drawn: Canvas, event: gr.EventData)
         return show_regions(kept[: event.index] + kept[event.index + 1 :], image, drawn)
 
 
-def with_drawn(kept: Kept, image: Upload, region: Drawn) -> Kept:
+def with_drawn(kept: Kept, region: Drawn) -> Kept:
     """The regions, and another with the thumbnail of its exemplar; ValueError where that is not complete."""
     if len(kept) == len(NUMBERS):
         raise ValueError(f"There may be {len(NUMBERS) + 1} regions, with the one that is drawn.")
-    _, exemplar, crop = region.files(image.size)
+    _, exemplar, crop = region.files()
     _, shown = open_upload(str(exemplar), "exemplar")
     part = None if crop is None else drawn_mask(region.crop, shown.size[::-1])
     if part is not None:

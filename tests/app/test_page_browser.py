@@ -297,8 +297,9 @@ def test_a_mask_file_is_drawn_and_grown(tab, disc, tmp_path):
         tab.locator("#mask-file").click()
     chooser.value.set_files(tmp_path / "mask.png")
     wait_for_change(tab, "image", before)
-    tab.get_by_label("Grow").fill("20")
-    tab.get_by_label("Grow").press("Tab")
+    grow = tab.get_by_label("Grow the mask by N photo pixels")
+    grow.fill("20")
+    grow.press("Tab")
     changed = (paint(tab, tmp_path / "result.png") != np.asarray(Image.open(path))).any(axis=-1)
     assert bounds(changed) == pytest.approx((100, 100, 301, 301), abs=3)  # the disc's, 20 pixels larger
     assert read_provenance(tmp_path / "result.png")["grow"] == 20
