@@ -1,5 +1,6 @@
 """The page in a real browser; and its screenshot: `python tests/app/test_page_browser.py demo docs/images/app.png`."""
 
+import re
 import shutil
 import socket
 import sys
@@ -122,7 +123,7 @@ def paint(tab, out: Path, steps: int = 4) -> np.ndarray:
 
 
 def unfold(tab, label: str) -> None:
-    tab.get_by_role("button", name=label, exact=True).click()
+    tab.get_by_role("button", name=re.compile(f"^{label}")).click()
 
 
 def shown(tab, name: str) -> str:
