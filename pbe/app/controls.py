@@ -10,7 +10,7 @@ import numpy as np
 from pbe.app.editor import Adapters
 from pbe.app.pictures import SUFFIXES
 from pbe.editing.settings import SETTINGS, EditSettings, setting_docs
-from pbe.io.fields import Range, describe
+from pbe.io.fields import Range
 from pbe.sampling import SAMPLERS
 from pbe.serve.uploads import MAX_RESULTS
 
@@ -78,7 +78,7 @@ def control(name: str, settings: EditSettings) -> gr.blocks.Block:
         low, high = bounds.low + step * bounds.above, bounds.high - step * bounds.below
         return gr.Slider(low, high, value, step=step, **about)
     text = "" if value is None else ",".join(map(str, np.ravel(value)))
-    return gr.Textbox(text, placeholder=describe(kind), max_lines=1, **about)
+    return gr.Textbox(text, max_lines=1, **about)
 
 
 def words(name: str) -> str:

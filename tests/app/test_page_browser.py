@@ -298,7 +298,7 @@ def test_a_mask_file_is_drawn_and_grown(tab, disc, tmp_path):
         tab.locator("#mask-file").click()
     chooser.value.set_files(tmp_path / "mask.png")
     wait_for_change(tab, "image", before)
-    grow = tab.get_by_label("Grow the mask by N photo pixels")
+    grow = tab.get_by_label("Grow", exact=True)
     grow.fill("20")
     grow.press("Tab")
     changed = (paint(tab, tmp_path / "result.png") != np.asarray(Image.open(path))).any(axis=-1)
