@@ -19,17 +19,18 @@ from PIL import Image
 from pbe.images.pillow import UNREADABLE
 
 MAX_SIDE = 1536  # of the picture as shown: more only makes the brush slow
-BAR_HEIGHT = 42  # of the tools above the picture
-DRAWING, CROPPING = ("brush", "box", "select", "eraser"), ("crop", "select", "brush", "eraser")
+BARS_HEIGHT = 68  # of the tools above the picture and the line below it
+DRAWING, CROPPING = ("brush", "box", "eraser"), ("crop",)
 _PNG = "data:image/png;base64,"
 
 
-def to_value(picture: Image.Image, mask: np.ndarray | None = None) -> dict[str, str]:
-    """The component's value that shows an RGB picture, with a mask, bool (H, W) of any size, drawn on it."""
+def to_value(picture: Image.Image, mask: np.ndarray | str | None = None) -> dict[str, str]:
+    """The component's value that shows an RGB picture, with a mask drawn on it: bool (H, W) of any size, or the `mask`
+    of an earlier value for it."""
     shown = picture.copy()
     shown.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    drawn = ""
-    if mask is not None:
+    drawn = mask if isinstance(mask, str) else ""
+    if isinstance(mask, np.ndarray):
         layer = Image.new("RGBA", shown.size)
         layer.putalpha(_resized(mask, shown.size))
         drawn = _PNG + _encoded(layer, "PNG")
@@ -73,7 +74,7 @@ def canvas(label: str, tools: tuple[str, ...], height: int, elem_id: str) -> gr.
     of an object: its data `at` are x, y or x0, y0, x1, y1, as shares of width and height."""
     html, css, js = (files("pbe.app").joinpath(f"canvas.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     # Not as properties of the component: an update of its value makes Gradio forget them.
-    html = Template(html).substitute(label=label, tools=" ".join(tools), height=height - BAR_HEIGHT)
+    html = Template(html).substitute(label=label, name=elem_id, tools=" ".join(tools), height=height - BARS_HEIGHT)
     return gr.HTML(
         html_template=html,
         css_template=css,

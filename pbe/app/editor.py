@@ -25,13 +25,7 @@ from pbe.serve.engine import Engine, Ticket
 from pbe.serve.uploads import NUMBER, EditFiles, RegionUpload, job_of, save_edits
 
 Adapters = tuple[tuple[Path, float], ...]  # files and their strengths
-NOTHING_NEW = (gr.skip(),) * 4  # of the results while they are painted
-NO_IMAGE = "There is no image yet: load one on the left."
-A_BOX = 0.99  # share of its box that a box takes, whose corners are lost where the canvas shows a smaller copy
-
-
-def show_previews(images: list[Image.Image]) -> tuple[object, ...]:
-    return *NOTHING_NEW, gr.Gallery(images, visible=True)
+NOTHING_NEW = (gr.skip(),) * 5  # of the results while they are painted
 
 
 def path_of(file: str | None) -> Path | None:
@@ -45,34 +39,25 @@ class Upload(NamedTuple):
     size: tuple[int, int]  # (height, width)
 
 
-class Drawn(NamedTuple):
-    """What is drawn and loaded for a region: the image and its canvas, the exemplar and its canvas."""
+class Loaded(NamedTuple):
+    """What results were made of: the pictures, what was drawn on them (a canvas's `mask`), the controls' values."""
 
-    image: Upload | None
-    mask: dict[str, str] | None
-    exemplar: Upload | None
-    crop: dict[str, str] | None
-    thumbnail: str = ""  # of the exemplar, once the region is kept
+    image: Upload
+    mask: str
+    exemplar: Upload
+    crop: str
+    controls: dict[str, object]
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is neither a mask nor an exemplar."""
-        return self.exemplar is None and not (self.mask and self.mask["mask"])
 
-    def files(self, needs_mask: bool = True) -> RegionUpload:
-        """The region for an edit; ValueError where something is missing that is needed."""
-        if self.image is None:
-            raise ValueError(NO_IMAGE)
-        mask = drawn_mask(self.mask, self.image.size)
-        if mask is None and needs_mask:
-            raise ValueError("There is no mask yet: brush or box what to replace in the image.")
-        if self.exemplar is None:
-            raise ValueError("There is no exemplar yet: load a picture of what to paint.")
-        shown = drawn_mask(self.crop, self.exemplar.size)
-        if shown is None:
-            return RegionUpload(mask, Path(self.exemplar.path))
-        box = mask_bounding_box(shown)
-        return RegionUpload(mask, Path(self.exemplar.path), box if shown[box.slices].mean() > A_BOX else shown)
+def show_previews(images: list[Image.Image]) -> tuple[object, ...]:
+    return *NOTHING_NEW, gr.Gallery(images, visible=True)
+
+
+def show_results(paths: Sequence[str], loaded: Loaded) -> tuple[object, ...]:
+    """For a `ResultView`: the results and what they were made of."""
+    results = [(path, f"seed {Path(path).stem.rpartition('-')[2]}") for path in paths]
+    gallery = gr.Gallery(results, selected_index=0, visible=True)
+    return gallery, 0, gr.DownloadButton(value=paths[0]), gr.Row(visible=True), loaded
 
 
 @dataclass(frozen=True)
@@ -113,10 +98,10 @@ class Editor:
             files = EditFiles(Path(image.path), *first, path_of(negative), others)
             edit = self.ticket(files, controls, num_images, folder)
             paths = yield from followed(self.engine, edit, progress, show_previews)
-            results = [(path, f"seed {Path(path).stem.rpartition('-')[2]}") for path in paths]
+            masks = [value["mask"] if value else "" for value in (drawn, crop)]
+            loaded = Loaded(image, masks[0], exemplar, masks[1], {**controls, "num_images": num_images})
             # Gradio has copied the files when this function goes on, and the folder can go.
-            row, preview = gr.Row(visible=True), gr.Gallery(visible=False)
-            yield gr.Gallery(results, selected_index=0), 0, gr.DownloadButton(value=paths[0]), row, preview
+            yield *show_results(paths, loaded), gr.Gallery(visible=False)
 
     def edit(
         self,

@@ -10,15 +10,14 @@ from math import inf
 from os.path import isdir
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
 from pbe.app.canvas import CROPPING, DRAWING
-from pbe.app.controls import edit_controls
 from pbe.app.editor import Adapters, Editor
-from pbe.app.pictures import connect_picture, listen, load_mask, picture_input, show
-from pbe.app.regions import connect_regions, region_list
+from pbe.app.pictures import connect_picture, listen, picture_buttons, picture_input, show, thumbnail
+from pbe.app.results import HEIGHT, connect_results, result_view
 from pbe.app.serving import cancel_edit
 from pbe.batch.provenance import Weights
 from pbe.editing.loading import AdaptedModels
@@ -26,6 +25,8 @@ from pbe.editing.settings import QUICK, EditSettings
 from pbe.images.pillow import open_image
 from pbe.images.reading import read_mask
 from pbe.models.paint_by_example import PaintByExample
+from pbe.sampling import SAMPLERS
+from pbe.serve.uploads import MAX_RESULTS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # of the repository; an installed package has none
 EXAMPLE_FILES = (  # image, mask, exemplar
@@ -34,15 +35,15 @@ EXAMPLE_FILES = (  # image, mask, exemplar
     ("coffee.png", "coffee_mask.png", "cat.png"),
     ("china.jpg", "china_mask.png", "shuttle.png"),
 )
-HEIGHT = 520  # of image and results
 INTRODUCTION = """
 # Paint by Example
 Load an image, and draw a mask over what to replace. Load an exemplar: a picture of what to put there. Then paint.
 """
+TRY = "New here? A click on one of the [examples](#examples) below paints it."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the parts do: values in, values or updates of components out
+# What the parts do, and what they look like
 
 
 def show_example(index: int) -> tuple[object, ...]:
@@ -52,42 +53,32 @@ def show_example(index: int) -> tuple[object, ...]:
     return *show(image, "image", repaint), *show(exemplar, "exemplar")
 
 
-def choose_result(results: list[tuple[str, str]], event: gr.SelectData) -> tuple[int, str]:
-    return event.index, results[event.index][0]
-
-
-def reuse_result(results: list[tuple[str, str]], chosen: int) -> tuple[object, ...]:
-    return show(results[chosen][0], "image")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What the parts look like
-
-
-class ResultView(NamedTuple):
-    """The results: all of them, the number of the chosen one, and what can be done with it."""
-
-    gallery: gr.Gallery
-    chosen: gr.State
-    download: gr.DownloadButton
-    actions: gr.Row
-    reuse: gr.Button
-
-
-def result_view() -> ResultView:
-    gallery = gr.Gallery(
-        label="Results",
-        preview=True,
-        object_fit="contain",
-        interactive=False,
-        buttons=["fullscreen"],
-        height=HEIGHT,
-        elem_id="results",
-    )
-    with gr.Row(visible=False) as actions:
-        download = gr.DownloadButton("Download PNG", elem_id="download")
-        reuse = gr.Button("Use result as image", elem_id="reuse")
-    return ResultView(gallery, gr.State(0), download, actions, reuse)
+def edit_controls(settings: EditSettings, adapters: Adapters) -> dict[str, gr.blocks.Block]:
+    """The controls of the settings that a page's user may change, of the number of results, and of the adapters'
+    strengths, by name."""
+    about_guidance = "How closely the result follows the exemplar; too much distorts it"
+    guidance = gr.Slider(0, 15, settings.guidance, step=0.5, label="Guidance", info=about_guidance)
+    num_images = gr.Slider(1, MAX_RESULTS, 2, step=1, label="Results", info="How many, each of a seed of its own")
+    with gr.Accordion("Steps, seed, sampler", open=False):
+        about = "Of sampling: each takes the same time"
+        steps = gr.Slider(min(4, settings.steps), 200, settings.steps, step=1, label="Steps", info=about)
+        with gr.Row():
+            about = "The same gives the same result; the next results have the next seeds"
+            seed = gr.Number(settings.seed, precision=0, minimum=0, label="Seed", info=about, min_width=80)
+            about = "The method; lcm and tcd are for distilled models"
+            sampler = gr.Dropdown(list(SAMPLERS), value=settings.sampler, label="Sampler", info=about, min_width=80)
+    controls: dict[str, gr.blocks.Block] = {
+        "guidance": guidance,
+        "steps": steps,
+        "seed": seed,
+        "num_images": num_images,
+        "sampler": sampler,
+    }
+    for i, (path, strength) in enumerate(adapters, start=1):
+        label, least, most = f"{path.name}: strength", min(-1, strength), max(2, strength)
+        about = "How much of the adapter is used; 0 is nothing"
+        controls[f"strength_{i}"] = gr.Slider(least, most, strength, step=0.05, label=label, info=about)
+    return controls
 
 
 def example_files() -> list[list[str]]:
@@ -96,14 +87,9 @@ def example_files() -> list[list[str]]:
     return [[str(path) for path in example] for example in paths if all(path.is_file() for path in example)]
 
 
-def example_row(samples: list[list[str]]) -> gr.Dataset:
-    return gr.Dataset(
-        components=[gr.Image(label=name, render=False) for name in ("Image", "Mask", "Exemplar")],
-        samples=samples,
-        type="index",
-        label="Examples",
-        elem_id="examples",
-    )
+def example_row(examples: list[list[str]]) -> gr.Dataset:
+    pictures = [[thumbnail(path, Path(path).stem.replace("_", " ")) for path in example] for example in examples]
+    return picture_buttons(["".join(one) for one in pictures], "Examples: a click loads and paints one", "examples")
 
 
 A_FILE = "a file, as gradio_client.handle_file gives it"
@@ -153,7 +139,7 @@ def build_page(
     models = model if isinstance(model, AdaptedModels) else AdaptedModels(lambda _: model)
     editor = Editor(models, weights, settings, adapters)
     with Page(title="Paint by Example", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
-        gr.Markdown(INTRODUCTION)
+        gr.Markdown(INTRODUCTION + (TRY if (samples := example_files()) else ""))
         with gr.Row():
             with gr.Column(scale=5, min_width=400):
                 image = picture_input("image", "Image", DRAWING, "Image · draw the mask", HEIGHT)
@@ -167,9 +153,10 @@ def build_page(
                 controls, mask_file = edit_controls(editor.changed({}), adapters)
             with gr.Column(scale=5, min_width=400):
                 results = result_view()
-        if samples := example_files():
+        if samples:
             examples = example_row(samples)
-            listen(examples.click, show_example, examples, [*image, *exemplar])
+            loaded = listen(examples.click, show_example, examples, [*image, *exemplar])
+            loaded.success(None, js="() => document.querySelector('#paint').click()")
 
         connect_picture(image, "image")
         connect_picture(exemplar, "exemplar")
@@ -178,18 +165,19 @@ def build_page(
         painting = start.click(
             editor.paint,
             [image.upload, image.canvas, exemplar.upload, exemplar.canvas],
-            [*results[:4], preview],
-            inputs_kwargs=controls | {"kept": regions.kept},
+            [*results.shown, preview],
+            inputs_kwargs=controls,
             api_visibility="private",
-            show_progress_on=results.gallery,
+            show_progress_on=[results.gallery, results.slider],
             concurrency_id="model",
             concurrency_limit=1,
         )
-        listen(painting.failure, lambda: gr.Gallery(visible=False), None, preview)
+        start.click(None, None, results.status, js="() => 'Painting …'")
+        listen(painting.failure, lambda: (gr.Gallery(visible=False), ""), None, [preview, results.status])
         # not by way of the queue, whose messages would say that the visitor still waits
         cancel.click(cancel_edit, None, preview, cancels=[painting], queue=False, api_visibility="private")
-        listen(results.gallery.select, choose_result, results.gallery, [results.chosen, results.download])
-        listen(results.reuse.click, reuse_result, [results.gallery, results.chosen], [*image])
+        cancel.click(None, None, results.status, js="() => 'Cancelled.'")
+        connect_results(results, painting, image, exemplar, controls)
         # The same for programs: the endpoint's arguments are components too, which nobody sees.
         with gr.Row(visible=False):
             files = [gr.File(label=name) for name in ("image", "mask", "exemplar")]

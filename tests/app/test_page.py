@@ -22,7 +22,7 @@ from fakes import at_once
 from PIL import Image
 
 import pbe
-from pbe.batch.provenance import Weights, identify, read_provenance
+from pbe.batch.provenance import Weights, identify, read_provenance, save_result
 from pbe.editing.loading import AdaptedModels
 from pbe.editing.settings import DEMO, QUICK, quick_settings, setting_docs
 from pbe.editing.together import run_together
@@ -35,9 +35,10 @@ from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from pbe.app import page as app  # noqa: E402
-from pbe.app import pictures, regions, serving  # noqa: E402
+from pbe.app import pictures, serving  # noqa: E402
+from pbe.app import results as shown  # noqa: E402
 from pbe.app.canvas import drawn_mask, to_value  # noqa: E402
-from pbe.app.editor import Upload  # noqa: E402
+from pbe.app.editor import Loaded  # noqa: E402
 from pbe.cli.app import main  # noqa: E402
 from pbe.serve import uploads  # noqa: E402
 from pbe.serve.engine import Cancelled, Engine, Ticket  # noqa: E402
@@ -257,14 +258,15 @@ def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
     *so_far, last = editor.paint(image, drawn, exemplar, None, 2, lambda *_, **__: None, **controls)
     assert len(so_far) == 1  # after the first of four steps
     for *results, preview in so_far:
-        assert results == [gr.skip()] * 4
+        assert results == [gr.skip()] * 5
         assert preview.visible
         assert len(preview.value) == 2
-    gallery, chosen, _, row, preview = last
+    gallery, chosen, _, row, loaded, preview = last
     assert [one["caption"] for one in gallery.value] == ["seed 7", "seed 8"]
     assert chosen == 0
     assert row.visible
     assert not preview.visible
+    assert loaded == Loaded(image, drawn["mask"], exemplar, "", {**controls, "num_images": 2})
 
 
 def test_adapters_have_a_strength_each_on_the_page(tiny_checkpoint, files, tmp_path):
@@ -616,13 +618,131 @@ def test_an_image_that_was_deleted_is_a_message(tmp_path):
         pictures.open_upload(str(tmp_path / "image.png"), "image")
 
 
+# --- results ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def warned(monkeypatch) -> list[str]:
+    messages: list[str] = []
+    monkeypatch.setattr(gr, "Warning", messages.append)
+    return messages
+
+
+@pytest.fixture
+def loaded(files) -> Loaded:
+    image, _ = pictures.open_upload(str(files["image"]), "image")
+    exemplar, _ = pictures.open_upload(str(files["exemplar"]), "exemplar")
+    drawn = to_value(Image.open(files["image"]), pixels(files["mask"]) > 0)
+    return Loaded(image, drawn["mask"], exemplar, "", {"guidance": 3, "num_images": 2})
+
+
+def result(folder: Path, seed: int = 7, **settings) -> shown.Results:
+    """A result as the page's gallery gives it."""
+    path = folder / f"image-{seed}.png"
+    about = {**QUICK.to_json(), "seed": seed, "window": [0, 0, 9, 9], "checkpoint": "tiny.ckpt", "dtype": "float32"}
+    save_result(Image.new("RGB", (120, 80)), path, {**about, **settings})
+    return [(str(path), f"seed {seed}")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "seed 7, steps 20, guidance 5, sampler dpm_solver, window [0, 0, 9, 9]"),
+        ({"window": "auto", "guidance": 2.5}, "seed 7, steps 20, guidance 2.5, sampler dpm_solver"),
+        ({"window": "auto", "strength": 0.4, "fill_holes": True}, "dpm_solver, strength 0.4, fill holes True"),
+        ({"window": "auto", "adapters": [{"file": "<b>.pt", "strength": 0.5}]}, "dpm_solver, &lt;b&gt;.pt 0.5"),
+    ],
+)
+def test_a_results_settings_are_said_in_words(tmp_path, loaded, settings, words):
+    (entry,), _, said, *_ = shown.add_entry(result(tmp_path, **settings), loaded, ())
+    assert said == entry.words
+    assert said.endswith(words)
+
+
+def test_the_history_shows_an_edit_again_with_what_it_was_made_of(tmp_path, loaded, warned):
+    history: tuple[shown.Entry, ...] = ()
+    for seed in range(shown.MAX_HISTORY + 2):
+        history, listed, *_ = shown.add_entry(result(tmp_path, seed), loaded, history)
+    assert [entry.words.partition(",")[0] for entry in history][:2] == ["seed 13", "seed 12"]
+    assert len(history) == len(listed.raw_samples) == shown.MAX_HISTORY
+    assert 'alt="result"' in listed.raw_samples[0][0]
+
+    kept, _, said, gallery, *others = shown.show_entry(1, history, ("guidance", "num_images", "steps"))
+    assert (kept, said) == (history, history[1].words)
+    assert [one["caption"] for one in gallery.value] == ["seed 12"]
+    assert others[3] == loaded
+    image, _, canvas, exemplar, _, crop = others[7:13]
+    assert (image, exemplar) == (loaded.image, loaded.exemplar)
+    assert canvas["value"]["mask"] == loaded.mask  # to the bit: the same edit again gives the same
+    assert crop["value"]["mask"] == ""
+    assert others[13:] == [3, 2, gr.skip()]  # the last is a control that the edit did not have
+    assert not warned
+
+
+def test_results_that_were_deleted_leave_the_history_in_words(tmp_path, loaded, warned):
+    first, *_ = shown.add_entry(result(tmp_path, 1), loaded, ())
+    history, *_ = shown.add_entry(result(tmp_path, 2), loaded, first)
+    (tmp_path / "image-1.png").unlink()
+    for index in (1, 2, -1):
+        kept, listed, *others = shown.show_entry(index, history, ("guidance",))
+        assert kept == history[:1]
+        assert len(listed.raw_samples) == 1
+        assert others == [gr.skip()] * (shown.NUM_SHOWN + 1)
+    assert warned == [shown.GONE] * 3
+    kept, *_ = shown.add_entry(result(tmp_path, 3), loaded, history)
+    assert [entry.words[:6] for entry in kept] == ["seed 3", "seed 2"]
+
+
+def test_results_are_shown_again_without_an_image_that_was_deleted(tmp_path, loaded, warned, files):
+    history, *_ = shown.add_entry(result(tmp_path), loaded, ())
+    files["image"].unlink()
+    kept, _, _, gallery, *others = shown.show_entry(0, history, ("guidance",))
+    assert kept == history
+    assert len(gallery.value) == 1
+    assert others[7:] == [gr.skip()] * 6 + [3]
+    assert len(warned) == 1
+    assert "the image was deleted" in warned[0]
+    with pytest.raises(gr.Error, match="the image was deleted"):
+        shown.compare(True, result(tmp_path), 0, loaded)
+
+
+def test_results_are_compared_with_the_file_that_was_uploaded(tmp_path, loaded, files):
+    gallery, slider, position = shown.compare(True, result(tmp_path), 0, loaded)
+    assert (gallery.visible, slider.visible, position.visible) == (False, True, True)
+    paths = [one["path"] for one in slider.value]
+    assert [Path(path).read_bytes() for path in paths] == [
+        files["image"].read_bytes(),
+        (tmp_path / "image-7.png").read_bytes(),
+    ]
+    gallery, slider, position = shown.compare(False, result(tmp_path), 0, loaded)
+    assert (gallery.visible, slider.visible, position.visible) == (True, False, False)
+
+
+def test_what_browsers_do_not_show_is_compared_as_a_copy(tmp_path, files, loaded):
+    Image.open(files["image"]).save(tmp_path / "image.tif")
+    image, _ = pictures.open_upload(str(tmp_path / "image.tif"), "image")
+    copy = shown.before(image, result(tmp_path)[0][0])
+    assert (pixels(copy) == pixels(files["image"])).all()
+    wider = shown.before(loaded.image, result(tmp_path, extend=[["left", 20], ["top", 5]])[0][0])
+    assert wider.size == (120, 85)
+    assert (pixels(wider)[5:, 20:] == pixels(files["image"])).all()
+
+
+def test_every_control_explains_itself(model):
+    page = app.build_page(model, WEIGHTS, QUICK, ((Path("style.pt"), 1.0),))
+    controls = [one for one in page.blocks.values() if isinstance(one, gr.Slider | gr.Number | gr.Dropdown)]
+    page.close(verbose=False)
+    assert len(controls) > 6
+    assert [one.label for one in controls if not one.info] == []
+
+
 # --- starting ---------------------------------------------------------------------------------------------
 
 
 def test_examples_are_shown_only_where_they_are(model, monkeypatch, tmp_path):
-    assert any(isinstance(block, gr.Dataset) for block in app.build_page(model, WEIGHTS).blocks.values())
+    assert any(block.elem_id == "examples" for block in app.build_page(model, WEIGHTS).blocks.values())
     monkeypatch.setattr(app, "EXAMPLES", tmp_path / "none")
-    assert not any(isinstance(block, gr.Dataset) for block in app.build_page(model, WEIGHTS).blocks.values())
+    assert not any(block.elem_id == "examples" for block in app.build_page(model, WEIGHTS).blocks.values())
 
 
 def test_a_taken_port_is_one_line(tiny_checkpoint, capsys):

@@ -1,9 +1,13 @@
-"""The page in a real browser; and its screenshot: `python tests/app/test_page_browser.py demo docs/images/app.png`."""
+"""The page in a real browser; and its screenshot: `python tests/app/test_page_browser.py demo docs/images/app.png`.
 
-import re
+With `--dark` and `--width 390` it is the dark page, and that of a phone.
+"""
+
+import argparse
+import io
 import shutil
 import socket
-import sys
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +32,7 @@ pytestmark = [
 ]
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SECONDS = 1000  # Playwright counts milliseconds
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
 
 @contextmanager
@@ -349,29 +354,335 @@ def test_wrong_input_is_answered_in_words(tab, tmp_path):
     tab.get_by_test_id("toast-text").filter(has_text="There is no exemplar yet").wait_for()
 
 
-def test_the_screenshot(tiny_checkpoint, tmp_path):
-    screenshot(tiny_checkpoint, tmp_path / "app.png")
+# --- keys and fingers -------------------------------------------------------------------------------------
+
+
+def looks(tab, name: str = "image") -> np.ndarray:
+    """What a canvas shows while the mouse is elsewhere: uint8 (H, W, 3)."""
+    tab.mouse.move(0, 0)
+    url = tab.locator(f"#{name} canvas").evaluate("canvas => canvas.toDataURL()")
+    return np.asarray(Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).convert("RGB"))
+
+
+def width_of(tab, name: str = "image") -> float:
+    return tab.locator(f"#{name} canvas").bounding_box()["width"]
+
+
+def pressed(tab, name: str = "image") -> str:
+    return tab.locator(f"#{name} [aria-pressed=true]").inner_text()
+
+
+def test_keys_undo_redo_and_choose_tools(tab):
+    load(tab, "image", EXAMPLES / "coffee.png")
+    states = [looks(tab)]
+    for y in (0.3, 0.6):
+        drag(tab, "image", (0.3, y), (0.6, y))
+        states.append(looks(tab))
+    assert (states[0] != states[1]).any()
+    assert (states[1] != states[2]).any()
+    for keys, state in (
+        ("Control+z", 1),
+        ("Control+z", 0),
+        ("Control+z", 0),
+        ("Control+y", 1),
+        ("Control+Shift+z", 2),
+        ("Control+Shift+z", 2),
+        ("Control+z", 1),
+    ):
+        tab.keyboard.press(keys)
+        assert (looks(tab) == states[state]).all(), keys
+    drag(tab, "image", (0.3, 0.9), (0.6, 0.9))
+    drawn = looks(tab)
+    tab.keyboard.press("Control+y")  # there is nothing to do again
+    assert (looks(tab) == drawn).all()
+
+    size = tab.get_by_label("Size of the brush")
+    for key, value in (("]", "45"), ("[", "40"), ("[", "35")):
+        tab.keyboard.press(key)
+        assert size.input_value() == value
+    for key, name in (("e", "Eraser"), ("r", "Box"), ("b", "Brush")):
+        tab.keyboard.press(key)
+        assert pressed(tab) == name
+
+    tab.get_by_role("button", name="Steps, seed, sampler").click()
+    tab.get_by_label("Seed").click()
+    tab.locator("#image canvas").hover()  # the mouse is there, but the visitor types
+    for key in ("e", "Control+z", "]"):
+        tab.keyboard.press(key)
+    assert pressed(tab) == "Brush"
+    assert size.input_value() == "35"
+    assert (looks(tab) == drawn).all()
+    assert tab.faults == []
+
+
+def test_keys_and_wheel_zoom_and_the_space_bar_moves(tab):
+    load(tab, "image", EXAMPLES / "coffee.png")
+    whole, before = width_of(tab), looks(tab)
+    tab.locator("#image canvas").hover()
+    tab.keyboard.press("+")
+    assert width_of(tab) == pytest.approx(1.25 * whole, rel=0.01)
+    tab.keyboard.press("-")
+    assert width_of(tab) == pytest.approx(whole, rel=0.01)
+    box = tab.locator("#image canvas").bounding_box()
+    corner = box["x"] + 0.25 * box["width"], box["y"] + 0.25 * box["height"]
+    tab.mouse.move(*corner)
+    tab.mouse.wheel(0, -500)
+    tab.wait_for_function(
+        "before => document.querySelector('#image canvas').getBoundingClientRect().width > before", arg=1.5 * whole
+    )
+    box = tab.locator("#image canvas").bounding_box()
+    assert (corner[0] - box["x"]) / box["width"] == pytest.approx(0.25, abs=0.01)  # what the mouse is on stays there
+
+    tab.keyboard.down(" ")
+    tab.mouse.down()
+    tab.mouse.move(corner[0] + 40, corner[1] + 20, steps=4)
+    tab.mouse.up()
+    tab.keyboard.up(" ")
+    moved = tab.locator("#image canvas").bounding_box()
+    assert (moved["x"] - box["x"], moved["y"] - box["y"]) == pytest.approx((40, 20), abs=1)
+    assert (looks(tab) == before).all()
+
+    press(tab, "image", "Box")
+    drag(tab, "image", (0.2, 0.2), (0.3, 0.3))  # in what is shown enlarged
+    x0, y0, x1, y1 = bounds((looks(tab) != before).any(axis=-1))
+    height, width = before.shape[:2]
+    assert (x0 / width, y0 / height, x1 / width, y1 / height) == pytest.approx((0.2, 0.2, 0.3, 0.3), abs=0.01)
+    tab.locator("#image canvas").hover(position={"x": 0.25 * moved["width"], "y": 0.25 * moved["height"]})
+    tab.keyboard.press("0")
+    assert width_of(tab) == pytest.approx(whole, rel=0.01)
+    tab.set_viewport_size({"width": 1440, "height": 500})
+    tab.locator("#image canvas").hover()
+    before = tab.evaluate("window.scrollY")
+    tab.mouse.wheel(0, 100)  # nothing to zoom out of: the page scrolls
+    tab.wait_for_function("before => window.scrollY > before", arg=before)
+    assert width_of(tab) == pytest.approx(whole, rel=0.01)
+
+
+def touch(session, kind: str, *points: tuple[float, float]) -> None:
+    fingers = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(points)]
+    session.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": fingers})
+
+
+def test_one_finger_draws_and_two_zoom_and_move_on_a_phone(address):
+    with browser(address, **PHONE) as tab:
+        load(tab, "image", EXAMPLES / "coffee.png")
+        tab.locator("#image canvas").scroll_into_view_if_needed()
+        box, before = tab.locator("#image canvas").bounding_box(), looks(tab)
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        session = tab.context.new_cdp_session(tab)
+        touch(session, "Start", (x, y))
+        touch(session, "Move", (x + 40, y))
+        touch(session, "End")
+        drawn = looks(tab)
+        assert (drawn != before).any()
+
+        touch(session, "Start", (x - 20, y))
+        touch(session, "Move", (x - 30, y))  # a stroke has begun, which is not meant
+        touch(session, "Start", (x - 30, y), (x + 30, y))
+        touch(session, "Move", (x - 60, y + 10), (x + 60, y + 10))
+        touch(session, "End")
+        pinched = tab.locator("#image canvas").bounding_box()
+        assert pinched["width"] == pytest.approx(2 * box["width"], rel=0.05)
+        assert pinched["y"] + pinched["height"] / 2 == pytest.approx(y + 10, abs=3)
+        assert (looks(tab) == drawn).all()
+        tab.locator("#image").get_by_role("button", name="Undo").tap()
+        assert (looks(tab) == before).all()
+
+
+# --- for everyone -----------------------------------------------------------------------------------------
+
+
+def click_example(tab) -> None:
+    tab.locator("#examples button").first.click()
+    tab.locator("#results img").first.wait_for()
+
+
+def test_a_page_of_390_pixels_does_not_scroll_sideways(address):
+    with browser(address, **PHONE) as tab:
+        click_example(tab)
+        tab.locator("#history button").first.wait_for()
+        tab.get_by_label("Before and after").check()
+        tab.locator("#comparison img").first.wait_for()
+        tab.get_by_role("button", name="Steps, seed, sampler").click()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        for button in tab.locator("#image button:visible, #exemplar button:visible, #paint, #cancel, #download").all():
+            box = button.bounding_box()
+            assert 0 <= box["x"] < box["x"] + box["width"] <= 390, button.inner_text()
+            assert box["height"] >= 24
+        assert tab.faults == []
+
+
+def nameless(tab) -> list[str]:
+    """The controls that a screen reader finds, and has no name for."""
+    session = tab.context.new_cdp_session(tab)
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+    found = []
+    for node in nodes:
+        about = {one["name"]: one["value"].get("value") for one in node.get("properties", ())}
+        is_page = node.get("role", {}).get("value") == "RootWebArea"
+        if about.get("focusable") and not is_page and not node.get("name", {}).get("value", "").strip():
+            html = session.send("DOM.describeNode", {"backendNodeId": node["backendDOMNodeId"]})["node"]
+            found.append(f"{html['localName']} {html.get('attributes')}")
+    return found
+
+
+def test_everything_that_can_be_focused_has_a_name(tab):
+    click_example(tab)
+    tab.locator("#history button").first.wait_for()
+    tab.get_by_role("button", name="Steps, seed, sampler").click()
+    tab.get_by_label("Seed").wait_for()
+    assert nameless(tab) == []
+    tab.get_by_label("Before and after").check()
+    tab.locator("#comparison img").first.wait_for()
+    assert nameless(tab) == []
+    for name in ("image", "exemplar"):
+        drawing = tab.get_by_role("application").and_(tab.locator(f"#{name} canvas"))
+        assert drawing.get_attribute("aria-label").lower().startswith(name)
+        assert "zoom" in tab.locator("#" + drawing.get_attribute("aria-describedby")).inner_text()
+    tools = tab.locator("#image [data-tool]:visible")
+    assert sorted(tools.evaluate_all("all => all.map((b) => b.getAttribute('aria-pressed'))")) == ["false"] * 2 + [
+        "true"
+    ]
+    status = tab.get_by_role("status").and_(tab.locator("#status p"))
+    assert "seed 321" in status.inner_text()
+    tab.get_by_label("Before and after").uncheck()
+    tab.locator("#results img").first.wait_for()
+    assert all("seed" in alt for alt in tab.locator("#results img").evaluate_all("all => all.map((one) => one.alt)"))
+
+
+def test_focus_is_seen_and_motion_is_left_out_where_it_is_not_wanted(address):
+    with browser(address, reduced_motion="reduce", color_scheme="dark") as tab:
+        load(tab, "image", EXAMPLES / "coffee.png")
+        tab.keyboard.press("Tab")
+        for selector in ("#paint", "#image [data-tool=box]", "#image canvas"):
+            tab.locator(selector).focus()
+            style = tab.locator(selector).evaluate(
+                "one => { const s = getComputedStyle(one); return [s.outlineStyle, s.transitionDuration]; }"
+            )
+            assert style[0] == "solid"
+            assert max(float(one.removesuffix("s")) for one in style[1].split(", ")) <= 0.001
+        lightness = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, lightness.strip("rgba()").split(",")[:3])) < 64
+
+
+def test_an_example_is_painted_by_one_click(tab):
+    click_example(tab)
+    assert tab.locator("#image canvas").is_visible()
+    assert tab.locator("#exemplar canvas").is_visible()
+    assert "seed 321, steps 20, guidance 5, sampler dpm_solver" in tab.locator("#status").inner_text()
+    assert tab.faults == []
+
+
+# --- results ----------------------------------------------------------------------------------------------
+
+
+def download(tab, out: Path) -> np.ndarray:
+    with tab.expect_download() as saved:
+        tab.locator("#download").click()
+    saved.value.save_as(out)
+    return np.asarray(Image.open(out))
+
+
+def test_the_history_brings_back_results_and_what_they_were_made_of(tab, tmp_path):
+    load(tab, "image", EXAMPLES / "coffee.png")
+    load(tab, "exemplar", EXAMPLES / "china.jpg")
+    press(tab, "image", "Box")
+    drag(tab, "image", (0.4, 0.4), (0.6, 0.6))
+    drawn = looks(tab)
+    first = paint(tab, tmp_path / "first.png", steps=4)
+    tab.locator("#history button").first.wait_for()
+    press(tab, "image", "Clear")
+    drag(tab, "image", (0.1, 0.1), (0.2, 0.2))
+    press(tab, "exemplar", "Load another picture")
+    load(tab, "exemplar", EXAMPLES / "cat.png")
+    second = paint(tab, tmp_path / "second.png", steps=5)
+    assert (first != second).any()
+    tab.locator("#history button").nth(1).wait_for()
+    assert "steps 5" in tab.locator("#history button").nth(0).inner_text()
+
+    old = tab.locator("#history button").nth(1)
+    assert "seed 321, steps 4, guidance 5" in old.inner_text()
+    old.click()
+    tab.locator("#status").filter(has_text="steps 4").wait_for()
+    assert tab.get_by_label("number input for Steps").input_value() == "4"
+    assert (download(tab, tmp_path / "again.png") == first).all()
+    tab.wait_for_timeout(SECONDS)  # the canvas decodes its picture
+    assert (looks(tab) == drawn).all()
+    assert (paint(tab, tmp_path / "repeated.png", steps=4) == first).all()
+    assert tab.locator("#history button").count() == 3
+    assert tab.faults == []
+
+
+def test_a_slider_compares_before_and_after(tab, tmp_path):
+    Image.new("RGB", (300, 200), (0, 200, 0)).save(tmp_path / "green.png")
+    load(tab, "image", tmp_path / "green.png")
+    load(tab, "exemplar", EXAMPLES / "china.jpg")
+    press(tab, "image", "Box")
+    drag(tab, "image", (0.02, 0.02), (0.98, 0.98))
+    result = paint(tab, tmp_path / "result.png")
+    tab.get_by_label("Before and after").check()
+    tab.wait_for_function(
+        "() => { const all = [...document.querySelectorAll('#comparison img')];"
+        " return all.length === 2 && all.every((one) => one.naturalWidth === 300); }"
+    )
+    tab.wait_for_timeout(SECONDS)
+
+    def is_green() -> list[bool]:
+        """Whether the picture is as before at a quarter, and at three quarters, of its width."""
+        shot = np.asarray(Image.open(io.BytesIO(tab.locator("#comparison img").first.screenshot())).convert("RGB"))
+        row = shot[shot.shape[0] // 2]
+        places = [row[int(x * len(row))].astype(int) for x in (0.25, 0.75)]
+        return [bool(np.abs(place - (0, 200, 0)).max() < 12) for place in places]
+
+    assert is_green() == [True, False]
+    handle = tab.locator("#comparison [data-testid=slider]").bounding_box()
+    tab.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + 30)
+    tab.mouse.down()
+    tab.mouse.move(handle["x"] - 300, handle["y"] + 30, steps=5)
+    tab.mouse.up()
+    assert is_green() == [False, False]
+    tab.get_by_label("range slider for Before").focus()  # the same with keys
+    tab.keyboard.press("End")
+    tab.wait_for_timeout(SECONDS)
+    assert is_green() == [True, True]
+    assert (download(tab, tmp_path / "again.png") == result).all()
+    tab.get_by_label("Before and after").uncheck()
+    tab.locator("#results img").first.wait_for()
+    assert not tab.locator("#comparison").is_visible()
+    assert tab.faults == []
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1440, False), (390, True)])
+def test_the_screenshot(tiny_checkpoint, tmp_path, width, dark):
+    screenshot(tiny_checkpoint, tmp_path / "app.png", width, dark)
     with Image.open(tmp_path / "app.png") as picture:
-        assert picture.width == 1440
-        assert np.asarray(picture.convert("L")).std() > 20  # not blank: three pictures on white
+        assert picture.width == width
+        gray = np.asarray(picture.convert("L"))
+        assert gray.std() > 20  # not blank: three pictures on white, or black
+        assert (np.median(gray) < 80) == dark
 
 
 # --- the screenshot ---------------------------------------------------------------------------------------
 
 
-def screenshot(checkpoint: Path, out: Path) -> None:
-    """Has the first example painted by a model, and saves what the page then looks like."""
+def screenshot(checkpoint: Path, out: Path, width: int = 1440, dark: bool = False) -> None:
+    """Has the first example painted by a model, and saves what the page then looks like, if narrow in full length."""
     model = load_editor(checkpoint)
     page = build_page(model, identify(checkpoint, model.dtype), quick_settings(checkpoint))
-    with served(page) as address, browser(address) as tab:
-        tab.locator("#examples tbody tr").first.click()
-        tab.wait_for_function("document.querySelector('#image canvas')?.width > 300")
-        tab.locator("#paint").click()
-        tab.locator("#results img").first.wait_for(timeout=600 * SECONDS)
+    look = {"viewport": {"width": width, "height": 940}, "color_scheme": "dark" if dark else "light"}
+    with served(page) as address, browser(address, **look) as tab:
+        tab.locator("#examples button").first.click()
+        tab.locator("#history button").first.wait_for(timeout=600 * SECONDS)
         tab.mouse.move(0, 0)
         tab.wait_for_timeout(SECONDS)  # colours fade in and out
-        tab.screenshot(path=out)
+        tab.screenshot(path=out, full_page=width < 1000)
 
 
 if __name__ == "__main__":
-    screenshot(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description="Make a picture of the page.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--width", type=int, default=1440)
+    parser.add_argument("--dark", action="store_true")
+    arguments = parser.parse_args()
+    screenshot(arguments.checkpoint, arguments.out, arguments.width, arguments.dark)
