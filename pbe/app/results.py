@@ -88,9 +88,9 @@ def result_view() -> ResultView:
     position = gr.Slider(0, 100, 50, step=1, label="Before", info=about, visible=False, elem_id="position")
     status = gr.HTML("", html_template='<p role="status">${value}</p>', elem_id="status")  # screen readers read it out
     with gr.Row(visible=False) as actions:
-        download = gr.DownloadButton("Download PNG", elem_id="download", min_width=120)
-        reuse = gr.Button("Use result as image", elem_id="reuse", min_width=120)
-        compared = gr.Checkbox(label="Before and after", container=False, elem_id="compare", min_width=120)
+        download = gr.DownloadButton("Download PNG", size="md", elem_id="download", min_width=150)
+        reuse = gr.Button("Use result as image", size="md", elem_id="reuse", min_width=150)
+        compared = gr.Checkbox(label="Before and after", container=False, elem_id="compare", min_width=150)
     earlier = picture_buttons([], "History: a click shows the results again", "history")
     return ResultView(
         gallery,
@@ -149,7 +149,7 @@ def compare(wanted: bool, results: Results, chosen: int, loaded: Loaded) -> tupl
         return gr.Gallery(visible=True, selected_index=chosen), *not_compared()[1:]
     result = results[chosen][0]
     slider = gr.ImageSlider((before(loaded.image, result), result), slider_position=50, visible=True)
-    return gr.Gallery(visible=False), slider, gr.Slider(50, visible=True)
+    return gr.Gallery(visible=False), slider, gr.Slider(value=50, visible=True)
 
 
 def not_compared() -> tuple[object, ...]:

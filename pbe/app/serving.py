@@ -36,7 +36,7 @@ THEME = gr.themes.Base(
     neutral_hue="stone",
     font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "sans-serif"],
     font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "monospace"],
-)
+).set(body_text_color_subdued="*neutral_500")  # Gradio's own is too light to read
 
 
 def serve(
