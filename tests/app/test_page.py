@@ -266,7 +266,7 @@ def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
     assert chosen == 0
     assert row.visible
     assert not preview.visible
-    assert loaded == Loaded(image, drawn["mask"], exemplar, "", {**controls, "num_images": 2})
+    assert loaded == Loaded(image, drawn["mask"], exemplar, "", {**controls, "num_images": 2, "negative": None})
 
 
 def test_adapters_have_a_strength_each_on_the_page(tiny_checkpoint, files, tmp_path):
