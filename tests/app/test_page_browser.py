@@ -542,7 +542,7 @@ def test_everything_that_can_be_focused_has_a_name(tab):
         assert drawing.get_attribute("aria-label").lower().startswith(name)
         assert "zoom" in tab.locator("#" + drawing.get_attribute("aria-describedby")).inner_text()
     tools = tab.locator("#image [data-tool]:visible")
-    assert sorted(tools.evaluate_all("all => all.map((b) => b.getAttribute('aria-pressed'))")) == ["false"] * 2 + [
+    assert sorted(tools.evaluate_all("all => all.map((b) => b.getAttribute('aria-pressed'))")) == ["false"] * 3 + [
         "true"
     ]
     status = tab.get_by_role("status").and_(tab.locator("#status p"))
