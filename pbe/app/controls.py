@@ -64,21 +64,21 @@ def edit_controls(settings: EditSettings, adapters: Adapters) -> Controls:
 
 def control(name: str, settings: EditSettings) -> gr.blocks.Block:
     """The control of a setting, as its type needs it: what has a default that is no value, or is a list, is a text."""
-    kind, value, about = SETTINGS[name], getattr(settings, name), {"label": words(name), "info": DOCS[name]}
+    kind, value, label, info = SETTINGS[name], getattr(settings, name), words(name), DOCS[name]
     base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     bounds = next((extra for extra in get_args(kind) if isinstance(extra, Range)), None)
     if base is bool:
-        return gr.Checkbox(value, **about)
+        return gr.Checkbox(value, label=label, info=info)
     if get_origin(base) is Literal:
-        return gr.Dropdown(list(get_args(base)), value=value, **about)
+        return gr.Dropdown(list(get_args(base)), value=value, label=label, info=info)
     if base is int and bounds:
-        return gr.Number(value, precision=0, minimum=bounds.low, maximum=bounds.high, **about)
+        return gr.Number(value, precision=0, minimum=bounds.low, maximum=bounds.high, label=label, info=info)
     if base is float and bounds:
         step = 0.05
         low, high = bounds.low + step * bounds.above, bounds.high - step * bounds.below
-        return gr.Slider(low, high, value, step=step, **about)
+        return gr.Slider(low, high, value, step=step, label=label, info=info)
     text = "" if value is None else ",".join(map(str, np.ravel(value)))
-    return gr.Textbox(text, max_lines=1, **about)
+    return gr.Textbox(text, max_lines=1, label=label, info=info)
 
 
 def words(name: str) -> str:
