@@ -52,8 +52,8 @@ const width = () => Math.max(canvas.width, canvas.height) * size.value / 400;
 function load() {
   const value = props.value;
   box = last = hover = null;
-  past = [];
-  future = [];
+  if (value && picture?.src === value.picture) remember();  // what `select` draws can be undone
+  else { past = []; future = []; }
   if (!value) { picture = null; return; }
   const image = new Image(), region = new Image();
   image.src = value.picture;
@@ -205,7 +205,6 @@ stage.addEventListener("wheel", (event) => {
 // --- select: Python finds the object at a click or in a rough box, and draws it
 
 function select(x, y, w, h) {
-  past.pop();  // nothing is drawn yet
   const corners = [[Math.min(x, x + w), Math.min(y, y + h)], [Math.max(x, x + w), Math.max(y, y + h)]];
   const isClick = Math.hypot(w, h) < 0.01 * Math.hypot(canvas.width, canvas.height);
   const at = (isClick ? [[x, y]] : corners).flatMap(([x, y]) => [x / canvas.width, y / canvas.height]);
@@ -223,7 +222,6 @@ all("[data-tool]").forEach((b) => {
   b.classList.toggle("absent", !tools.includes(b.dataset.tool) || tools.length === 1);
   b.addEventListener("click", () => choose(b.dataset.tool));
 });
-size.classList.toggle("absent", crops);
 size.addEventListener("input", draw);
 
 const keys = {
@@ -258,7 +256,7 @@ element.addEventListener("focusout", () => holdSpace(false));
 const named = all("[data-tool][aria-keyshortcuts]:not(.absent)");
 element.querySelector(".with-keys").textContent = "Keys: " + [
   ...named.map((b) => `${b.getAttribute("aria-keyshortcuts")} ${b.textContent.toLowerCase()}`),
-  ...(crops ? [] : ["[ ] size"]), "Ctrl+Z undo", "wheel + − 0 zoom", "space moves",
+  "[ ] size", "Ctrl+Z undo", "wheel + − 0 zoom", "space moves",
 ].join(" · ");
 choose(tools[0]);
 watch("value", load);

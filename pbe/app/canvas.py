@@ -20,7 +20,7 @@ from pbe.images.pillow import UNREADABLE
 
 MAX_SIDE = 1536  # of the picture as shown: more only makes the brush slow
 BARS_HEIGHT = 68  # of the tools above the picture and the line below it
-DRAWING, CROPPING = ("brush", "box", "eraser"), ("crop",)
+DRAWING, CROPPING = ("brush", "box", "select", "eraser"), ("crop", "select", "brush", "eraser")
 _PNG = "data:image/png;base64,"
 
 

@@ -33,12 +33,15 @@ def edit_controls(settings: EditSettings, adapters: Adapters) -> Controls:
     the adapters' strengths."""
     about_guidance = "How closely the result follows the exemplar; too much distorts it"
     guidance = gr.Slider(0, 15, settings.guidance, step=0.5, label="Guidance", info=about_guidance)
-    num_images = gr.Slider(1, MAX_RESULTS, 2, step=1, label="Results")
+    num_images = gr.Slider(1, MAX_RESULTS, 2, step=1, label="Results", info="How many, each of a seed of its own")
     with gr.Accordion("Steps, seed, sampler", open=False):
-        steps = gr.Slider(min(4, settings.steps), 200, settings.steps, step=1, label="Steps")
+        about = "Of sampling: each takes the same time"
+        steps = gr.Slider(min(4, settings.steps), 200, settings.steps, step=1, label="Steps", info=about)
         with gr.Row():
-            seed = gr.Number(settings.seed, precision=0, minimum=0, label="Seed", min_width=80)
-            sampler = gr.Dropdown(list(SAMPLERS), value=settings.sampler, label="Sampler", min_width=80)
+            about = "The same gives the same result; the next results have the next seeds"
+            seed = gr.Number(settings.seed, precision=0, minimum=0, label="Seed", info=about, min_width=80)
+            about = "The method; lcm and tcd are for distilled models"
+            sampler = gr.Dropdown(list(SAMPLERS), value=settings.sampler, label="Sampler", info=about, min_width=80)
     values: dict[str, gr.blocks.Block] = {
         "guidance": guidance,
         "steps": steps,
@@ -58,7 +61,8 @@ def edit_controls(settings: EditSettings, adapters: Adapters) -> Controls:
         values |= {name: control(name, settings) for name in OF_WINDOW}
     for i, (path, strength) in enumerate(adapters, start=1):
         label, least, most = f"{path.name}: strength", min(-1, strength), max(2, strength)
-        values[f"strength_{i}"] = gr.Slider(least, most, strength, step=0.05, label=label)
+        about = "How much of the adapter is used; 0 is nothing"
+        values[f"strength_{i}"] = gr.Slider(least, most, strength, step=0.05, label=label, info=about)
     return Controls(values, mask_file)
 
 

@@ -26,6 +26,8 @@ from pbe.serve.uploads import NUMBER, EditFiles, RegionUpload, job_of, save_edit
 
 Adapters = tuple[tuple[Path, float], ...]  # files and their strengths
 NOTHING_NEW = (gr.skip(),) * 5  # of the results while they are painted
+NO_IMAGE = "There is no image yet: load one on the left."
+A_BOX = 0.99  # share of its box that a box takes, whose corners are lost where the canvas shows a smaller copy
 
 
 def path_of(file: str | None) -> Path | None:
@@ -39,14 +41,46 @@ class Upload(NamedTuple):
     size: tuple[int, int]  # (height, width)
 
 
+class Drawn(NamedTuple):
+    """What is drawn and loaded for a region: the image and its canvas, the exemplar and its canvas."""
+
+    image: Upload | None
+    mask: dict[str, str] | None
+    exemplar: Upload | None
+    crop: dict[str, str] | None
+    thumbnail: str = ""  # of the exemplar, once the region is kept
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither a mask nor an exemplar."""
+        return self.exemplar is None and not (self.mask and self.mask["mask"])
+
+    def files(self, needs_mask: bool = True) -> RegionUpload:
+        """The region for an edit; ValueError where something is missing that is needed."""
+        if self.image is None:
+            raise ValueError(NO_IMAGE)
+        mask = drawn_mask(self.mask, self.image.size)
+        if mask is None and needs_mask:
+            raise ValueError("There is no mask yet: brush or box what to replace in the image.")
+        if self.exemplar is None:
+            raise ValueError("There is no exemplar yet: load a picture of what to paint.")
+        shown = drawn_mask(self.crop, self.exemplar.size)
+        if shown is None:
+            return RegionUpload(mask, Path(self.exemplar.path))
+        box = mask_bounding_box(shown)
+        return RegionUpload(mask, Path(self.exemplar.path), box if shown[box.slices].mean() > A_BOX else shown)
+
+
 class Loaded(NamedTuple):
-    """What results were made of: the pictures, what was drawn on them (a canvas's `mask`), the controls' values."""
+    """What results were made of: the pictures, what was drawn on them (a canvas's `mask`), the controls' values, the
+    regions that were kept."""
 
     image: Upload
     mask: str
-    exemplar: Upload
+    exemplar: Upload | None
     crop: str
     controls: dict[str, object]
+    kept: tuple[Drawn, ...] = ()
 
 
 def show_previews(images: list[Image.Image]) -> tuple[object, ...]:
@@ -90,16 +124,16 @@ class Editor:
         those that are `kept`, if it is one of its own."""
         with workplace() as folder:
             now = Drawn(image, drawn, exemplar, crop)
-            regions = [one for one in kept if one.image == image]  # of another there may be some for a moment
-            if not (regions and now.is_empty):
-                regions.append(now)
+            kept = tuple(one for one in kept if one.image == image)  # of another there may be some for a moment
+            regions = kept if kept and now.is_empty else (*kept, now)
             first, *others = (one.files(needs_mask=not controls.get("extend")) for one in regions)
             assert image is not None  # else there is an error before
             files = EditFiles(Path(image.path), *first, path_of(negative), others)
             edit = self.ticket(files, controls, num_images, folder)
             paths = yield from followed(self.engine, edit, progress, show_previews)
             masks = [value["mask"] if value else "" for value in (drawn, crop)]
-            loaded = Loaded(image, masks[0], exemplar, masks[1], {**controls, "num_images": num_images})
+            values = {**controls, "num_images": num_images, "negative": negative}
+            loaded = Loaded(image, masks[0], exemplar, masks[1], values, kept)
             # Gradio has copied the files when this function goes on, and the folder can go.
             yield *show_results(paths, loaded), gr.Gallery(visible=False)
 

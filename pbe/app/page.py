@@ -15,8 +15,10 @@ from typing import Any
 import gradio as gr
 
 from pbe.app.canvas import CROPPING, DRAWING
+from pbe.app.controls import edit_controls
 from pbe.app.editor import Adapters, Editor
-from pbe.app.pictures import connect_picture, listen, picture_buttons, picture_input, show, thumbnail
+from pbe.app.pictures import connect_picture, listen, load_mask, picture_buttons, picture_input, show, thumbnail
+from pbe.app.regions import connect_regions, region_list
 from pbe.app.results import HEIGHT, connect_results, result_view
 from pbe.app.serving import cancel_edit
 from pbe.batch.provenance import Weights
@@ -25,8 +27,6 @@ from pbe.editing.settings import QUICK, EditSettings
 from pbe.images.pillow import open_image
 from pbe.images.reading import read_mask
 from pbe.models.paint_by_example import PaintByExample
-from pbe.sampling import SAMPLERS
-from pbe.serve.uploads import MAX_RESULTS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # of the repository; an installed package has none
 EXAMPLE_FILES = (  # image, mask, exemplar
@@ -51,34 +51,6 @@ def show_example(index: int) -> tuple[object, ...]:
     with open_image(Path(image)) as opened:
         repaint = read_mask(mask, (opened.height, opened.width))
     return *show(image, "image", repaint), *show(exemplar, "exemplar")
-
-
-def edit_controls(settings: EditSettings, adapters: Adapters) -> dict[str, gr.blocks.Block]:
-    """The controls of the settings that a page's user may change, of the number of results, and of the adapters'
-    strengths, by name."""
-    about_guidance = "How closely the result follows the exemplar; too much distorts it"
-    guidance = gr.Slider(0, 15, settings.guidance, step=0.5, label="Guidance", info=about_guidance)
-    num_images = gr.Slider(1, MAX_RESULTS, 2, step=1, label="Results", info="How many, each of a seed of its own")
-    with gr.Accordion("Steps, seed, sampler", open=False):
-        about = "Of sampling: each takes the same time"
-        steps = gr.Slider(min(4, settings.steps), 200, settings.steps, step=1, label="Steps", info=about)
-        with gr.Row():
-            about = "The same gives the same result; the next results have the next seeds"
-            seed = gr.Number(settings.seed, precision=0, minimum=0, label="Seed", info=about, min_width=80)
-            about = "The method; lcm and tcd are for distilled models"
-            sampler = gr.Dropdown(list(SAMPLERS), value=settings.sampler, label="Sampler", info=about, min_width=80)
-    controls: dict[str, gr.blocks.Block] = {
-        "guidance": guidance,
-        "steps": steps,
-        "seed": seed,
-        "num_images": num_images,
-        "sampler": sampler,
-    }
-    for i, (path, strength) in enumerate(adapters, start=1):
-        label, least, most = f"{path.name}: strength", min(-1, strength), max(2, strength)
-        about = "How much of the adapter is used; 0 is nothing"
-        controls[f"strength_{i}"] = gr.Slider(least, most, strength, step=0.05, label=label, info=about)
-    return controls
 
 
 def example_files() -> list[list[str]]:
@@ -166,7 +138,7 @@ def build_page(
             editor.paint,
             [image.upload, image.canvas, exemplar.upload, exemplar.canvas],
             [*results.shown, preview],
-            inputs_kwargs=controls,
+            inputs_kwargs=controls | {"kept": regions.kept},
             api_visibility="private",
             show_progress_on=[results.gallery, results.slider],
             concurrency_id="model",
@@ -177,7 +149,7 @@ def build_page(
         # not by way of the queue, whose messages would say that the visitor still waits
         cancel.click(cancel_edit, None, preview, cancels=[painting], queue=False, api_visibility="private")
         cancel.click(None, None, results.status, js="() => 'Cancelled.'")
-        connect_results(results, painting, image, exemplar, controls)
+        connect_results(results, painting, image, exemplar, regions, controls)
         # The same for programs: the endpoint's arguments are components too, which nobody sees.
         with gr.Row(visible=False):
             files = [gr.File(label=name) for name in ("image", "mask", "exemplar")]

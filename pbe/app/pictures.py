@@ -13,10 +13,12 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from pbe.app.canvas import MAX_SIDE, canvas, to_value
-from pbe.app.editor import Upload
+from pbe.app.canvas import MAX_SIDE, canvas, drawn_mask, to_value
+from pbe.app.editor import NO_IMAGE, Upload
 from pbe.app.serving import workplace
-from pbe.images.reading import read_picture
+from pbe.batch.job import Select, select
+from pbe.images.reading import read_mask, read_picture
+from pbe.io.fields import read
 from pbe.serve.uploads import take
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
@@ -54,11 +56,40 @@ def show_drop_zone() -> tuple[object, ...]:
     return None, gr.update(visible=True), gr.update(value=None, visible=False)
 
 
+def select_object(upload: Upload, drawn: dict[str, str], event: gr.EventData, name: str) -> dict[str, str]:
+    """The canvas with the object at a click, or in a rough box, whose coordinates are shares of the picture's sides.
+
+    In the image it is added to the mask, of the exemplar only it is left.
+    """
+    _, shown = open_upload(upload.path, name)
+    with workplace():
+        shares = np.clip(read("select", event.at, Select), 0, 1)
+        found = select(shown, tuple(shares * np.resize(shown.size, len(shares))), name)
+        if name == "image" and (before := drawn_mask(drawn, found.shape)) is not None:
+            found |= before
+    return drawn | {"mask": to_value(shown, found)["mask"]}
+
+
+def load_mask(path: str, upload: Upload | None, drawn: dict[str, str], fit_mask: bool) -> dict[str, str]:
+    """The image's canvas with the mask of a file."""
+    with workplace() as folder:
+        if upload is None:
+            raise ValueError(NO_IMAGE)
+        mask = read_mask(folder / take(Path(path), folder, "mask"), upload.size, fit=fit_mask)
+    _, shown = open_upload(upload.path, "image")
+    return drawn | {"mask": to_value(shown, mask)["mask"]}
+
+
 def connect_picture(picture: PictureInput, name: str) -> None:
     shown = listen(picture.file.upload, partial(show, name=name), picture.file, [*picture])
     # A file that is refused leaves the drop zone, which would not take another beside it.
     listen(shown.failure, lambda: None, None, picture.file)
     listen(picture.canvas.close, show_drop_zone, None, [*picture])
+
+    def selected(upload: Upload, drawn: dict[str, str], event: gr.EventData) -> dict[str, str]:
+        return select_object(upload, drawn, event, name)
+
+    listen(picture.canvas.select, selected, [picture.upload, picture.canvas], picture.canvas)
 
 
 def listen(event: Callable[..., Any], handler: Callable[..., object], inputs: Any, outputs: Any) -> Any:

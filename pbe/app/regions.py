@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from pbe.app.canvas import drawn_mask, to_value
-from pbe.app.editor import Drawn, Upload
-from pbe.app.pictures import PictureInput, listen, open_upload, show_drop_zone
+from pbe.app.editor import Drawn, Loaded, Upload
+from pbe.app.pictures import PictureInput, listen, open_upload, show, show_drop_zone
 from pbe.app.serving import workplace
 from pbe.batch.job import NUMBERS
 from pbe.images.windows import mask_bounding_box
@@ -64,7 +64,7 @@ def connect_regions(regions: RegionList, image: PictureInput, exemplar: PictureI
     listen(add.click, add_region, [*now, exemplar.upload, exemplar.canvas], [*shown, *exemplar])
     listen(chips.edit, open_region, [*now, exemplar.upload, exemplar.canvas], [*shown, *exemplar])
     listen(chips.remove, remove_region, now, shown)
-    listen(image.upload.change, lambda: ((), []), None, [kept, chips])  # the masks were those of another image
+    listen(image.upload.change, forget_others, [kept, image.upload], [kept, chips])
 
 
 def add_region(
@@ -94,6 +94,20 @@ def remove_region(kept: Kept, image: Upload, drawn: Canvas, event: gr.EventData)
         return show_regions(kept[: event.index] + kept[event.index + 1 :], image, drawn)
 
 
+def forget_others(kept: Kept, image: Upload | None) -> tuple[Kept, list[dict[str, str]]]:
+    """No regions where those that are kept are of another image."""
+    kept = tuple(one for one in kept if one.image == image)
+    return kept, chips_of(kept)
+
+
+def show_loaded(loaded: Loaded) -> tuple[object, ...]:
+    """For the image's and the exemplar's `PictureInput`, and the regions and chips: what results were made of."""
+    kept, chips, canvas = show_regions(loaded.kept, loaded.image, {"mask": loaded.mask})
+    image = loaded.image, gr.update(value=None, visible=False), gr.update(value=canvas, visible=True)
+    exemplar = show(loaded.exemplar.path, "exemplar", loaded.crop) if loaded.exemplar else show_drop_zone()
+    return *image, *exemplar, kept, chips
+
+
 def with_drawn(kept: Kept, region: Drawn) -> Kept:
     """The regions, and another with the thumbnail of its exemplar; ValueError where that is not complete."""
     if len(kept) == len(NUMBERS):
@@ -110,10 +124,13 @@ def with_drawn(kept: Kept, region: Drawn) -> Kept:
 def show_regions(kept: Kept, image: Upload, drawn: Canvas = None) -> tuple[Kept, list[dict[str, str]], dict[str, str]]:
     """The regions, their chips, and the image's canvas with their masks in their colours, and what is drawn on it."""
     _, shown = open_upload(image.path, "image")
-    chips = []
-    for i, (colour, region) in enumerate(zip(COLOURS, kept, strict=False), start=1):
+    for colour, region in zip(COLOURS, kept, strict=False):
         mask = drawn_mask(region.mask, shown.size[::-1])
         assert mask is not None
         shown.paste(colour, mask=Image.fromarray(mask * np.uint8(TINT)))
-        chips.append({"name": f"region {i}", "colour": colour, "thumbnail": region.thumbnail})
-    return kept, chips, to_value(shown) | {"mask": drawn["mask"] if drawn else ""}
+    return kept, chips_of(kept), to_value(shown) | {"mask": drawn["mask"] if drawn else ""}
+
+
+def chips_of(kept: Kept) -> list[dict[str, str]]:
+    numbered = enumerate(zip(COLOURS, kept, strict=False), start=1)
+    return [{"name": f"region {i}", "colour": colour, "thumbnail": one.thumbnail} for i, (colour, one) in numbered]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pbe.app.editor import Loaded, Upload, show_results
 from pbe.app.pictures import PictureInput, listen, open_upload, picture_buttons, show, thumbnail
+from pbe.app.regions import RegionList, show_loaded
 from pbe.batch.provenance import made_from
 from pbe.editing.settings import QUICK, SETTINGS
 from pbe.images.pillow import open_image
@@ -25,7 +26,7 @@ MAX_HISTORY = 12  # edits
 SHOWN_BY_BROWSERS = ("PNG", "JPEG", "MPO", "WEBP")
 ALWAYS_SAID = ("seed", "steps", "guidance", "sampler")
 GONE = "These results were deleted, since files are kept for a day at most: paint them again."
-NUM_SHOWN = 1 + 5 + 3 + 6  # outputs of `show_entry` for the status, the results, their comparison and the pictures
+NUM_SHOWN = 1 + 5 + 3 + 8  # outputs of `show_entry` for the status, the results, their comparison and `show_loaded`
 Results = list[tuple[str, str]]  # files and captions
 
 
@@ -113,6 +114,7 @@ def connect_results(
     painting: Any,
     image: PictureInput,
     exemplar: PictureInput,
+    regions: RegionList,
     controls: Mapping[str, gr.blocks.Block],
 ) -> None:
     """`painting`: the event that paints; the `controls` of its settings go back with the pictures."""
@@ -126,7 +128,8 @@ def connect_results(
     listen(comparing.failure, lambda: False, None, results.compared)
     move = "at => ({__type__: 'update', slider_position: at})"
     results.position.input(None, results.position, results.slider, js=move)
-    everything = [*after, *results.shown, *results.comparison, *image, *exemplar, *controls.values()]
+    pictures = [*image, *exemplar, *regions[:2]]
+    everything = [*after, *results.shown, *results.comparison, *pictures, *controls.values()]
     again = partial(show_entry, names=tuple(controls))
     listen(results.earlier.click, again, [results.earlier, results.history], everything)
 
@@ -194,12 +197,15 @@ def show_entry(index: int, history: Sequence[Entry], names: Sequence[str]) -> tu
         gr.Warning(GONE)
         return kept, listed, *(gr.skip(),) * (NUM_SHOWN + len(names))
     try:
-        image, _, exemplar, _, _ = loaded = entry.loaded
-        pictures = *show(image.path, "image", loaded.mask), *show(exemplar.path, "exemplar", loaded.crop)
+        pictures = show_loaded(entry.loaded)
     except gr.Error as error:
         gr.Warning(error.message)
-        pictures = (gr.skip(),) * 6
-    values = [loaded.controls.get(name, gr.skip()) for name in names]
+        pictures = (gr.skip(),) * 8
+    loaded = entry.loaded
+    controls, negative = dict(loaded.controls), loaded.controls.get("negative")
+    if negative is not None and not Path(str(negative)).is_file():
+        del controls["negative"]
+    values = [controls.get(name, gr.skip()) for name in names]
     return kept, listed, entry.words, *show_results(entry.paths, loaded), *not_compared(), *pictures, *values
 
 

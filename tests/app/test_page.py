@@ -35,10 +35,10 @@ from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from pbe.app import page as app  # noqa: E402
-from pbe.app import pictures, serving  # noqa: E402
+from pbe.app import pictures, regions, serving  # noqa: E402
 from pbe.app import results as shown  # noqa: E402
 from pbe.app.canvas import drawn_mask, to_value  # noqa: E402
-from pbe.app.editor import Loaded  # noqa: E402
+from pbe.app.editor import Loaded, Upload  # noqa: E402
 from pbe.cli.app import main  # noqa: E402
 from pbe.serve import uploads  # noqa: E402
 from pbe.serve.engine import Cancelled, Engine, Ticket  # noqa: E402
@@ -675,8 +675,27 @@ def test_the_history_shows_an_edit_again_with_what_it_was_made_of(tmp_path, load
     assert (image, exemplar) == (loaded.image, loaded.exemplar)
     assert canvas["value"]["mask"] == loaded.mask  # to the bit: the same edit again gives the same
     assert crop["value"]["mask"] == ""
-    assert others[13:] == [3, 2, gr.skip()]  # the last is a control that the edit did not have
+    assert others[13:] == [(), [], 3, 2, gr.skip()]  # the last is a control that the edit did not have
     assert not warned
+
+
+def test_the_history_has_an_edits_regions(tmp_path, two, files):
+    image, _, drawn, (first, second) = two
+    kept, *_ = regions.add_region((), image, drawn[0], *first)
+    given = {"negative": str(files["mask"])}
+    history, *_ = shown.add_entry(result(tmp_path), Loaded(image, drawn[1]["mask"], second[0], "", given, kept), ())
+    *_, canvas, _, _, _, left, chips, negative = shown.show_entry(0, history, ("negative",))
+    assert (left, [chip["name"] for chip in chips], negative) == (kept, ["region 1"], str(files["mask"]))
+    assert canvas["value"]["mask"] == drawn[1]["mask"]
+    assert canvas["value"]["picture"] != drawn[1]["picture"]  # the other's mask is shown
+    assert regions.forget_others(left, image) == (kept, chips)
+    assert regions.forget_others(left, second[0]) == regions.forget_others(left, None) == ((), [])
+
+    history, *_ = shown.add_entry(result(tmp_path, 8), Loaded(image, "", None, "", {}, kept), history)
+    *_, exemplar, drop_zone, crop, left, _, negative = shown.show_entry(0, history, ("negative",))
+    assert (exemplar, drop_zone["visible"], crop["visible"], left) == (None, True, False, kept)
+    files["mask"].unlink()
+    assert shown.show_entry(1, history, ("negative",))[-1] == gr.skip()
 
 
 def test_results_that_were_deleted_leave_the_history_in_words(tmp_path, loaded, warned):
@@ -699,7 +718,7 @@ def test_results_are_shown_again_without_an_image_that_was_deleted(tmp_path, loa
     kept, _, _, gallery, *others = shown.show_entry(0, history, ("guidance",))
     assert kept == history
     assert len(gallery.value) == 1
-    assert others[7:] == [gr.skip()] * 6 + [3]
+    assert others[7:] == [gr.skip()] * 8 + [3]
     assert len(warned) == 1
     assert "the image was deleted" in warned[0]
     with pytest.raises(gr.Error, match="the image was deleted"):

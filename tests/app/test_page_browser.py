@@ -5,6 +5,7 @@ With `--dark` and `--width 390` it is the dark page, and that of a phone.
 
 import argparse
 import io
+import re
 import shutil
 import socket
 from base64 import b64decode
@@ -644,9 +645,10 @@ def test_a_slider_compares_before_and_after(tab, tmp_path):
 
     assert becomes_green(True, False)
     handle = tab.locator("#comparison [data-testid=slider]").bounding_box()
-    tab.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + 30)
+    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+    tab.mouse.move(x, y)
     tab.mouse.down()
-    tab.mouse.move(handle["x"] - 300, handle["y"] + 30, steps=5)
+    tab.mouse.move(x - 300, y, steps=5)
     tab.mouse.up()
     assert becomes_green(False, False)
     tab.get_by_label("range slider for Before").focus()  # the same with keys
