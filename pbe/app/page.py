@@ -114,7 +114,7 @@ def build_page(
         gr.Markdown(INTRODUCTION + (TRY if (samples := example_files()) else ""))
         with gr.Row():
             with gr.Column(scale=5, min_width=400):
-                image = picture_input("image", "Image", DRAWING, "Image · draw the mask", HEIGHT)
+                image = picture_input("image", "Image", DRAWING, "Image", HEIGHT)
             with gr.Column(scale=3, min_width=280):
                 exemplar = picture_input("exemplar", "Exemplar", CROPPING, "Exemplar", 300)
                 with gr.Row():

@@ -634,11 +634,13 @@ def test_a_slider_compares_before_and_after(tab, tmp_path):
     )
 
     def becomes_green(*expected: bool) -> bool:
-        """Whether the picture comes to be as before, or not, at a quarter and at three quarters of its width."""
+        """Whether the picture comes to be as before, or not, around a quarter and three quarters of its width."""
         for _ in range(20):
             shot = np.asarray(Image.open(io.BytesIO(tab.locator("#comparison img").first.screenshot())).convert("RGB"))
-            row = shot[shot.shape[0] // 2].astype(int)
-            if [bool(np.abs(row[int(x * len(row))] - (0, 200, 0)).max() < 12) for x in (0.25, 0.75)] == [*expected]:
+            height, width = shot.shape[:2]
+            kept = np.abs(shot[height // 4 : height * 3 // 4].astype(int) - (0, 200, 0)).max(axis=-1) < 12
+            parts = [kept[:, int(x * width) - 20 : int(x * width) + 20].mean() for x in (0.25, 0.75)]
+            if [bool(part > 0.9) for part in parts] == [*expected]:
                 return True
             tab.wait_for_timeout(0.2 * SECONDS)
         return False
