@@ -91,17 +91,20 @@ class ExampleDataset(Dataset[Example]):
         if not 0 <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
         key, first = (self.seed, self.epoch, i), None
-        seed = hash64(_STEP, *key) >> 1  # 63 bits: what a signed integer holds
         for attempt in range(MAX_ATTEMPTS):
             number = i if attempt == 0 else hash64(_REPLACEMENT, *key, attempt) % len(self)
             generator = make_generator(_EXAMPLE, *key, attempt)
             self._tried += 1
             try:
-                return make_example(self._record(number), self.recipe, generator, seed, self.donors)
+                return make_example(self._record(number), self.recipe, generator, self.step_seed(i), self.donors)
             except UnusablePicture as problem:
                 self._skip(number, problem)
                 first = first or problem
         raise ValueError(f"{self.source.name}: {MAX_ATTEMPTS} pictures in a row cannot be used; the first: {first}")
+
+    def step_seed(self, i: int) -> int:
+        """Of the training step's draws for example `i` of the epoch."""
+        return hash64(_STEP, self.seed, self.epoch, i) >> 1  # 63 bits: what a signed integer holds
 
     def _record(self, number: int) -> Record:
         with usable(f"{self.source.name}[{number}]"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -31,8 +31,25 @@ class Example(NamedTuple):
         return self.source * self.mask
 
 
-def collate(examples: Sequence[Example]) -> Example:
+class EncodedExample(NamedTuple):
+    """An `Example` whose pictures an autoencoder has encoded; in a batch each tensor has B in front."""
+
+    posteriors: Tensor  # (2, 2, z, h, w) float32: of the image and of the masked image, mean and standard deviation
+    mask: Tensor  # (1, h, w), 1 = keep, at latent size
+    exemplar: Tensor
+    seed: Tensor
+    file: str | list[str]
+
+
+@overload
+def collate(examples: Sequence[Example]) -> Example: ...
+@overload
+def collate(examples: Sequence[EncodedExample]) -> EncodedExample: ...
+def collate(examples: Sequence[Example] | Sequence[EncodedExample]) -> Example | EncodedExample:
     """A batch of examples: tensors stacked, files in a list; image and source are one tensor if they are in each."""
+    if isinstance(examples[0], EncodedExample):
+        *tensors, files = map(list, zip(*examples, strict=True))
+        return EncodedExample(*map(default_collate, tensors), files)
     images, sources, masks, exemplars, seeds, files = map(list, zip(*examples, strict=True))
     image = default_collate(images)
     shared = all(a is b for a, b in zip(images, sources, strict=True))

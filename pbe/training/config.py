@@ -17,6 +17,7 @@ from pbe.models.vae import VAEConfig
 from pbe.training.callbacks.checkpoints import CheckpointConfig
 from pbe.training.callbacks.samples import SamplesConfig
 from pbe.training.distillation import DistillationConfig
+from pbe.training.encodings import EncodingsConfig
 from pbe.training.initialization import ModelConfig, known_size
 from pbe.training.module import TrainingConfig
 from pbe.training.optimizer import OptimizerConfig
@@ -59,6 +60,7 @@ class ModelRun(RunConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    encodings: EncodingsConfig = field(default_factory=EncodingsConfig)
 
     def __post_init__(self) -> None:
         if self.samples.every_n_steps and not self.has_validation:

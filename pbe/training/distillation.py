@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from pbe.data.example import Example
+from pbe.data.example import EncodedExample, Example
 from pbe.editing.settings import QUICK, EditSettings
 from pbe.io.fields import Range, check_fields
 from pbe.models.lora import adapters_off
@@ -107,7 +107,7 @@ class ConsistencyDistillation(PaintByExampleTraining):
 
     # --- the step -----------------------------------------------------------------------------------------
 
-    def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> TrainingBatch:
+    def on_before_batch_transfer(self, batch: Example | EncodedExample, dataloader_idx: int) -> TrainingBatch:
         example, draws = super().on_before_batch_transfer(batch, dataloader_idx)
         return TrainingBatch(example, draws._replace(t=draws.t // SPACE * SPACE + SPACE - 1))
 

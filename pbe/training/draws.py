@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pbe.data.example import Example
+from pbe.data.example import EncodedExample, Example
 from pbe.models.vae import VAEConfig
 from pbe.sampling import randn
 
@@ -28,7 +28,7 @@ class NoiseDraws(NamedTuple):
 class TrainingBatch(NamedTuple):
     """Examples and what was drawn for them."""
 
-    example: Example
+    example: Example | EncodedExample
     draws: NoiseDraws
 
     def to(self, device: torch.device | str) -> TrainingBatch:
@@ -37,12 +37,15 @@ class TrainingBatch(NamedTuple):
         example, draws = (
             [x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in part] for part in self
         )
-        return TrainingBatch(Example._make(example), NoiseDraws._make(draws))
+        return TrainingBatch(self.example._make(example), NoiseDraws._make(draws))
 
 
-def add_noise_draws(example: Example, vae: VAEConfig, num_timesteps: int = 1000, count: int = 1) -> TrainingBatch:
+def add_noise_draws(
+    example: Example | EncodedExample, vae: VAEConfig, num_timesteps: int = 1000, count: int = 1
+) -> TrainingBatch:
     """A batch of examples, on the CPU, with `count` noise draws per sample, which follow from the examples' seeds."""
-    shape = latent_shape(example.image, vae)
+    encoded = isinstance(example, EncodedExample)
+    shape = example.posteriors.shape[-3:] if encoded else latent_shape(example.image, vae)
     return TrainingBatch(example, make_noise_draws(example.seed.tolist(), shape, num_timesteps, count))
 
 

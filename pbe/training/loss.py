@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pbe.data.example import Example
+from pbe.data.example import EncodedExample, Example
 from pbe.models.paint_by_example import Condition, PaintByExample, latent_mask
 from pbe.sampling import NoiseSchedule
 from pbe.training.draws import TrainingBatch
@@ -73,8 +73,14 @@ def drop_exemplars(
     return torch.where((u < probability)[:, None, None], null_context.to(context), context)
 
 
-def encode(model: PaintByExample, example: Example, posterior_noise: Tensor) -> tuple[Tensor, Condition]:
+def encode(
+    model: PaintByExample, example: Example | EncodedExample, posterior_noise: Tensor
+) -> tuple[Tensor, Condition]:
     """The latents z_0 (B, 4, h, w) of the images, sampled as those of the masked images are, and the condition."""
+    if isinstance(example, EncodedExample):
+        mean, std = example.posteriors.unbind(dim=2)  # (B, 2, z, h, w)
+        z_0, z_masked = (mean + std * posterior_noise).unbind(dim=1)
+        return z_0, Condition(z_masked, example.mask, model.encode_exemplar(example.exemplar))
     with torch.no_grad():
         pictures = torch.cat([example.image, example.masked_image])  # (2B, 3, H, W)
         noise = posterior_noise.transpose(0, 1).flatten(0, 1)  # (2B, 4, h, w)

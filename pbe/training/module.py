@@ -21,7 +21,7 @@ from pbe.checkpoints.adapter_writing import write_adapter
 from pbe.checkpoints.adapters import read_adapter
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.key_map import average_name
-from pbe.data.example import Example
+from pbe.data.example import EncodedExample, Example
 from pbe.io.atomic import warn_once
 from pbe.io.fields import Range, check_fields
 from pbe.models.lora import LoRAConfig, add_lora, is_adapter
@@ -185,7 +185,7 @@ class PaintByExampleTraining(TrainingTask):
 
     # --- the step -----------------------------------------------------------------------------------------
 
-    def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> TrainingBatch:
+    def on_before_batch_transfer(self, batch: Example | EncodedExample, dataloader_idx: int) -> TrainingBatch:
         # Here the seeds are still on the CPU, where reading them keeps no device waiting.
         count = self.config.noise_draws if self.training else 1
         return add_noise_draws(batch, self.model.config.vae, self.schedule.num_timesteps, count)
@@ -200,7 +200,7 @@ class PaintByExampleTraining(TrainingTask):
         losses = self.batch_losses(batch)
         loss = (losses * loss_weights(self.schedule, draws.t, self.config.loss)).mean()
         losses = losses.detach()
-        by_picture = losses.view(-1, len(example.image)).mean(dim=0)
+        by_picture = losses.view(-1, len(example.seed)).mean(dim=0)
         return self.step_result(loss, example.file, {"loss": by_picture, **self.by_band(losses, draws.t)})
 
     def by_band(self, losses: Tensor, t: Tensor) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ from pbe.training.config import (
     to_dict,
 )
 from pbe.training.distillation import ConsistencyDistillation
+from pbe.training.encodings import encoded
 from pbe.training.initialization import loaded_vae, seeded, starting_model
 from pbe.training.module import PaintByExampleTraining
 from pbe.training.resuming import newest_checkpoint, read_entries, restoring
@@ -58,6 +59,9 @@ OURS = ("callbacks", "logger", "plugins", "default_root_dir", "use_distributed_s
 
 # 32-bit weights, computed with in 32 or 16 bits; weights of 16 bits alone would lose updates as small as these
 PRECISIONS = (32, "32", "32-true", "16-mixed", "bf16-mixed")
+
+# of a config, whose values a run goes on with
+SECTIONS = ("task", "seed", "model", "size", "training", "distillation", "optimizer", "data", "encodings", "trainer")
 
 # what Lightning warns of without reason
 UNTRUE_HERE = (
@@ -93,6 +97,8 @@ def train(config: Run, resume: bool | Path = False) -> dict[str, int]:
             kept = config.checkpoint.keep + 1 + config.checkpoint.best - len(list_checkpoints(folder / "checkpoints"))
             check_room(folder, checkpoint_bytes(module) * kept)
             save_config(config, folder / "config.yaml")
+        if isinstance(config, ModelRun) and config.encodings.folder:
+            use_encodings(config, data, module, trainer)
         with restoring(last, stop) if last else nullcontext():
             trainer.fit(module, data, ckpt_path=last)
         skipped = metrics.skipped_pictures(trainer, data.skipped)
@@ -170,7 +176,7 @@ def check_resume(config: Run, last: Path, resume: bool) -> None:
         )
     before, now = read_entries(last)["pbe"]["config"], to_dict(config)
     changed = []
-    for section in ("task", "seed", "model", "size", "training", "distillation", "optimizer", "data", "trainer"):
+    for section in SECTIONS:
         old, new = flatten(before.get(section), section), flatten(now.get(section), section)
         changed += [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and matters(key)]
     if changed:
@@ -185,7 +191,7 @@ def matters(key: str) -> bool:
     if key.startswith("trainer."):
         return key in ("trainer.accumulate_grad_batches", "trainer.precision", "trainer.gradient_clip_val")
     # Files may have moved, and batches are smaller with more devices; the checkpoint knows what must stay.
-    files = (".path", ".images", "model.init", "model.vae")
+    files = (".path", ".images", "encodings.folder", "model.init", "model.vae")
     return not key.endswith((*files, "data.workers", "data.batch_size", "training.gradient_checkpointing"))
 
 
@@ -218,6 +224,21 @@ def open_data(config: Run) -> ExampleDataModule:
         records = f"{len(data.train)} records of {data.train.source.name}"
         raise ValueError(f"data.batch_size={config.data.batch_size} is more than the {records}")
     return data
+
+
+def use_encodings(config: ModelRun, data: ExampleDataModule, module: TrainingTask, trainer: Trainer) -> None:
+    """Has the data give encoded training examples, which are made where they are missing."""
+    assert isinstance(module, PaintByExampleTraining)
+    assert data.train is not None
+    data.train = encoded(
+        data.train,
+        module.model.vae.to(trainer.strategy.root_device),
+        config.encodings,
+        config.data.batch_size,
+        config.data.workers,
+        trainer.precision_plugin.forward_context(),
+        makes=is_first_process(),
+    )
 
 
 def make_module(config: Run) -> TrainingTask:

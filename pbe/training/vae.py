@@ -31,6 +31,9 @@ class VAETrainingConfig:
     kl_weight: Annotated[float, Range(0)] = 1e-4
     """Of the Kullback-Leibler divergence, a mean over latent values, against the mean absolute error."""
 
+    compile: bool = False
+    """Compile encoder and decoder with `torch.compile`."""
+
     def __post_init__(self) -> None:
         check_fields(self, "training")
 
@@ -96,6 +99,9 @@ class VAETraining(DecodingTask):
         if config.train == "decoder":
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
+        if config.compile:
+            vae.encoder.compile()
+            vae.decoder.compile()
         self.config, self.weights = config, {"l1": 1.0, "kl": config.kl_weight}
 
     def errors(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
