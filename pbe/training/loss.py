@@ -29,10 +29,11 @@ def training_losses(
     batch: TrainingBatch,
     drop_exemplar: float = 0.2,
     drop_exemplar_by: Literal["sample", "batch"] = "sample",
+    mask_weight: float = 1.0,
 ) -> Tensor:
     """Each draw's mean squared error (K B,) of the predicted noise, from pictures on; the loss is their mean."""
     z_0, condition = encode_draws(model, batch, drop_exemplar, drop_exemplar_by)
-    return denoising_losses(model, schedule, z_0, condition, batch.draws.t, batch.draws.noise)
+    return denoising_losses(model, schedule, z_0, condition, batch.draws.t, batch.draws.noise, mask_weight)
 
 
 def encode_draws(
@@ -52,16 +53,29 @@ def encode_draws(
 
 
 def denoising_losses(
-    model: PaintByExample, schedule: NoiseSchedule, z_0: Tensor, condition: Condition, t: Tensor, noise: Tensor
+    model: PaintByExample,
+    schedule: NoiseSchedule,
+    z_0: Tensor,
+    condition: Condition,
+    t: Tensor,
+    noise: Tensor,
+    mask_weight: float = 1.0,
 ) -> Tensor:
-    """Each sample's mean of (eps(z_t, z_masked, mask; t, context) - noise)^2, (B,), at the timesteps t (B,)."""
+    """Each sample's mean of (eps(z_t, z_masked, mask; t, context) - noise)^2, (B,), at the timesteps t (B,).
+
+    mask_weight: of the part to repaint, against 1 of the rest; the mean is weighted, and so of the same size.
+    """
     z_t = schedule.add_noise(z_0, noise, t)
     if model.config.unet.in_channels == z_t.shape[1]:
         unet_in = z_t  # a prior without the task's inputs, which `pbe checkpoint expand` adds
     else:
         unet_in = torch.cat([z_t, condition.z_masked, condition.mask], dim=1)  # (B, 9, h, w)
     eps = model.unet(unet_in, t, condition.context)
-    return (eps.float() - noise).square().flatten(1).mean(dim=1)
+    error = (eps.float() - noise).square()
+    if mask_weight != 1:
+        weights = 1 + (mask_weight - 1) * (1 - condition.mask)  # (B, 1, h, w)
+        error = error * weights / weights.mean(dim=(1, 2, 3), keepdim=True)
+    return error.flatten(1).mean(dim=1)
 
 
 def drop_exemplars(
@@ -91,12 +105,24 @@ def encode(
     return z_0, Condition(z_masked, mask, model.encode_exemplar(example.exemplar))
 
 
-def loss_weights(schedule: NoiseSchedule, t: Tensor, loss: Literal["noise", "velocity"]) -> Tensor:
-    """What the squared error of the noise at each timestep (B,) is multiplied by: 1, or 1 / alpha_bar for the error of
-    the velocity sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022, arXiv 2202.00512, section 4)."""
-    if loss == "noise":
-        return torch.ones_like(t, dtype=torch.float32)
-    return (1 / schedule.alpha_bar).float().to(t.device, non_blocking=t.is_cuda)[t]
+Loss = Literal["noise", "velocity", "min_snr"]
+MIN_SNR = 5.0  # the authors' gamma
+
+
+def loss_weights(schedule: NoiseSchedule, t: Tensor, loss: Loss) -> Tensor:
+    """What the squared error of the noise at each timestep (B,) is multiplied by.
+
+    noise: 1. velocity: 1 / alpha_bar, for the error of sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho
+    2022, arXiv 2202.00512, section 4). min_snr: min(SNR, gamma) / SNR with SNR = alpha_bar / (1 - alpha_bar) (Hang et
+    al. 2023, arXiv 2303.09556, section 3.4).
+    """
+    alpha_bar = schedule.alpha_bar
+    weights = {
+        "noise": torch.ones_like(alpha_bar),
+        "velocity": 1 / alpha_bar,
+        "min_snr": (MIN_SNR * (1 - alpha_bar) / alpha_bar).clamp(max=1),
+    }
+    return weights[loss].float().to(t.device, non_blocking=t.is_cuda)[t]
 
 
 def check_finite(loss: Tensor, step: int, files: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ from pbe.sampling import NoiseSchedule
 from pbe.training.draws import TrainingBatch, add_noise_draws
 from pbe.training.ema import ParameterAverage
 from pbe.training.initialization import PARTS, Part
-from pbe.training.loss import denoising_losses, encode, loss_weights, training_losses
+from pbe.training.loss import Loss, denoising_losses, encode, loss_weights, training_losses
 from pbe.training.memory import cast_frozen, checkpoint_blocks, keep_norms_half, skip_queries
 from pbe.training.optimizer import OptimizerConfig
 from pbe.training.task import TrainingTask, beside, sum_over_processes
@@ -60,10 +60,13 @@ class TrainingConfig:
     """Whether that is drawn for each sample, or as in the original for a whole batch."""
     ema_decay: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     """Of the parameters' moving average; None: no average."""
-    loss: Literal["noise", "velocity"] = "noise"
-    """Whose squared error is minimised: that of the predicted noise, as in the paper, or that of the velocity which it
+    loss: Loss = "noise"
+    """Whose squared error is minimised: that of the predicted noise, as in the paper; or that of the velocity which it
     implies, the noise's over alpha_bar: it gives the noisiest timesteps, where form and colour are decided, as much to
-    say as the others, and lets a small model learn them sooner."""
+    say as the others, and lets a small model learn them sooner; or min_snr, the noise's with less weight where little
+    noise is left (gamma 5), so that those timesteps do not pull against the others."""
+    mask_weight: Annotated[float, Range(0, above=True)] = 1.0
+    """Weight in the loss of the part to repaint, against 1 of the rest."""
     gradient_checkpointing: Annotated[bool | int, Range(0), "true, false or a number of levels"] = False
     """Compute the UNet's activations again in the backward pass: more time, far less memory. A number: those of this
     many levels of highest resolution alone, which take the most memory."""
@@ -193,7 +196,8 @@ class PaintByExampleTraining(TrainingTask):
     def batch_losses(self, batch: TrainingBatch) -> Tensor:
         """Each draw's mean squared error (K B,) of the predicted noise."""
         config = self.config
-        return training_losses(self.model, self.schedule, batch, config.drop_exemplar, config.drop_exemplar_by)
+        drop = config.drop_exemplar, config.drop_exemplar_by
+        return training_losses(self.model, self.schedule, batch, *drop, config.mask_weight)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
         example, draws = batch

@@ -242,8 +242,39 @@ def test_the_velocity_s_error_is_the_noise_s_over_alpha_bar():
 
     step = module.training_step(module.on_before_batch_transfer(example(), 0), 0)
     assert step["loss"] > 1.01 * step["metrics"]["loss"].mean()  # what is logged stays comparable
-    with pytest.raises(ValueError, match=r"training\.loss must be 'noise' or 'velocity', got 'x_0'"):
+    with pytest.raises(ValueError, match=r"training\.loss must be 'noise', 'velocity' or 'min_snr', got 'x_0'"):
         TrainingConfig(loss="x_0")
+
+
+def test_min_snr_weights_are_diffusers():
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    schedulers = pytest.importorskip("diffusers")
+    schedule = training().schedule
+    reference = schedulers.DDPMScheduler(1000, 0.00085, 0.0120, beta_schedule="scaled_linear")
+    t = torch.arange(0, 1000, 37)
+    snr = training_utils.compute_snr(reference, t)
+    weights = loss_weights(schedule, t, "min_snr")
+    torch.testing.assert_close(weights, snr.clamp(max=5) / snr, rtol=1e-4, atol=0)
+    assert weights.min() < 0.01
+    assert weights.max() == 1
+
+
+@pytest.mark.parametrize("weight", [0.5, 4.0])
+def test_weight_of_the_mask(weight):
+    module = training(mask_weight=weight)
+    batch = module.on_before_batch_transfer(example(), 0)
+    z_0, condition = encode(module.model, batch.example, batch.draws.posterior_noise)
+    t, noise = batch.draws.t, batch.draws.noise
+    arguments = module.model, module.schedule, z_0, condition, t, noise
+    unet_in = torch.cat([module.schedule.add_noise(z_0, noise, t), condition.z_masked, condition.mask], dim=1)
+    error = (module.model.unet(unet_in, t, condition.context) - noise).square()
+    weights = torch.where(condition.mask.bool(), 1.0, weight).expand_as(error)
+    assert 0 < condition.mask.mean() < 1
+    for i, loss in enumerate(denoising_losses(*arguments, mask_weight=weight)):
+        expected = (error * weights)[i].sum() / weights[i].sum()
+        torch.testing.assert_close(loss, expected)
+    plain = denoising_losses(*arguments)
+    assert not torch.allclose(denoising_losses(*arguments, mask_weight=weight), plain)
 
 
 def test_loss_that_is_not_finite_names_step_and_files():
