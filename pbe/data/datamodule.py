@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pbe.data.dataset import ExampleDataset, train_val_split
 from pbe.data.example import Example, collate, make_generator
+from pbe.data.mixture import Mixture
 from pbe.data.recipe_config import RecipeConfig, override_recipe
 from pbe.data.records import DataWarning, Source
-from pbe.data.sources import SourceConfig, open_source
+from pbe.data.sources import MixedSourceConfig, SourceConfig, open_source
 
 _SHUFFLE = 3  # beside the purposes of a hash in dataset.py
 
@@ -34,6 +35,8 @@ class DataConfig:
     """The pictures of the test."""
     donors: SourceConfig | None = None
     """Objects with masks, of all sizes, for `recipe.transplant`."""
+    sources: list[MixedSourceConfig] = field(default_factory=list)
+    """Several sources of training pictures in place of `source`, each with its share of the examples."""
     val_size: int = 0
     """Without a `val_source`: the number of photos of `source` to validate on, with all their objects, always the same
     ones, which are not trained on; a tenth of them where that is more than half. 0: no validation."""
@@ -53,6 +56,8 @@ class DataConfig:
         for name, least in (("batch_size", 1), ("workers", 0), ("val_size", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.sources and (self.source.path or self.val_size):
+            raise ValueError("data.sources takes the place of data.source, and needs a val_source in place of val_size")
         for key, recipe in self.recipes().items():
             recipe.check_donors(self.donors, key)
 
@@ -62,7 +67,7 @@ class DataConfig:
 
     def recipe_for_validation(self) -> RecipeConfig:
         """How examples of validation and test are made. ValueError for a wrong name or value in `val_recipe`."""
-        return override_recipe(self.recipe, {"augment": False, **self.val_recipe}, "data.val_recipe")
+        return override_recipe(self.recipe, {"augment": False, "anneal_masks": 0, **self.val_recipe}, "data.val_recipe")
 
 
 def check_sizes(config: DataConfig, multiple: int, exemplar_size: int, resolution: int | None = None) -> None:
@@ -164,7 +169,7 @@ class ExampleDataModule(lightning.LightningDataModule):
         config = self.config
         val_recipe = config.recipe_for_validation()
         if stage in ("fit", "validate") and self.train is None:
-            source, val = self._open(config.source, config.recipe), None
+            source, val = self._open_training(), None
             if config.val_source is not None:
                 val = self._open(config.val_source, val_recipe)
             elif config.val_size:
@@ -189,6 +194,13 @@ class ExampleDataModule(lightning.LightningDataModule):
             stacklevel=3,
         )
         return fewer
+
+    def _open_training(self) -> Source:
+        config = self.config
+        if not config.sources:
+            return self._open(config.source, config.recipe)
+        opened = [self._open(source, config.recipe) for source in config.sources]
+        return Mixture(opened, *zip(*((source.weight, source.noisy) for source in config.sources), strict=True))
 
     def _open(self, source: SourceConfig, recipe: RecipeConfig) -> Source:
         return open_source(source, (recipe.min_area, recipe.max_area))

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from pbe.data.crop import usable
 from pbe.data.example import Example, hash64, make_generator
+from pbe.data.mixture import Mixture
 from pbe.data.recipe import Stages, make_example
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import PackedStrings, Record, Source, UnusablePicture
@@ -91,12 +92,13 @@ class ExampleDataset(Dataset[Example]):
         if not 0 <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
         key, first = (self.seed, self.epoch, i), None
+        recipe = self.recipe.of_epoch(self.epoch)
         for attempt in range(MAX_ATTEMPTS):
             number = i if attempt == 0 else hash64(_REPLACEMENT, *key, attempt) % len(self)
             generator = make_generator(_EXAMPLE, *key, attempt)
             self._tried += 1
             try:
-                return make_example(self._record(number), self.recipe, generator, self.step_seed(i), self.donors)
+                return make_example(self._record(number), recipe, generator, self.step_seed(i), self.donors)
             except UnusablePicture as problem:
                 self._skip(number, problem)
                 first = first or problem
@@ -108,7 +110,7 @@ class ExampleDataset(Dataset[Example]):
 
     def _record(self, number: int) -> Record:
         with usable(f"{self.source.name}[{number}]"):
-            return self.source[number]
+            return self.source.of_epoch(number, self.epoch) if isinstance(self.source, Mixture) else self.source[number]
 
     def _skip(self, number: int, problem: UnusablePicture) -> None:
         worker = get_worker_info()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+NEVER = torch.zeros(())
 _64_BITS = (1 << 64) - 1
 
 
@@ -21,6 +22,7 @@ class Example(NamedTuple):
     exemplar: Tensor  # (3, S, S), CLIP-normalised
     seed: Tensor  # int64 (), of the training step's draws (timestep, noise, posterior, dropped exemplar)
     file: str | list[str]  # for messages; a list in a batch
+    noisy: Tensor = NEVER  # float32 (), see `Record.noisy`
 
     @property
     def masked_image(self) -> Tensor:
@@ -39,6 +41,7 @@ class EncodedExample(NamedTuple):
     exemplar: Tensor
     seed: Tensor
     file: str | list[str]
+    noisy: Tensor = NEVER
 
 
 @overload
@@ -48,13 +51,14 @@ def collate(examples: Sequence[EncodedExample]) -> EncodedExample: ...
 def collate(examples: Sequence[Example] | Sequence[EncodedExample]) -> Example | EncodedExample:
     """A batch of examples: tensors stacked, files in a list; image and source are one tensor if they are in each."""
     if isinstance(examples[0], EncodedExample):
-        *tensors, files = map(list, zip(*examples, strict=True))
-        return EncodedExample(*map(default_collate, tensors), files)
-    images, sources, masks, exemplars, seeds, files = map(list, zip(*examples, strict=True))
+        *tensors, files, noisy = map(list, zip(*examples, strict=True))
+        return EncodedExample(*map(default_collate, tensors), files, default_collate(noisy))
+    images, sources, masks, exemplars, seeds, files, noisy = map(list, zip(*examples, strict=True))
     image = default_collate(images)
     shared = all(a is b for a, b in zip(images, sources, strict=True))
     source = image if shared else default_collate(sources)
-    return Example(image, source, default_collate(masks), default_collate(exemplars), default_collate(seeds), files)
+    others = map(default_collate, (masks, exemplars, seeds))
+    return Example(image, source, *others, files, default_collate(noisy))
 
 
 def hash64(*values: int) -> int:

@@ -231,7 +231,7 @@ def finish(
     if config.augment:
         exemplar = augment_exemplar(exemplar, config, generator)
     exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
-    return Example(image, source, mask, exemplar, torch.tensor(seed, dtype=torch.int64), str(record.image))
+    return Example(image, source, mask, exemplar, torch.tensor(seed), str(record.image), torch.tensor(record.noisy))
 
 
 def recolored(pixels: Pixels, geometry: Geometry, recoloring: Recoloring) -> Pixels:

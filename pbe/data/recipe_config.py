@@ -56,6 +56,9 @@ class RecipeConfig:
     object_mask: Probability | None = None
     """Probability of the object's own mask, where it has one, in place of box and Bezier shape. None: 1 for masks of a
     manifest, which say what to repaint, 0 for COCO's, which say where objects are."""
+    anneal_masks: Annotated[int, Range(0)] = 0
+    """Over this many epochs the objects' own masks give way to boxes and Bezier shapes: their probability falls from 1
+    to `object_mask` (None: 0), so that form is learned before it must be guessed."""
     object_mask_margin: Pixels = 0.0
     """What an object's own mask grows by, in photo pixels."""
 
@@ -98,6 +101,13 @@ class RecipeConfig:
             ordered["coverage"] = 0 < self.coverage[0] <= self.coverage[1] <= 1
         for name in (name for name, holds in ordered.items() if not holds):
             raise ValueError(f"recipe.{name} must be {describe(OPTIONS[name])}, got {getattr(self, name)}")
+
+    def of_epoch(self, epoch: int) -> RecipeConfig:
+        """The recipe with the masks of this epoch, the first being 0."""
+        if epoch >= self.anneal_masks:
+            return self
+        last = self.object_mask or 0.0
+        return replace(self, object_mask=1 - (1 - last) * epoch / self.anneal_masks)
 
     @property
     def needs_donors(self) -> bool:

@@ -46,6 +46,7 @@ class Record(NamedTuple):
     target: Path | None = None  # what the edited picture should be, in place of the image itself
     labels: tuple[str, ...] | None = None  # one per box
     repaint_masks: bool = False  # the masks say what to repaint, not only where objects are, unless the recipe decides
+    noisy: float = 0.0  # probability that its examples are trained on at the noisier half of the timesteps alone
     fixed: bool = False  # the edit of a test set: the whole picture, its one mask and its exemplar, whatever the recipe
 
     @property

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pbe.data.coco import Coco
 from pbe.data.cocoee import CocoEE
 from pbe.data.manifest import Manifest
 from pbe.data.open_images import OpenImages
 from pbe.data.records import Source
+from pbe.io.fields import Range, check_fields
 from pbe.io.suggest import did_you_mean
 
 
@@ -26,6 +27,20 @@ class SourceConfig:
     """The pictures' folder; a manifest may find its own."""
     exclude: list[str] = field(default_factory=list)
     """Names of OpenImages' flags, such as IsGroupOf or IsDepiction, whose boxes are left out."""
+
+
+@dataclass
+class MixedSourceConfig(SourceConfig):
+    """One of several sources of training pictures."""
+
+    weight: Annotated[float, Range(0, above=True)] = 1.0
+    """Its share of the examples, against the weights of the others."""
+    noisy: Annotated[float, Range(0, 1)] = 0.0
+    """Probability that an example of it is trained on at the noisier half of the timesteps alone: for pictures that
+    show form and pose but no detail, such as frames of a video (AnyDoor, arXiv 2307.09481, section 3.3)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.sources")
 
 
 Area = tuple[float, float]

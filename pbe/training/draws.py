@@ -44,9 +44,11 @@ def add_noise_draws(
     example: Example | EncodedExample, vae: VAEConfig, num_timesteps: int = 1000, count: int = 1
 ) -> TrainingBatch:
     """A batch of examples, on the CPU, with `count` noise draws per sample, which follow from the examples' seeds."""
+    seeds = example.seed.tolist()
+    noisy = example.noisy.expand(len(seeds)).tolist()
     encoded = isinstance(example, EncodedExample)
     shape = example.posteriors.shape[-3:] if encoded else latent_shape(example.image, vae)
-    return TrainingBatch(example, make_noise_draws(example.seed.tolist(), shape, num_timesteps, count))
+    return TrainingBatch(example, make_noise_draws(seeds, shape, num_timesteps, count, noisy))
 
 
 def latent_shape(image: Tensor, vae: VAEConfig) -> tuple[int, int, int]:
@@ -56,12 +58,17 @@ def latent_shape(image: Tensor, vae: VAEConfig) -> tuple[int, int, int]:
 
 
 def make_noise_draws(
-    seeds: Sequence[int], latent_shape: Sequence[int], num_timesteps: int, count: int = 1
+    seeds: Sequence[int],
+    latent_shape: Sequence[int],
+    num_timesteps: int,
+    count: int = 1,
+    noisy: Sequence[float] = (),
 ) -> NoiseDraws:
     """`count` draws for each of the samples with these seeds, on the CPU; `latent_shape` is (4, h, w).
 
     A sample's first draw is the same whatever `count` is; the timesteps of the others are T / count apart from it and
     from each other, modulo T, so that together they cover all T evenly (Kingma et al. 2021, arXiv 2107.00630, I.1).
+    With the probability `noisy` of its own, a sample's timesteps are those of the noisier half, T / 2 to T, instead.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drop = [torch.cat([torch.rand(1, generator=g) for g in generators])]
@@ -71,10 +78,14 @@ def make_noise_draws(
     for _ in range(count - 1):
         drop.append(torch.cat([torch.rand(1, generator=g) for g in generators]))
         noise.append(randn(latent_shape, generators))
-    shifts = [k * num_timesteps // count for k in range(count)]
+    shifts = torch.tensor([k * num_timesteps // count for k in range(count)])
+    t = (t + shifts[:, None]) % num_timesteps  # (K, B)
+    for i, probability in enumerate(noisy):
+        if probability and torch.rand((), generator=generators[i]) < probability:
+            t[:, i] = (t[:, i] + num_timesteps) // 2
     return NoiseDraws(
         drop=torch.cat(drop),
-        t=torch.cat([(t + shift) % num_timesteps for shift in shifts]),
+        t=t.flatten(),
         noise=torch.cat(noise),
         posterior_noise=posterior_noise,
     )

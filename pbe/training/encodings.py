@@ -69,7 +69,8 @@ class EncodedDataset(ExampleDataset):
             self._opened[path] = np.load(path, mmap_mode="r")
         row = self._opened[path][i % RECORDS_PER_FILE]
         tensors = (torch.from_numpy(row[name].astype(np.float32)) for name in ("posteriors", "mask", "exemplar"))
-        return EncodedExample(*tensors, torch.tensor(self.step_seed(i)), f"{self.source.name}[{i}]")
+        file, noisy = f"{self.source.name}[{i}]", torch.from_numpy(row["noisy"].astype(np.float32))
+        return EncodedExample(*tensors, torch.tensor(self.step_seed(i)), file, noisy)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}  # a worker opens files for itself
@@ -171,5 +172,6 @@ def encode_example(example: Example, vae: AutoencoderKL, device: torch.device) -
         "posteriors": torch.stack([torch.stack([p.mean, p.std], dim=1) for p in posteriors], dim=1),
         "mask": latent_mask(example.mask, vae.config.downsampling),
         "exemplar": example.exemplar,
+        "noisy": example.noisy,
     }
     return {name: x.float().cpu().numpy() for name, x in values.items()}

@@ -135,6 +135,13 @@ def test_masks_are_repainted_where_their_source_says_so():
         assert np.mean([p.outline is None for p in some]) == pytest.approx(share, abs=0.05)
 
 
+def test_masks_that_are_annealed():
+    config = RecipeConfig(anneal_masks=4, object_mask=0.2)
+    assert [config.of_epoch(epoch).object_mask for epoch in (0, 2, 4, 9)] == pytest.approx([1, 0.6, 0.2, 0.2])
+    assert RecipeConfig(anneal_masks=2).of_epoch(1).object_mask == 0.5
+    assert RecipeConfig(anneal_masks=2).of_epoch(2).object_mask is None
+
+
 def test_records_without_masks_know_nothing_of_object_masks():
     default, off = plans(100), plans(100, object_mask=0.0)  # such as all of OpenImages
     for a, b in zip(default, off, strict=True):

@@ -76,7 +76,8 @@ def example(n: int = 3, side: int = 32) -> Example:
     mask = torch.ones(n, 1, side, side)
     mask[:, :, 8:24, 8:24] = 0
     exemplar = golden_file.noise("exemplar", n, 3, 28, 28)
-    return Example(images, images, mask, exemplar, torch.arange(n) + 5, [f"{i}.png" for i in range(n)])
+    files = [f"{i}.png" for i in range(n)]
+    return Example(images, images, mask, exemplar, torch.arange(n) + 5, files, torch.zeros(n))
 
 
 def denoise(
@@ -275,6 +276,19 @@ def test_weight_of_the_mask(weight):
         torch.testing.assert_close(loss, expected)
     plain = denoising_losses(*arguments)
     assert not torch.allclose(denoising_losses(*arguments, mask_weight=weight), plain)
+
+
+def test_timesteps_of_noisy_samples():
+    plain = make_noise_draws(range(200), (4, 2, 2), 1000, count=2)
+    noisy = make_noise_draws(range(200), (4, 2, 2), 1000, count=2, noisy=[0.0] * 100 + [1.0] * 50 + [0.5] * 50)
+    for name in ("noise", "posterior_noise", "drop"):
+        assert torch.equal(getattr(plain, name), getattr(noisy, name))
+    plain_t, t = plain.t.view(2, 200), noisy.t.view(2, 200)
+    assert torch.equal(plain_t[:, :100], t[:, :100])
+    assert torch.equal((plain_t[:, 100:150] + 1000) // 2, t[:, 100:150])
+    changed = (plain_t[:, 150:] != t[:, 150:]).any(dim=0)
+    assert 10 < changed.sum() < 40
+    assert t[:, 150:][:, changed].min() >= 500
 
 
 def test_loss_that_is_not_finite_names_step_and_files():
