@@ -52,13 +52,13 @@ def collate(examples: Sequence[Example] | Sequence[EncodedExample]) -> Example |
     """A batch of examples: tensors stacked, files in a list; image and source are one tensor if they are in each."""
     if isinstance(examples[0], EncodedExample):
         *tensors, files, noisy = map(list, zip(*examples, strict=True))
-        return EncodedExample(*map(default_collate, tensors), files, default_collate(noisy))
+        return EncodedExample._make([*map(default_collate, tensors), files, default_collate(noisy)])
     images, sources, masks, exemplars, seeds, files, noisy = map(list, zip(*examples, strict=True))
     image = default_collate(images)
     shared = all(a is b for a, b in zip(images, sources, strict=True))
     source = image if shared else default_collate(sources)
     others = map(default_collate, (masks, exemplars, seeds))
-    return Example(image, source, *others, files, default_collate(noisy))
+    return Example._make([image, source, *others, files, default_collate(noisy)])
 
 
 def hash64(*values: int) -> int:

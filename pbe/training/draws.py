@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +34,11 @@ class TrainingBatch(NamedTuple):
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The batch on a device; a CUDA device copies while the CPU goes on."""
         non_blocking = torch.device(device).type == "cuda"
-        example, draws = (
-            [x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in part] for part in self
-        )
-        return TrainingBatch(self.example._make(example), NoiseDraws._make(draws))
+
+        def moved(part: Any) -> Any:
+            return part._make(x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x for x in part)
+
+        return TrainingBatch(moved(self.example), moved(self.draws))
 
 
 def add_noise_draws(
@@ -46,8 +47,10 @@ def add_noise_draws(
     """A batch of examples, on the CPU, with `count` noise draws per sample, which follow from the examples' seeds."""
     seeds = example.seed.tolist()
     noisy = example.noisy.expand(len(seeds)).tolist()
-    encoded = isinstance(example, EncodedExample)
-    shape = example.posteriors.shape[-3:] if encoded else latent_shape(example.image, vae)
+    if isinstance(example, EncodedExample):
+        shape = example.posteriors.shape[-3:]
+    else:
+        shape = torch.Size(latent_shape(example.image, vae))
     return TrainingBatch(example, make_noise_draws(seeds, shape, num_timesteps, count, noisy))
 
 

@@ -68,9 +68,8 @@ class EncodedDataset(ExampleDataset):
         if path not in self._opened:
             self._opened[path] = np.load(path, mmap_mode="r")
         row = self._opened[path][i % RECORDS_PER_FILE]
-        tensors = (torch.from_numpy(row[name].astype(np.float32)) for name in ("posteriors", "mask", "exemplar"))
-        file, noisy = f"{self.source.name}[{i}]", torch.from_numpy(row["noisy"].astype(np.float32))
-        return EncodedExample(*tensors, torch.tensor(self.step_seed(i)), file, noisy)
+        kept = {name: torch.tensor(row[name], dtype=torch.float32) for name in row.dtype.names}
+        return EncodedExample(**kept, seed=torch.tensor(self.step_seed(i)), file=f"{self.source.name}[{i}]")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}  # a worker opens files for itself

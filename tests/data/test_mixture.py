@@ -79,7 +79,7 @@ def test_in_a_config(manifests):
 def test_mistakes(manifests):
     mixed = [MixedSourceConfig(path=str(manifests[0]))]
     for others in ({"val_size": 2}, {"source": SourceConfig(path="x.csv")}):
-        with pytest.raises(ValueError, match="takes the place of data.source"):
+        with pytest.raises(ValueError, match=r"takes the place of data\.source"):
             DataConfig(sources=mixed, **others)
     with pytest.raises(ValueError, match=r"data\.sources\.weight must be .* above 0, got 0"):
         MixedSourceConfig(weight=0)
