@@ -18,7 +18,8 @@ def offload(model: PaintByExample, device: str | torch.device) -> PaintByExample
     """The model itself, with its networks in the CPU's memory, from where `pbe.edit` copies each to `device` in turn.
 
     The projection and the learned vector stay on the device: they say where and in what precision the model computes,
-    and `prepare_for_inference` chooses its layouts for that device. So does a tiny decoder, which is small.
+    and `prepare_for_inference` chooses its layouts for that device. So do what is small: a tiny decoder, and a detail
+    adapter's resampler.
 
     Raises:
         ValueError: for a prepared model, whose layouts may be those of the device that it was prepared on.
@@ -26,7 +27,7 @@ def offload(model: PaintByExample, device: str | torch.device) -> PaintByExample
     if isinstance(model, PreparedModel):
         raise ValueError("offload the model before it is prepared: its layouts are those of one device")
     model.to("cpu")
-    for network in filter(None, (model.proj_out, model.tiny_decoder)):
+    for network in filter(None, (model.proj_out, model.tiny_decoder, model.detail)):
         network.to(device)
     model.learnable_vector = nn.Parameter(model.learnable_vector.detach().to(device))
     return model

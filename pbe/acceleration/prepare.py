@@ -29,7 +29,7 @@ class PreparedModel(PaintByExample):
         self.first_stage_model = vae
         self.cond_stage_model = model.cond_stage_model
         self.proj_out, self.learnable_vector = model.proj_out, model.learnable_vector
-        self.tiny_decoder = model.tiny_decoder
+        self.tiny_decoder, self.detail = model.tiny_decoder, model.detail
 
     @property
     def unet(self) -> PreparedUNet:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pbe.acceleration.layers import FusedSelfAttention, PhaseUpsample, swap
-from pbe.models.blocks import ResBlock, Signals, copies, of_kind, timestep_embedding
+from pbe.models.blocks import Context, ResBlock, Signals, copies, of_kind, timestep_embedding
+from pbe.models.detail import DetailAttention, split
 from pbe.models.unet import TransformerBlock, UNet, Upsample
 
 # The input blocks from the first on, and the output blocks up to the last, that run where deep features are reused:
@@ -33,33 +34,72 @@ class ShiftedBlock(nn.Module):
         return self.block.body(x, copies(shifts[:, self.columns], x.shape[0]))
 
 
-class FoldedBlock(nn.Module):
-    """A transformer block for a context of one token.
+class FoldedDetail(nn.Module):
+    """Attention over detail tokens that stay the same, with its queries and its output folded into them.
 
-    Attention over one token has softmax 1: it is to_out(to_v(context)) at every position and step, and query, key and
-    their norm are not needed. `columns` is the block's place in the constants of all blocks, side by side.
+    The score of head h at y = norm2(x) and token j is W_q,h y · k_hj / sqrt(d) = y · (W_q,h' k_hj / sqrt(d)), and
+    W_o Σ p_hj v_hj = Σ p_hj (W_o,h v_hj): two products with H D rows in the place of two with C.
     """
 
-    columns: slice
+    def __init__(self, norm2: nn.LayerNorm, attention: DetailAttention):
+        super().__init__()
+        self.norm2, self.num_heads, self.num_detail = norm2, attention.num_heads, attention.num_detail
+        self.to_k_detail, self.to_v_detail = attention.to_k_detail, attention.to_v_detail
+        # parameters, and no layers: packed ones could not be transposed
+        self.w_q, self.w_o = attention.to_q.weight, attention.to_out[0].weight
+
+    def rows(self, context: Tensor) -> Tensor:
+        """(K, 2 H D, C) of contexts (K, 1 + D or 1 + 2 D, context_dim), the keys' first."""
+        _, for_keys, for_values = split(context, 1, self.num_detail)
+        by_head = (self.num_heads, -1)
+        k = self.to_k_detail(for_keys).unflatten(-1, by_head)  # (K, D, H, d)
+        v = self.to_v_detail(for_values).unflatten(-1, by_head)
+        k = torch.einsum("kthd,hdc->khtc", k * k.shape[-1] ** -0.5, self.w_q.unflatten(0, by_head))
+        v = torch.einsum("kthd,chd->khtc", v, self.w_o.unflatten(1, by_head))
+        return torch.cat([k.flatten(1, 2), v.flatten(1, 2)], dim=1)
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        keys, values = rows.chunk(2, dim=1)  # (K, H D, C) each
+        scores = self.norm2(x) @ keys.transpose(1, 2)  # (K, N, H D)
+        return scores.unflatten(-1, (self.num_heads, -1)).softmax(dim=-1).flatten(-2) @ values
+
+
+class FoldedBlock(nn.Module):
+    """A transformer block for a context of one token, and perhaps tokens of detail.
+
+    Attention over one token has softmax 1: it is to_out(to_v(context)) at every position and step, and query, key and
+    their norm are not needed but for detail. `number` is the block's place among all of them.
+    """
+
+    number: int
 
     def __init__(self, block: TransformerBlock, tile: bool):
         super().__init__()
         self.norm1, self.attn1 = block.norm1, FusedSelfAttention(block.attn1, tile)
         self.to_v, self.to_out = block.attn2.to_v, block.attn2.to_out
         self.norm3, self.ff = block.norm3, block.ff
-        self.channels = block.norm3.normalized_shape[0]
+        has_detail = isinstance(block.attn2, DetailAttention)
+        self.detail = FoldedDetail(block.norm2, block.attn2) if has_detail else None
 
-    def constant(self, context: Tensor) -> Tensor:
-        """(K, C) of contexts (K, 1, context_dim)."""
-        return self.to_out(self.to_v(context)).squeeze(1)
+    def folded(self, context: Tensor) -> Tensor:
+        """(K, 1, C) of contexts (K, 1, context_dim): what they add at all positions. Where detail's tokens follow in
+        them, so do the rows of `FoldedDetail`."""
+        rows = self.to_out(self.to_v(context[:, :1]))
+        if self.detail is None or context.shape[1] == 1:
+            return rows
+        return torch.cat([rows, self.detail.rows(context)], dim=1)
 
-    def forward(self, x: Tensor, constants: Tensor) -> Tensor:
-        return self.body(x, constants[:, None, self.columns])
+    def forward(self, x: Tensor, folded: Sequence[Tensor]) -> Tensor:
+        return self.body(x, folded[self.number])
 
-    def body(self, x: Tensor, constant: Tensor) -> Tensor:
-        """The block, given what its attention over the context adds, (K, 1, C): the same for all positions."""
+    def body(self, x: Tensor, folded: Tensor) -> Tensor:
+        """The block, given what `folded` made of the contexts."""
         x = x + self.attn1(self.norm1(x))
-        x = copies(x, constant.shape[0]) + constant
+        x = copies(x, folded.shape[0])
+        attended = folded[:, :1]
+        if self.detail is not None and folded.shape[1] > 1:
+            attended = attended + self.detail(x, folded[:, 1:])
+        x = x + attended
         return x + self.ff(self.norm3(x))
 
 
@@ -98,11 +138,12 @@ class PreparedUNet(UNet):
         swap(self, TransformerBlock, partial(FoldedBlock if one_token else FusedBlock, tile=tile_attention))
         if sum_phases:
             swap(self, Upsample, lambda layer: PhaseUpsample(layer.conv))
-        for blocks in (of_kind(self.modules(), ShiftedBlock), of_kind(self.modules(), FoldedBlock)):
-            start = 0
-            for block in blocks:
-                block.columns = slice(start, start + block.channels)
-                start += block.channels
+        start = 0
+        for shifted in of_kind(self.modules(), ShiftedBlock):
+            shifted.columns = slice(start, start + shifted.channels)
+            start += shifted.channels
+        for number, folded in enumerate(of_kind(self.modules(), FoldedBlock)):
+            folded.number = number
 
     def forward(self, unet_in: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """As `UNet.forward`; the noise (K, out_channels, h, w) for K contexts, a multiple of the B samples."""
@@ -156,26 +197,27 @@ class PreparedUNet(UNet):
         emb = self.time_embed(emb)
         return torch.cat([block.shift(emb) for block in of_kind(self.modules(), ShiftedBlock)], dim=1)
 
-    def folded(self, context: Tensor) -> Tensor:
-        """What contexts (K, 1, context_dim) contribute to all transformer blocks, side by side: (K, their channels).
+    def folded(self, context: Tensor) -> Context:
+        """What each of the transformer blocks makes of contexts (K, 1, context_dim), and detail's tokens after them.
 
         Several tokens are attended to at every step: for a model prepared for them the context remains as it is.
         """
         if not self.one_token:
             return context
-        if context.shape[1] != 1:
+        blocks = of_kind(self.modules(), FoldedBlock)
+        if context.shape[1] != 1 and not any(block.detail for block in blocks):
             raise ValueError(
                 f"this model is prepared for a context of one token, not {context.shape[1]}: "
                 "use the model that it was prepared from"
             )
-        return torch.cat([block.constant(context) for block in of_kind(self.modules(), FoldedBlock)], dim=1)
+        return tuple(block.folded(context) for block in blocks)
 
-    def predict(self, unet_in: Tensor, shifts: Tensor, context: Tensor) -> Tensor:
+    def predict(self, unet_in: Tensor, shifts: Tensor, context: Context) -> Tensor:
         """The noise (K, 4, h, w) of unet_in (B, 9, h, w), given `shifts` and `folded`."""
         return self.walk(unet_in, shifts, context)
 
     def predict_from(
-        self, unet_in: Tensor, shifts: Tensor, context: Tensor, deep: Tensor | None
+        self, unet_in: Tensor, shifts: Tensor, context: Context, deep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As `predict`, and the deep features (K, C, h', w') that the outermost output block starts from.
 

@@ -36,6 +36,8 @@ def write_adapter(
     Raises `ValueError` where the format cannot hold the adapters, or for another suffix; `FileExistsError` for an
     existing file or PEFT's folder unless `overwrite` is set, and for anything else that is there.
     """
+    if adapter.detail:
+        raise ValueError(f"{adapter.path} holds a detail adapter, which only this library's own files hold")
     path = Path(path)
     is_folder = check_adapter_path(path, format)
     tensors, metadata = named_tensors(adapter, format, model)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pbe.checkpoints.detail import Detail, holds_detail, read_detail, use_detail
 from pbe.checkpoints.diffusers_layouts import diffusers_unet
 from pbe.checkpoints.formats.lazy_tensors import release_mapped
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
@@ -23,6 +24,7 @@ from pbe.checkpoints.key_map import KeyMap, average_name, shorten
 from pbe.checkpoints.layouts import find_layout
 from pbe.io.json_text import parse_json, shown
 from pbe.models.adapters import FACTORS, Update
+from pbe.models.detail import remove_detail
 from pbe.models.lora import QUERIES, UNET, LoRAConfig, check_plain, has_effect, layers_of, target_layers
 from pbe.models.paint_by_example import Distilled, PaintByExample
 from pbe.models.stable_diffusion import StableDiffusion
@@ -73,7 +75,7 @@ SUFFIXES = tuple(f".{name}" for format in FORMATS.values() for name in format.su
 
 def holds_adapters(file: Checkpoint) -> bool:
     """Whether any tensor has a name as adapters have."""
-    return any(name.endswith(SUFFIXES) for name in file.names())
+    return any(name.endswith(SUFFIXES) for name in file.names()) or holds_detail(file)
 
 
 def is_of_adapters(path: Path) -> bool:
@@ -100,6 +102,7 @@ class Adapter:
     """A file of adapters for a UNet: what it changes, by the name of the layer.
 
     text: how many tensors of a text encoder it also holds. distilled: what it makes of a model, see `Distilled`.
+    detail: it is a detail adapter, and changes no layer.
     """
 
     path: Path
@@ -108,6 +111,7 @@ class Adapter:
     text: int
     metadata: dict[str, Any]
     distilled: Distilled | None = None
+    detail: Detail | None = None
 
 
 def open_adapter(path: str | Path) -> tuple[Checkpoint, dict[str, Any]]:
@@ -139,6 +143,8 @@ def read_adapter(path: str | Path, model: nn.Module) -> Adapter:
     Raises `FileNotFoundError`; `CheckpointError` where the file has tensors that are not known or do not fit the model.
     """
     file, settings = open_adapter(path)
+    if holds_detail(file):
+        return Adapter(file.path, "detail", {}, 0, file.extras, detail=read_detail(file, model))
     layers, config = layers_of(model), model.get_submodule(UNET[:-1]).config
     assert isinstance(config, UNetConfig)
     paths = diffusers_paths(config, layers)
@@ -281,15 +287,20 @@ def add_adapters(model: Model, *adapters: AdapterLike, dtype: torch.dtype | None
     float32 from the weight as it was and in `dtype` (default: as it was), so that an edit takes the time that it took.
     `remove_adapters` puts the old weights back, which stay mapped from their file if they were. What has no effect is
     left out with a warning: a text encoder's, and while the context has one token its attention's queries and keys.
+    One of the files may be a detail adapter, whose strength is that at an edit's `detail=1`.
 
     Raises, with the model as before: `FileNotFoundError` and `CheckpointError` as `read_adapter`, and where a weight
-    overflows its precision; `ValueError` for a strength that is not finite, and a prepared model or one in training.
+    overflows its precision; `ValueError` for a strength that is not finite, for a second detail adapter, and for a
+    prepared model or one in training.
     """
     if not isinstance(model, PaintByExample | StableDiffusion) or type(model.unet) is not UNet:
         raise ValueError(f"a {type(model).__name__} takes no adapters: add them to a model as it was loaded")
     check_plain(model)
     before: Applied = getattr(model, "_applied_adapters", None) or Applied((), {}, model.config)
     everything = (*before.adapters, *(open_with_strength(model, one) for one in adapters))
+    details = [(adapter, strength) for adapter, strength in everything if adapter.detail and strength]
+    if len(details) > 1:
+        raise ValueError(f"a model takes one detail adapter, not {', '.join(str(one.path) for one, _ in details)}")
     layers = layers_of(model)
     old: dict[str, Tensor] = {}
     new: dict[str, nn.Parameter] = {}
@@ -306,6 +317,10 @@ def add_adapters(model: Model, *adapters: AdapterLike, dtype: torch.dtype | None
             raise CheckpointError(f"{paths}: with these adapters {name}.weight is not finite in {total.dtype}")
         new[name] = nn.Parameter(total, base.requires_grad)
         release_mapped(base)
+    for adapter, strength in details:
+        assert isinstance(model, PaintByExample), "read_detail takes no other"
+        assert adapter.detail
+        use_detail(model, adapter.detail, strength, dtype or model.dtype)
     for name, parameter in new.items():
         layers[name].weight = parameter
     distilled = [adapter.distilled for adapter, strength in everything if adapter.distilled and strength]
@@ -321,6 +336,8 @@ def remove_adapters(model: Model) -> Model:
         layers = layers_of(model)
         for name, weight in state.weights.items():
             layers[name].weight = like(weight, layers[name].weight)
+        if isinstance(model, PaintByExample):
+            remove_detail(model)
         model.config = state.config
         del model._applied_adapters
     return model

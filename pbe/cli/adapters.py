@@ -43,8 +43,17 @@ def model_for_adapters(ckpt: Path | None) -> Model:
 def inspect_adapters(args: argparse.Namespace) -> int:
     from pbe.checkpoints.adapters import read_adapter
     from pbe.io.json_text import shown
+    from pbe.models.detail import sizes
 
     found = read_adapter(args.checkpoint, model_for_adapters(args.ckpt))
+    if found.detail:
+        config, tensors = found.detail
+        count = sum(x.numel() for x in tensors.values())
+        told = ", ".join(f"{name} {value}" for name, value in sizes(config).items())
+        print(printable(f"{found.path}: a detail adapter of {count:,} parameters\n  {told}"))
+        for key, value in found.metadata.items():
+            print(printable(f"  {key}: {shown(value)}"))
+        return 0
     updates = found.updates.values()
     print(printable(f"{found.path}: adapters in {found.format} names, for {len(updates)} layers of the UNet"))
     facts: dict[str, list[Any]] = {

@@ -68,6 +68,7 @@ class Pixels(NamedTuple):
     source: Tensor  # the photo to edit; the same tensor unless the record has a target
     repaint: Tensor  # bool (1, h, w)
     exemplar_crop: Tensor  # (3, S, S), what is augmented to the exemplar
+    exemplar_shown: Tensor | None = None  # float (1, S, S) in [0, 1], the object in it, where the rest is to be filled
 
 
 class Stages(NamedTuple):
@@ -188,7 +189,22 @@ def read_pixels(record: Record, geometry: Geometry, photo: Photo, config: Recipe
     else:
         assert record.masks is not None  # draw_geometry chose one of them
         repaint = draw_object(record.masks[geometry.object], record.image, geometry, photo.size, config)
-    return Pixels(image, source, repaint, crop)
+    shown = draw_shown(record, geometry, photo.size, config) if config.fill_background else None
+    return Pixels(image, source, repaint, crop, shown)
+
+
+def draw_shown(record: Record, geometry: Geometry, size: tuple[int, int], config: RecipeConfig) -> Tensor | None:
+    """Where the object is in its exemplar: (1, S, S) in [0, 1]; None where no mask says so."""
+    mask, name = (record.masks or [None] * len(record.boxes))[geometry.object], record.image
+    if geometry.donor is not None:
+        mask, name, size = geometry.donor.mask, geometry.donor.image, geometry.donor.size
+    if mask is None or record.exemplar is not None:
+        return None
+    with usable(f"the mask of {name}"):
+        shown = torch.from_numpy(mask.draw(size)[geometry.exemplar_box.slices])
+    if not shown.any():
+        raise UnusablePicture("no box", f"the mask of {name} is empty in its box")
+    return T.resize(shown[None].float(), [config.exemplar_size] * 2, antialias=True).clamp(0, 1)
 
 
 def draw_outline(outline: np.ndarray, geometry: Geometry) -> Tensor:
@@ -228,6 +244,8 @@ def finish(
         source = letterbox(to_unit_range(pixels.source), sides, 0.0)
     mask = letterbox((~pixels.repaint).float(), sides, 1.0)
     exemplar = pixels.exemplar_crop.contiguous().float() / 255
+    if pixels.exemplar_shown is not None:
+        exemplar = 1 + (exemplar - 1) * pixels.exemplar_shown  # over white
     if config.augment:
         exemplar = augment_exemplar(exemplar, config, generator)
     exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
@@ -240,7 +258,7 @@ def recolored(pixels: Pixels, geometry: Geometry, recoloring: Recoloring) -> Pix
     crop = recoloring(pixels.exemplar_crop.float() / 255, geometry.box, geometry.exemplar_box)
     image, crop = ((picture * 255).round().to(torch.uint8) for picture in (image, crop))
     image = torch.where(pixels.repaint, image, pixels.image)
-    return Pixels(image, image, pixels.repaint, crop)
+    return pixels._replace(image=image, source=image, exemplar_crop=crop)
 
 
 def letterbox(picture: Tensor, sides: tuple[int, int, int, int], value: float) -> Tensor:

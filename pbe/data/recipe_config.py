@@ -67,6 +67,9 @@ class RecipeConfig:
     shapes."""
     exemplar_margin: Pixels = 10.0
     """What the box grows by on each side, in photo pixels, before the exemplar is cut out."""
+    fill_background: bool = False
+    """Fill what surrounds an object in its exemplar with white, as editing does, where it has a mask, so that it cannot
+    be copied; not the paper's."""
     flip: Probability = 0.5
     """Probability that the exemplar is flipped from left to right."""
     rotation: Probability = 0.5

@@ -14,6 +14,7 @@ from pbe.editing.settings import EditSettings
 from pbe.images.pillow import PictureWarning
 from pbe.images.reading import MaskLike, PictureLike, exemplar_tensor, read_exemplar
 from pbe.io.fields import Range, check
+from pbe.models.detail import at_strength
 from pbe.models.paint_by_example import Condition, Distilled, PaintByExample
 
 Weights = tuple[Annotated[float, Range(0)], ...]
@@ -47,7 +48,7 @@ def mixed_context(
     name: str = "exemplar",
     fit: bool = False,
 ) -> Tensor:
-    """The condition (1, 1, context_dim) of one exemplar, or the weighted mean of several exemplars' conditions."""
+    """The condition (1, T, context_dim) of one exemplar, or the weighted mean of several exemplars', token by token."""
     exemplars = read_exemplars(exemplar, mask, name, fit)
     shares = check(f"{name}_weights", [1.0] * len(exemplars) if weights is None else weights, Weights)
     if len(shares) != len(exemplars):
@@ -57,7 +58,7 @@ def mixed_context(
 
     size = model.config.exemplar.vision.image_size
     pixels = torch.cat([exemplar_tensor(one, size) for one in exemplars])
-    contexts = model.encode_exemplar(pixels.to(model.device, model.dtype))  # (N, 1, context_dim)
+    contexts = model.encode_exemplar(pixels.to(model.device, model.dtype))  # (N, T, context_dim)
     w = torch.tensor(shares, dtype=torch.float32, device=model.device)[:, None, None] / sum(shares)
     return (w * contexts.float()).sum(dim=0, keepdim=True).to(model.dtype)
 
@@ -72,15 +73,20 @@ def contexts(
     negative_mask: MaskLike | Sequence[MaskLike | None] | None,
     negative_weights: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`mixed_context` of the exemplars, and of the negative ones if there are any."""
+    """`mixed_context` of the exemplars, and of the negative ones if there are any, with detail at its strength."""
     fit = settings.fit_mask
     if negative is None and not (negative_mask is None and negative_weights is None):
         raise ValueError("negative_mask and negative_weights are those of negative, which is not given")
     context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights, fit=fit)
-    if negative is None:
-        return context, None
-    warn_of_idle_negative(settings, model.config.distilled)
-    return context, mixed_context(model, negative, negative_mask, negative_weights, "negative", fit)
+    null_context = None
+    if negative is not None:
+        warn_of_idle_negative(settings, model.config.distilled)
+        null_context = mixed_context(model, negative, negative_mask, negative_weights, "negative", fit)
+    if model.detail is None or settings.detail is None:
+        return context, null_context
+    both = context, model.null_context if null_context is None else null_context
+    context, null_context = (at_strength(x, model.detail.config.tokens, settings.detail) for x in both)
+    return context, null_context
 
 
 def warn_of_idle_negative(settings: EditSettings, distilled: Distilled | None) -> None:

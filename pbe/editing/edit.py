@@ -249,6 +249,8 @@ def check_edit(model: PaintByExample, settings: EditSettings, **counts: int) -> 
     check("the last result's seed", settings.seed + counts["num_images"] - 1, SETTINGS["seed"])
     if settings.decoder == "tiny" and model.tiny_decoder is None:
         raise ValueError("decoder='tiny' needs a model with a tiny decoder: --tiny-decoder FILE, tiny_decoder=FILE")
+    if settings.detail and model.detail is None:
+        raise ValueError(f"detail={settings.detail:g} needs a model with a detail adapter: --adapter, adapters=[FILE]")
     warn_of_low_start(settings)
     warn_of_distillation(settings, model.config.distilled)
 

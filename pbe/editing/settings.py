@@ -88,6 +88,8 @@ class EditSettings:
     strength: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Share of the steps that are taken: below 1 they start from the photo, with as much noise as the first of them is
     for (SDEdit), so that its shapes and poses are kept; 1 starts from noise alone."""
+    detail: Annotated[float, Range(0)] | None = None
+    """How much a detail adapter adds of the exemplar; 0 is the model without it (default: 1, if the model has one)."""
     fit_mask: bool = False
     """Resize masks of another size than their pictures; without it they are refused."""
     invert: bool = False
@@ -153,7 +155,7 @@ class EditSettings:
 SETTINGS = field_types(EditSettings)
 # Those that the model's own picture of a window follows from, beside the seed, where photos and masks fit.
 SAMPLING: tuple[str, ...] = ("steps", "guidance", "guidance_interval", "sampler", "eta", "spacing", "resolution")
-SAMPLING += ("reuse", "decoder", "strength", "fill_holes", "smooth", "grow", "placement")
+SAMPLING += ("reuse", "decoder", "strength", "detail", "fill_holes", "smooth", "grow", "placement")
 
 
 class EditKeywords(TypedDict, total=False):
@@ -176,6 +178,7 @@ class EditKeywords(TypedDict, total=False):
     reuse: int
     decoder: Literal["vae", "tiny"]
     strength: float
+    detail: float | None
     fit_mask: bool
     invert: bool
     extend: Sides | str | None

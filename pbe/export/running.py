@@ -66,7 +66,7 @@ class ExportedModel(PreparedModel):
         self.cond_stage_model = cast(Any, ExportedNetwork(runs["exemplar_encoder"]))
         self.proj_out = cast(Any, nn.Identity())  # the encoder has it
         self.learnable_vector = nn.Parameter(null_context, requires_grad=False)
-        self.tiny_decoder = None
+        self.tiny_decoder = self.detail = None
 
 
 def load_exported(

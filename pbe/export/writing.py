@@ -60,6 +60,8 @@ def export_model(
     if model.dtype != torch.float32 or model.device.type != "cpu":
         found = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
         raise ValueError(f"models are exported in float32 on the CPU, not in {found}: load_model(…, 'cpu', 'float32')")
+    if model.detail is not None:
+        raise ValueError("a detail adapter cannot be exported: other runtimes take contexts without its tokens")
     if folder.exists() and not is_exported(folder):
         raise FileExistsError(f"{folder} exists and is not an exported folder; it is not replaced")
     if to == "onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
@@ -88,8 +90,7 @@ def networks_of(model: PreparedModel) -> dict[str, Network]:
     unet, vae, exemplar, f = model.unet, model.vae, model.config.exemplar, model.config.vae.downsampling
     latents = ("batch", model.config.vae.latent_channels, "height", "width")
     image = {"image": ("batch", 3, f"{f}*height", f"{f}*width")}
-    tokens = 1 if exemplar.tokens == "class" else exemplar.vision.num_positions
-    context = {"context": ("batch", tokens, model.config.unet.context_dim)}
+    context = {"context": ("batch", exemplar.num_tokens, model.config.unet.context_dim)}
     unet_in = {"unet_in": ("batch", model.config.unet.in_channels, "height", "width"), "t": ("batch",)}
     pixels = {"exemplar": ("batch", 3, exemplar.vision.image_size, exemplar.vision.image_size)}
     encoder, decoder = (vae.encoder, vae.quant_conv), (vae.decoder, vae.post_quant_conv)

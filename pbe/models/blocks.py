@@ -88,11 +88,15 @@ def resized(x: Tensor, how: Literal["down", "up"]) -> Tensor:
     return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
+# (B, T, context_dim) to attend to; or what a network prepared for inference made of it for each block
+Context = Tensor | Sequence[Tensor]
+
+
 class Signals(NamedTuple):
     """What the layers of a UNet may take beside the feature map."""
 
     emb: Tensor  # (B, …) of the timesteps
-    context: Tensor | None  # (B, T, context_dim) to attend to
+    context: Context | None
     size: Sequence[int]  # (h, w) to upsample to
 
 
@@ -113,13 +117,13 @@ class UShaped(nn.Module):
     output_blocks: nn.ModuleList  # of Layers
     out: nn.Sequential
 
-    def walk(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def walk(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         """The network's output, given what its layers take of timesteps and context."""
         skips = self.descend(self.input_blocks, x, emb, context)
         x = self.middle_block(skips[-1], Signals(emb, context, skips[-1].shape[-2:]))
         return self.out(self.ascend(self.output_blocks, x, skips, emb, context))
 
-    def descend(self, blocks: Iterable[nn.Module], x: Tensor, emb: Tensor, context: Tensor | None) -> list[Tensor]:
+    def descend(self, blocks: Iterable[nn.Module], x: Tensor, emb: Tensor, context: Context | None) -> list[Tensor]:
         """What each of these first input blocks gives: the features that the way up joins on."""
         skips = []
         for layers in blocks:
@@ -128,7 +132,7 @@ class UShaped(nn.Module):
         return skips
 
     def ascend(
-        self, blocks: Iterable[nn.Module], x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor | None
+        self, blocks: Iterable[nn.Module], x: Tensor, skips: list[Tensor], emb: Tensor, context: Context | None
     ) -> Tensor:
         """What these output blocks make of x and the last of `skips`, which they take out of the list."""
         for layers in blocks:

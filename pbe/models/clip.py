@@ -128,8 +128,8 @@ class CLIPEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_layers))
 
-    def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
-        for layer in self.layers:
+    def forward(self, x: Tensor, is_causal: bool = False, which: slice = slice(None)) -> Tensor:
+        for layer in list(self.layers)[which]:
             x = layer(x, is_causal)
         return x
 
@@ -169,7 +169,15 @@ class CLIPVisionTower(nn.Module):
 
     def tokens(self, image: Tensor) -> Tensor:
         """All tokens (B, N, width) of CLIP-normalised pictures (B, 3, S, S): class token first, no last norm."""
-        return self.encoder(self.pre_layrnorm(self.embeddings(image)))
+        return self.last_layer(self.early_tokens(image))
+
+    def early_tokens(self, image: Tensor) -> Tensor:
+        """As `tokens`, before the last layer: what its class token attends to."""
+        return self.encoder(self.pre_layrnorm(self.embeddings(image)), which=slice(-1))
+
+    def last_layer(self, tokens: Tensor) -> Tensor:
+        """`tokens` of `early_tokens`."""
+        return self.encoder(tokens, which=slice(-1, None))
 
     def forward(self, image: Tensor) -> Tensor:
         """The class token (B, width), normalised, of CLIP-normalised pictures (B, 3, S, S)."""

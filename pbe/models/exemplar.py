@@ -32,6 +32,11 @@ class ExemplarConfig:
             raise ValueError(f"tokens must be 'class' or 'all', got {self.tokens!r}")
         check_heads(self.vision.width, self.mapper_heads)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of an exemplar's context."""
+        return 1 if self.tokens == "class" else self.vision.num_positions
+
 
 class MapperAttention(nn.Module):
     """Multi-head self-attention of x (B, T, C) with one projection for query, key and value.
@@ -106,7 +111,10 @@ class ExemplarEncoder(nn.Module):
 
     def forward(self, exemplar: Tensor) -> Tensor:
         """Tokens (B, T, width) for CLIP-normalised exemplars (B, 3, S, S); T = 1 for the class token alone."""
-        tokens = self.vision.tokens(exemplar)
+        return self.mapped(self.vision.tokens(exemplar))
+
+    def mapped(self, tokens: Tensor) -> Tensor:
+        """`forward` of all of CLIP's tokens (B, N, width)."""
         if self.config.tokens == "class":
             tokens = tokens[:, :1]
         return self.final_ln(self.mapper(self.vision.post_layernorm(tokens)))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pbe.models.adapters import Update
+from pbe.models.detail import is_detail
 from pbe.models.paint_by_example import PaintByExample
 
 UNET = "model.diffusion_model."
@@ -140,7 +141,7 @@ def check_plain(model: nn.Module) -> None:
 def layers_of(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The UNet's layers that adapters can change, by name."""
     layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear | nn.Conv2d)}
-    return {name: layer for name, layer in layers.items() if name.startswith(UNET)}
+    return {name: layer for name, layer in layers.items() if name.startswith(UNET) and not is_detail(f"{name}.weight")}
 
 
 def has_effect(model: nn.Module, name: str) -> bool:

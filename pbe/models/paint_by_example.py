@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pbe.models.detail import Resampler
 from pbe.models.exemplar import ExemplarConfig, ExemplarEncoder
 from pbe.models.tiny_autoencoder import TinyConfig, TinyDecoder
 from pbe.models.unet import UNet, UNetConfig
@@ -49,7 +50,7 @@ class Condition(NamedTuple):
 
     z_masked: Tensor  # (B, 4, h, w) scaled latent of the masked image
     mask: Tensor  # (B, 1, h, w) in [0, 1], 1 = keep
-    context: Tensor  # (B, T, context_dim)
+    context: Tensor  # (B, T, context_dim); the tokens of a detail adapter come last
 
 
 class PaintByExample(nn.Module):
@@ -70,6 +71,7 @@ class PaintByExample(nn.Module):
         self.learnable_vector = nn.Parameter(torch.empty(1, 1, context_dim))
         nn.init.normal_(self.learnable_vector)
         self.tiny_decoder = TinyDecoder(config.tiny_decoder) if config.tiny_decoder else None
+        self.detail: Resampler | None = None  # of a detail adapter, `pbe.models.detail`
 
     @property
     def unet(self) -> UNet:
@@ -83,8 +85,11 @@ class PaintByExample(nn.Module):
 
     @property
     def null_context(self) -> Tensor:
-        """The learned unconditional vector (1, 1, context_dim)."""
-        return self.learnable_vector
+        """The learned unconditional vector (1, 1, context_dim), and what stands for the detail of no exemplar."""
+        if self.detail is None:
+            return self.learnable_vector
+        own = self.learnable_vector.expand(-1, self.config.exemplar.num_tokens, -1)
+        return torch.cat([own, self.detail.null_tokens], dim=1)
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +101,12 @@ class PaintByExample(nn.Module):
 
     def encode_exemplar(self, exemplar: Tensor) -> Tensor:
         """The context (B, T, context_dim) of CLIP-normalised exemplars (B, 3, 224, 224); T = 1 by default."""
-        return self.proj_out(self.cond_stage_model(exemplar))
+        if self.detail is None:
+            return self.proj_out(self.cond_stage_model(exemplar))
+        encoder = self.cond_stage_model
+        early = encoder.vision.early_tokens(exemplar)
+        own = self.proj_out(encoder.mapped(encoder.vision.last_layer(early)))
+        return torch.cat([own, self.detail(early)], dim=1)
 
     def encode_masked(
         self, image: Tensor, mask: Tensor, posterior_noise: Tensor | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pbe.models.blocks import Layers, ResBlock, UShaped, copies, timestep_embedding
+from pbe.models.blocks import Context, Layers, ResBlock, UShaped, copies, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
+        return self.to_out(self.attend(self.to_q(x), self.to_k(context), self.to_v(context)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, N, C) of queries (B, N, C), and keys and values (B, T, C)."""
         # (B, N, C) -> (B, heads, N, C / heads)
-        q, k, v = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(y.transpose(1, 2).flatten(2))
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class GEGLU(nn.Module):
@@ -120,7 +120,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, num_heads)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         h, w = x.shape[-2:]
         y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, h*w, C)
         for block in self.transformer_blocks:

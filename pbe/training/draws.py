@@ -23,6 +23,7 @@ class NoiseDraws(NamedTuple):
     noise: Tensor  # (K B, 4, h, w)
     posterior_noise: Tensor  # (B, 2, 4, h, w), for the latents of the image and of the masked image
     drop: Tensor  # (K B,) uniform in [0, 1): below the probability, the exemplar is dropped
+    detail: Tensor | None = None  # (K B, 1 + D) as `drop`, of a detail adapter's tokens: of all, and of each
 
 
 class TrainingBatch(NamedTuple):
@@ -42,16 +43,12 @@ class TrainingBatch(NamedTuple):
 
 
 def add_noise_draws(
-    example: Example | EncodedExample, vae: VAEConfig, num_timesteps: int = 1000, count: int = 1
+    example: Example, vae: VAEConfig, num_timesteps: int = 1000, count: int = 1, detail_tokens: int = 0
 ) -> TrainingBatch:
-    """A batch of examples, on the CPU, with `count` noise draws per sample, which follow from the examples' seeds."""
-    seeds = example.seed.tolist()
-    noisy = example.noisy.expand(len(seeds)).tolist()
-    if isinstance(example, EncodedExample):
-        shape = example.posteriors.shape[-3:]
-    else:
-        shape = torch.Size(latent_shape(example.image, vae))
-    return TrainingBatch(example, make_noise_draws(seeds, shape, num_timesteps, count, noisy))
+    """A batch of examples, on the CPU, with `count` noise draws per sample, which follow from the examples' seeds; with
+    draws for the tokens of a detail adapter, if there are any."""
+    shape = latent_shape(example.image, vae)
+    return TrainingBatch(example, make_noise_draws(example.seed.tolist(), shape, num_timesteps, count, detail_tokens))
 
 
 def latent_shape(image: Tensor, vae: VAEConfig) -> tuple[int, int, int]:
@@ -61,11 +58,7 @@ def latent_shape(image: Tensor, vae: VAEConfig) -> tuple[int, int, int]:
 
 
 def make_noise_draws(
-    seeds: Sequence[int],
-    latent_shape: Sequence[int],
-    num_timesteps: int,
-    count: int = 1,
-    noisy: Sequence[float] = (),
+    seeds: Sequence[int], latent_shape: Sequence[int], num_timesteps: int, count: int = 1, detail_tokens: int = 0
 ) -> NoiseDraws:
     """`count` draws for each of the samples with these seeds, on the CPU; `latent_shape` is (4, h, w).
 
@@ -81,14 +74,15 @@ def make_noise_draws(
     for _ in range(count - 1):
         drop.append(torch.cat([torch.rand(1, generator=g) for g in generators]))
         noise.append(randn(latent_shape, generators))
-    shifts = torch.tensor([k * num_timesteps // count for k in range(count)])
-    t = (t + shifts[:, None]) % num_timesteps  # (K, B)
-    for i, probability in enumerate(noisy):
-        if probability and torch.rand((), generator=generators[i]) < probability:
-            t[:, i] = (t[:, i] + num_timesteps) // 2
+    detail = None
+    if detail_tokens:  # last of all, so that the others are the same without them
+        rows = [torch.rand(count, 1 + detail_tokens, generator=g) for g in generators]
+        detail = torch.stack(rows, dim=1).flatten(0, 1)
+    shifts = [k * num_timesteps // count for k in range(count)]
     return NoiseDraws(
         drop=torch.cat(drop),
         t=t.flatten(),
         noise=torch.cat(noise),
         posterior_noise=posterior_noise,
+        detail=detail,
     )

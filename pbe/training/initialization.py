@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,8 +16,10 @@ from pbe.checkpoints.meta_device import build_on_meta
 from pbe.checkpoints.original_layouts import VAE_PREFIX
 from pbe.io.fields import check_fields
 from pbe.models.blocks import ResBlock
+from pbe.models.detail import DetailAttention, Resampler, is_detail
+from pbe.models.lora import is_adapter
 from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
-from pbe.models.unet import SpatialTransformer, UNet
+from pbe.models.unet import SpatialTransformer, TransformerBlock, UNet
 from pbe.models.vae import AutoencoderKL, VAEConfig
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -53,6 +55,27 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
+
+
+def trained_names(model: PaintByExample, parts: Sequence[Part]) -> set[str]:
+    """The names of the parameters of these parts that a gradient can reach."""
+    prefixes = tuple(PARTS[part] for part in parts)
+    names = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    if model.config.exemplar.num_tokens > 1:
+        return names
+    return names - {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, TransformerBlock)
+        for name, _ in module.named_parameters()
+        # The softmax over a single token is 1, whatever query and key are.
+        if name.startswith(("norm2.", "attn2.to_q.", "attn2.to_k."))
+    }
+
+
+def is_trained_adapter(name: str) -> bool:
+    """Whether a name in a checkpoint is an adapter's, or its average's."""
+    return is_adapter(name) or is_detail(name) or name.startswith("model_ema.")
 
 
 def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
@@ -150,6 +173,8 @@ def last_layers(module: nn.Module) -> list[nn.Module]:
         return [module.proj_out]
     if isinstance(module, UNet):
         return [module.out[-1]]
+    if isinstance(module, DetailAttention):
+        return [module.to_v_detail]
     return []
 
 
@@ -162,6 +187,9 @@ def draw(module: nn.Module, name: str, shape: torch.Size, generator: torch.Gener
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     if isinstance(module, nn.Embedding):
         return torch.randn(shape, generator=generator) * 0.02
+    if isinstance(module, Resampler):
+        scale = 0 if name.endswith("null_tokens") else shape[-1] ** -0.5
+        return torch.randn(shape, generator=generator) * scale
     if name.endswith("class_embedding"):
         return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
     assert name.endswith("learnable_vector"), name

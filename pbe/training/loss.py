@@ -17,6 +17,7 @@ from torch import Tensor
 from pbe.data.example import EncodedExample, Example
 from pbe.models.paint_by_example import Condition, PaintByExample, latent_mask
 from pbe.sampling import NoiseSchedule
+from pbe.training.detail import DetailTrainingConfig, drop_detail
 from pbe.training.draws import TrainingBatch
 
 # The autoencoder takes more memory per picture than the UNet that trains; this many pixels keep any device busy.
@@ -29,11 +30,11 @@ def training_losses(
     batch: TrainingBatch,
     drop_exemplar: float = 0.2,
     drop_exemplar_by: Literal["sample", "batch"] = "sample",
-    mask_weight: float = 1.0,
+    detail: DetailTrainingConfig | None = None,
 ) -> Tensor:
     """Each draw's mean squared error (K B,) of the predicted noise, from pictures on; the loss is their mean."""
-    z_0, condition = encode_draws(model, batch, drop_exemplar, drop_exemplar_by)
-    return denoising_losses(model, schedule, z_0, condition, batch.draws.t, batch.draws.noise, mask_weight)
+    z_0, condition = encode_draws(model, batch, drop_exemplar, drop_exemplar_by, detail)
+    return denoising_losses(model, schedule, z_0, condition, batch.draws.t, batch.draws.noise)
 
 
 def encode_draws(
@@ -41,14 +42,18 @@ def encode_draws(
     batch: TrainingBatch,
     drop_exemplar: float,
     drop_exemplar_by: Literal["sample", "batch"] = "sample",
+    detail: DetailTrainingConfig | None = None,
 ) -> tuple[Tensor, Condition]:
-    """`encode` for each of the K B draws, with the exemplars that are dropped."""
+    """`encode` for each of the K B draws, with the exemplars that are dropped, and of a detail adapter's tokens those
+    that are."""
     example, draws = batch
     z_0, condition = encode(model, example, draws.posterior_noise)
     K = len(draws.t) // len(z_0)  # each picture is encoded once
     z_0, z_masked, mask = (x.repeat(K, 1, 1, 1) for x in (z_0, condition.z_masked, condition.mask))
     context = condition.context.repeat(K, 1, 1)
     context = drop_exemplars(context, model.null_context, draws.drop, drop_exemplar, drop_exemplar_by)
+    if detail and draws.detail is not None:
+        context = drop_detail(context, model.null_context, draws.detail, detail.drop, detail.drop_tokens)
     return z_0, Condition(z_masked, mask, context)
 
 

@@ -135,8 +135,11 @@ class FrozenVAE(Variant, AutoencoderKL):
 class FrozenTower(Variant, CLIPVisionTower):
     """CLIP's tokens where they do not train, computed in their parameters' precision."""
 
-    def tokens(self, image: Tensor) -> Tensor:
-        return in_precision_of(self.pre_layrnorm.weight, super().tokens, image)
+    def early_tokens(self, image: Tensor) -> Tensor:
+        return in_precision_of(self.pre_layrnorm.weight, super().early_tokens, image)
+
+    def last_layer(self, tokens: Tensor) -> Tensor:
+        return in_precision_of(self.pre_layrnorm.weight, super().last_layer, tokens)
 
 
 def in_precision_of(parameter: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -19,19 +19,21 @@ from torch.optim import Optimizer
 
 from pbe.checkpoints.adapter_writing import write_adapter
 from pbe.checkpoints.adapters import read_adapter
+from pbe.checkpoints.detail import write_detail
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.key_map import average_name
 from pbe.data.example import EncodedExample, Example
 from pbe.io.atomic import warn_once
 from pbe.io.fields import Range, check_fields
-from pbe.models.lora import LoRAConfig, add_lora, is_adapter
-from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
-from pbe.models.unet import TransformerBlock
+from pbe.models.detail import sizes
+from pbe.models.lora import LoRAConfig, add_lora
+from pbe.models.paint_by_example import PaintByExample
 from pbe.sampling import NoiseSchedule
+from pbe.training.detail import DetailTrainingConfig, start_detail
 from pbe.training.draws import TrainingBatch, add_noise_draws
 from pbe.training.ema import ParameterAverage
-from pbe.training.initialization import PARTS, Part
-from pbe.training.loss import Loss, denoising_losses, encode, loss_weights, training_losses
+from pbe.training.initialization import PARTS, Part, is_trained_adapter, trained_names
+from pbe.training.loss import denoising_losses, encode, loss_weights, training_losses
 from pbe.training.memory import cast_frozen, checkpoint_blocks, keep_norms_half, skip_queries
 from pbe.training.optimizer import OptimizerConfig
 from pbe.training.task import TrainingTask, beside, sum_over_processes
@@ -50,6 +52,8 @@ class TrainingConfig:
     lora: LoRAConfig | None = None
     """Adapters of the UNet's layers learn, and nothing else: `train` is then empty. Checkpoints hold the adapters
     alone, and beside each lies a .safetensors file of them that others read too."""
+    detail: DetailTrainingConfig | None = None
+    """As `lora`, of a detail adapter: `{tokens: 16, layers: 4, width: 768, drop: 0.1, drop_tokens: 0.1}`."""
     noise_draws: Annotated[int, Range(1)] = 1
     """How many timesteps, each with its noise, the UNet sees of each picture of a batch, which is encoded once: more of
     its samples in a given time, and more memory, where the encoders are a large part of a step."""
@@ -87,41 +91,18 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "training")
-        if self.lora and self.train:
-            raise ValueError(f"training.lora trains adapters alone: set training.train=[], got {self.train}")
-        if not self.train and not self.lora:
+        if self.lora and self.detail:
+            raise ValueError("training.lora and training.detail train adapters alone: choose one, and then the other")
+        if self.adapts and self.train:
+            kind = "lora" if self.lora else "detail"
+            raise ValueError(f"training.{kind} trains adapters alone: set training.train=[], got {self.train}")
+        if not self.train and not self.adapts:
             raise ValueError(f"training.train is empty; it lists parts to train, of {', '.join(PARTS)}")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What trains
-
-
-def trained_names(model: PaintByExample, parts: Sequence[Part]) -> set[str]:
-    """The names of the parameters of these parts that a gradient can reach."""
-    prefixes = tuple(PARTS[part] for part in parts)
-    names = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
-    if context_length(model.config) > 1:
-        return names
-    return names - {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, TransformerBlock)
-        for name, _ in module.named_parameters()
-        # The softmax over a single token is 1, whatever query and key are.
-        if name.startswith(("norm2.", "attn2.to_q.", "attn2.to_k."))
-    }
-
-
-def is_trained_adapter(name: str) -> bool:
-    """Whether a name in a checkpoint is an adapter's, or its average's."""
-    return is_adapter(name) or name.startswith("model_ema.")
-
-
-def context_length(config: PaintByExampleConfig) -> int:
-    """How many tokens the exemplar's context has."""
-    exemplar = config.exemplar
-    return 1 if exemplar.tokens == "class" else exemplar.vision.num_positions
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters learn, and nothing else."""
+        return bool(self.lora or self.detail)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,7 +130,10 @@ class PaintByExampleTraining(TrainingTask):
         trained = trained_names(model, config.train)
         if config.lora:
             add_lora(model, config.lora, torch.Generator().manual_seed(seed))
-            trained = {name for name, _ in model.named_parameters() if is_adapter(name)}
+        if config.detail:
+            start_detail(model, config.detail, seed)
+        if config.adapts:
+            trained = {name for name, _ in model.named_parameters() if is_trained_adapter(name)}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         if config.channels_last:
@@ -159,11 +143,11 @@ class PaintByExampleTraining(TrainingTask):
             parameters = {name: parameter for name, parameter in model.named_parameters() if name in trained}
             self.model_ema = ParameterAverage(parameters, config.ema_decay)
         # Adapters alone are saved: what they lie over can be read again from where it came.
-        originals = cast_frozen(model, HALF[config.frozen], layers=bool(config.lora)) if config.frozen else {}
-        self.originals = {} if config.lora else originals
+        originals = cast_frozen(model, HALF[config.frozen], layers=config.adapts) if config.frozen else {}
+        self.originals = {} if config.adapts else originals
         if config.norms == "half":
             keep_norms_half(model.unet)
-        if context_length(model.config) == 1:
+        if model.config.exemplar.num_tokens == 1 and not config.detail:  # which has use for the queries
             skip_queries(model.unet)
         if config.gradient_checkpointing:
             checkpoint_blocks(model.unet, config.gradient_checkpointing)
@@ -178,7 +162,7 @@ class PaintByExampleTraining(TrainingTask):
                     f"training.{setting} needs whole parameters in every process, which the strategy "
                     f"{type(self.trainer.strategy).__name__} divides: use ddp, or {setting}=null"
                 )
-        if self.config.lora and self.config.frozen:
+        if self.config.adapts and self.config.frozen:
             precision = "bf16-mixed" if self.config.frozen == "bfloat16" else "16-mixed"
             if self.trainer.precision != precision:
                 raise ValueError(
@@ -191,13 +175,14 @@ class PaintByExampleTraining(TrainingTask):
     def on_before_batch_transfer(self, batch: Example | EncodedExample, dataloader_idx: int) -> TrainingBatch:
         # Here the seeds are still on the CPU, where reading them keeps no device waiting.
         count = self.config.noise_draws if self.training else 1
-        return add_noise_draws(batch, self.model.config.vae, self.schedule.num_timesteps, count)
+        tokens = self.config.detail.tokens if self.config.detail else 0
+        return add_noise_draws(batch, self.model.config.vae, self.schedule.num_timesteps, count, tokens)
 
     def batch_losses(self, batch: TrainingBatch) -> Tensor:
         """Each draw's mean squared error (K B,) of the predicted noise."""
         config = self.config
-        drop = config.drop_exemplar, config.drop_exemplar_by
-        return training_losses(self.model, self.schedule, batch, *drop, config.mask_weight)
+        dropping = config.drop_exemplar, config.drop_exemplar_by, config.detail
+        return training_losses(self.model, self.schedule, batch, *dropping)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
         example, draws = batch
@@ -302,14 +287,17 @@ class PaintByExampleTraining(TrainingTask):
     # --- checkpoints --------------------------------------------------------------------------------------
 
     def write_beside(self, checkpoint: Path) -> None:
-        """The adapters in the names that diffusers and PEFT read; their averages, where there are any."""
-        if not self.config.lora or not checkpoint.is_file():  # strategies that divide parameters make folders
+        """The adapters, LoRA in the names that diffusers and PEFT read; their averages, where there are any."""
+        if not self.config.adapts or not checkpoint.is_file():  # strategies that divide parameters make folders
             return
         if not find_spec("safetensors"):
             warn_once("only checkpoints of the adapters are written; a file for others needs the extra safetensors")
             return
         read = read_adapter(checkpoint, self.model)
         entry = {**pbe_entry(self.model.config), **{name: x for name, x in self.about.items() if name == "base"}}
+        if read.detail:
+            write_detail(read.detail, beside(checkpoint), entry, overwrite=True)
+            return
         # scaled already: many readers take alpha to be the rank
         updates = {name: update.scaled() for name, update in read.updates.items()}
         adapter = replace(read, updates=updates, metadata={"pbe": entry})
@@ -320,9 +308,10 @@ class PaintByExampleTraining(TrainingTask):
         state = {name.removeprefix("model."): x.contiguous() for name, x in checkpoint["state_dict"].items()}
         state |= {name: x.contiguous() for name, x in self.originals.items()}
         checkpoint["pbe"] = {**pbe_entry(self.model.config), **self.about}
-        if self.config.lora:  # the rest is as in the checkpoint that training started from
+        if self.config.adapts:  # the rest is as in the checkpoint that training started from
             state = {name: x for name, x in state.items() if is_trained_adapter(name)}
-            checkpoint["pbe"]["lora"] = asdict(self.config.lora)
+            kind = {"lora": asdict(self.config.lora)} if self.config.lora else {"detail": sizes(self.config.detail)}
+            checkpoint["pbe"] |= kind
         elif self.model_ema:  # the convention is an average for every parameter of the UNet
             unet = [name for name in state if name.startswith(PARTS["unet"])]
             state = {**{average_name(name): state[name] for name in unet}, **state}
@@ -336,8 +325,9 @@ class PaintByExampleTraining(TrainingTask):
                 "in the middle of a run"
             )
         own = self.state_dict()
-        if self.config.lora:
-            saved = {name.removeprefix("model."): x for name, x in own.items() if not is_trained_adapter(name)} | saved
+        if self.config.adapts:
+            ours = {name.removeprefix("model."): x for name, x in own.items()}
+            saved = {name: x for name, x in ours.items() if not is_trained_adapter(name)} | saved
         missing = [name for name in own if name.removeprefix("model.") not in saved]
         if missing:
             raise ValueError(f"the checkpoint is of another model: it lacks {len(missing)} tensors, as {missing[0]}")

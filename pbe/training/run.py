@@ -206,7 +206,7 @@ def checkpoint_bytes(module: TrainingTask) -> int:
     """About how large a checkpoint is: what trains with AdamW's two moments of it, and the rest of the state."""
     trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     rest = sum(x.nbytes for x in module.state_dict().values()) - trained
-    if isinstance(module, PaintByExampleTraining) and module.config.lora:  # nothing else, and a file beside
+    if isinstance(module, PaintByExampleTraining) and module.config.adapts:  # nothing else, and a file beside
         return (5 if module.model_ema else 4) * trained
     return 3 * trained + rest
 
@@ -252,7 +252,7 @@ def make_module(config: Run) -> TrainingTask:
             model = starting_model(config.model, config.seed)
             size = model.config
             check_sizes(config.data, size.vae.downsampling, size.exemplar.vision.image_size, size.resolution)
-            if config.training.lora and config.model.init != "scratch":
+            if config.training.adapts and config.model.init != "scratch":
                 base = find_checkpoint(config.model.init)
                 about["base"] = {"checkpoint": base.name, "crc32": crc_of(base)}
             settings = (config.training, config.optimizer, about, config.seed)
