@@ -32,7 +32,9 @@ def read_detail(file: Checkpoint, model: nn.Module) -> Detail:
         raise CheckpointError(f"{file.path} holds a detail adapter; {type(model).__name__} takes none")
     entry = file.entry.get("detail")
     try:
-        config = DetailConfig(**entry)  # type: ignore[arg-type]  # what is no mapping is an error too
+        if not isinstance(entry, dict):
+            raise ValueError("expected an adapter's tokens, layers and width")
+        config = DetailConfig(**entry)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file.path}: its entry 'detail' is {shown(entry)}: {error}") from None
     averages = {average_name(name) for name in file.names()} & file.names()

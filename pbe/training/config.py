@@ -92,8 +92,6 @@ class DistillationRun(ModelRun):
         training = self.training
         if training.train != ["unet"] and not training.lora:
             raise ValueError(f"training.train={training.train}: a student is [unet] or, with train=[], training.lora")
-        if training.detail:
-            raise ValueError("training.detail is for task=paint_by_example: an adapter is not distilled")
         if training.drop_exemplar or training.loss != "noise":
             raise ValueError(
                 "distillation has a loss of its own and no exemplar is dropped: set training.loss=noise, mask_weight=1 "

@@ -1,4 +1,4 @@
-"""The detail adapter's networks: nothing at first, the reference's arithmetic, and as fast a form that gives the same."""
+"""The detail adapter's networks: nothing at first, the reference's arithmetic, and the same when prepared."""
 
 from dataclasses import replace
 
@@ -127,14 +127,14 @@ def test_attention_is_that_of_ip_adapter(scale):
     theirs.load_state_dict({n: x for n, x in layer.state_dict().items() if "detail" not in n})
     theirs.set_processor(processor)
     x, context = noise("x", 2, 10, 48), noise("c", 2, 1 + D, 32)
-    expected = theirs(x, encoder_hidden_states=(context[:, :1], [context[:, None, 1:].squeeze(1)[:, None]]))
+    expected = theirs(x, encoder_hidden_states=(context[:, :1], [context[:, None, 1:]]))
     torch.testing.assert_close(layer(x, at_strength(context, D, scale)), expected, rtol=1e-5, atol=1e-6)
 
 
 THEIR_NAMES = {
-    "queries": "latents",
     "norm_patches": "ln0",
     "norm_queries": "ln1",
+    "queries": "latents",
     "ff.1": "ff.1.net.0.proj",
     "ff.3": "ff.1.net.2",
 }
