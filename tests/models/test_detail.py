@@ -11,11 +11,22 @@ from diffusers.models.attention_processor import Attention as TheirAttention
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
 from golden_file import noise
+from torch.utils.flop_counter import FlopCounterMode
 
 from pbe.acceleration import prepare_for_inference
 from pbe.acceleration.compiled import compile_regions
-from pbe.models.detail import DetailAttention, DetailConfig, Resampler, at_strength, remove_detail
+from pbe.checkpoints.meta_device import build_on_meta
+from pbe.models.detail import (
+    DetailAttention,
+    DetailConfig,
+    Resampler,
+    add_detail,
+    at_strength,
+    detail_parts,
+    remove_detail,
+)
 from pbe.models.lora import layers_of
+from pbe.models.paint_by_example import PaintByExample, PaintByExampleConfig
 from pbe.models.unet import Attention
 
 D = CONFIG.tokens
@@ -230,6 +241,22 @@ def test_keys_and_values_are_computed_once_for_a_loop(reuse):
         result = predict(unet_in, t)
     assert len(calls) == 4
     assert relative(result, model.unet(unet_in, t, context)) < 1e-5
+
+
+def test_at_full_size_it_adds_less_than_a_hundredth_of_the_arithmetic():
+    """Of a call with both halves of guidance at 512 pixels; nothing is computed."""
+    flops = []
+    for tokens in (0, 16):
+        model = build_on_meta(PaintByExample, PaintByExampleConfig())
+        if tokens:
+            add_detail(model, detail_parts(model, DetailConfig(tokens=tokens)), {})
+        unet = prepare_for_inference(model).unet
+        shifts = unet.shifts(torch.empty(1, device="meta"), torch.float32)
+        folded = unet.folded(torch.empty(2, 1 + tokens, 768, device="meta"))
+        with FlopCounterMode(display=False) as counter:
+            unet.predict(torch.empty(1, 9, 64, 64, device="meta"), shifts, folded)
+        flops.append(counter.get_total_flops())
+    assert 1.005 < flops[1] / flops[0] < 1.01
 
 
 def test_traced_as_one_graph():
