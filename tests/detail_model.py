@@ -3,9 +3,9 @@
 import torch
 from conftest import TINY
 
-from pbe.checkpoints.detail import write_detail
 from pbe.checkpoints.seeding import seeded_state
-from pbe.models.detail import DetailConfig, is_detail
+from pbe.checkpoints.writing import save_checkpoint
+from pbe.models.detail import DetailConfig, is_detail, sizes
 from pbe.models.paint_by_example import PaintByExample
 from pbe.training.detail import start_detail
 
@@ -40,5 +40,5 @@ def own_tensors(model):
 
 
 def save(path, model=None, **entry):
-    write_detail((CONFIG, own_tensors(model or with_detail())), path, entry, overwrite=True)
+    save_checkpoint(own_tensors(model or with_detail()), path, {**entry, "detail": sizes(CONFIG)})
     return path

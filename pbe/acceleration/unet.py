@@ -45,8 +45,9 @@ class FoldedDetail(nn.Module):
         super().__init__()
         self.norm2, self.num_heads, self.num_detail = norm2, attention.num_heads, attention.num_detail
         self.to_k_detail, self.to_v_detail = attention.to_k_detail, attention.to_v_detail
+        (to_out,) = of_kind(attention.to_out, nn.Linear)
         # parameters, and no layers: packed ones could not be transposed
-        self.w_q, self.w_o = attention.to_q.weight, attention.to_out[0].weight
+        self.w_q, self.w_o = attention.to_q.weight, to_out.weight
 
     def rows(self, context: Tensor) -> Tensor:
         """(K, 2 H D, C) of contexts (K, 1 + D or 1 + 2 D, context_dim), the keys' first."""
@@ -78,8 +79,8 @@ class FoldedBlock(nn.Module):
         self.norm1, self.attn1 = block.norm1, FusedSelfAttention(block.attn1, tile)
         self.to_v, self.to_out = block.attn2.to_v, block.attn2.to_out
         self.norm3, self.ff = block.norm3, block.ff
-        has_detail = isinstance(block.attn2, DetailAttention)
-        self.detail = FoldedDetail(block.norm2, block.attn2) if has_detail else None
+        attn2 = block.attn2
+        self.detail = FoldedDetail(block.norm2, attn2) if isinstance(attn2, DetailAttention) else None
 
     def folded(self, context: Tensor) -> Tensor:
         """(K, 1, C) of contexts (K, 1, context_dim): what they add at all positions. Where detail's tokens follow in

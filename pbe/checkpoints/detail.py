@@ -1,18 +1,13 @@
 """Files of detail adapters: the tensors that `is_detail` names, and their sizes as `detail` in the entry `pbe`."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from pbe.checkpoints.formats.lazy_tensors import converted
 from pbe.checkpoints.formats.opening import Checkpoint, CheckpointError
 from pbe.checkpoints.key_map import average_name, mismatches, shorten
-from pbe.checkpoints.writing import save_checkpoint
 from pbe.io.json_text import shown
-from pbe.models.detail import DetailConfig, add_detail, detail_parts, detail_shapes, is_detail, sizes
+from pbe.models.detail import DetailConfig, add_detail, detail_parts, detail_shapes, is_detail
 from pbe.models.paint_by_example import PaintByExample
 
 Detail = tuple[DetailConfig, dict[str, Tensor]]  # its sizes, and its tensors by name
@@ -57,9 +52,3 @@ def use_detail(model: PaintByExample, detail: Detail, strength: float, dtype: to
     tensors = {name: x * strength if name.endswith("to_v_detail.weight") else x for name, x in tensors.items()}
     tensors = {name: converted(x, dtype, name, model.device) for name, x in tensors.items()}
     add_detail(model, detail_parts(model, config), tensors)
-
-
-def write_detail(detail: Detail, path: str | Path, entry: Mapping[str, Any], overwrite: bool = False) -> None:
-    """Writes an adapter, and `entry` beside its sizes; raises as `save_checkpoint`."""
-    config, tensors = detail
-    save_checkpoint(tensors, path, {**entry, "detail": sizes(config)}, overwrite)

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from pbe.io.fields import Range, check_fields
 from pbe.models.unet import Attention, TransformerBlock
 
 if TYPE_CHECKING:
@@ -33,15 +32,19 @@ PROJECTIONS = ("to_k_detail", "to_v_detail")
 class DetailConfig:
     """Sizes of a detail adapter."""
 
-    tokens: Annotated[int, Range(1, 1024)] = 16
+    tokens: int = 16
     """How many tokens are made of an exemplar."""
-    layers: Annotated[int, Range(1, 64)] = 4
+    layers: int = 4
     """Of the resampler."""
-    width: Annotated[int, Range(HEAD_WIDTH, 8192, step=HEAD_WIDTH)] = 768
+    width: int = 768
     """Of the resampler, in heads of 64."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "detail")
+        for name, step, most in (("tokens", 1, 1024), ("layers", 1, 64), ("width", HEAD_WIDTH, 8192)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value not in range(step, most + 1, step):
+                kind = f"a multiple of {step}" if step > 1 else "a whole number"
+                raise ValueError(f"detail.{name} must be {kind} from {step} to {most}, got {value!r}")
 
 
 def sizes(config: DetailConfig) -> dict[str, int]:
@@ -113,13 +116,6 @@ class DetailAttention(Attention):
             y = y + self.attend(q, self.to_k_detail(for_keys), self.to_v_detail(for_values))
         return self.to_out(y)
 
-    def without_detail(self) -> Attention:
-        """The layers as they were."""
-        plain = Attention.__new__(Attention)
-        modules = {name: module for name, module in self._modules.items() if name not in PROJECTIONS}
-        vars(plain).update(vars(self), _modules=modules)
-        return plain
-
 
 def split(context: Tensor, num_context: int, num_detail: int) -> tuple[Tensor, Tensor, Tensor]:
     """The own tokens of a context (B, T, context_dim), and what the keys and the values of detail are made of, (B, D,
@@ -177,5 +173,8 @@ def remove_detail(model: PaintByExample) -> None:
     """Takes an adapter out of a model, if it has one."""
     for name, module in list(model.named_modules()):
         if isinstance(module, DetailAttention):
-            model.set_submodule(name, module.without_detail())
+            plain = Attention.__new__(Attention)
+            own = {key: layer for key, layer in module._modules.items() if key not in PROJECTIONS}
+            vars(plain).update(vars(module), _modules=own)
+            model.set_submodule(name, plain)
     model.detail = None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pbe.io.fields import Range
+from pbe.io.fields import Range, check_fields
 from pbe.models.detail import DetailConfig, add_detail, detail_parts, is_detail
 from pbe.models.paint_by_example import PaintByExample
 from pbe.training.initialization import initial_weights
@@ -25,6 +25,10 @@ class DetailTrainingConfig(DetailConfig):
     which they always do."""
     drop_tokens: Annotated[float, Range(0, 1)] = 0.1
     """The probability with which a null token takes a single one's place."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, "detail")
 
 
 def start_detail(model: PaintByExample, config: DetailConfig, seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def swap(
 class Recomputed(Variant):
     """A block whose inputs alone are kept for the backward pass, where it runs again (arXiv 1604.06174)."""
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         # nothing in a block is random
         return checkpoint(super().forward, *inputs, use_reentrant=False, preserve_rng_state=False)
 

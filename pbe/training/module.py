@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from pbe.checkpoints.adapter_writing import write_adapter
 from pbe.checkpoints.adapters import read_adapter
-from pbe.checkpoints.detail import write_detail
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.key_map import average_name
-from pbe.data.example import EncodedExample, Example
+from pbe.checkpoints.writing import save_checkpoint
+from pbe.data.example import Example
 from pbe.io.atomic import warn_once
 from pbe.io.fields import Range, check_fields
 from pbe.models.detail import sizes
@@ -296,7 +296,8 @@ class PaintByExampleTraining(TrainingTask):
         read = read_adapter(checkpoint, self.model)
         entry = {**pbe_entry(self.model.config), **{name: x for name, x in self.about.items() if name == "base"}}
         if read.detail:
-            write_detail(read.detail, beside(checkpoint), entry, overwrite=True)
+            config, tensors = read.detail
+            save_checkpoint(tensors, beside(checkpoint), {**entry, "detail": sizes(config)}, overwrite=True)
             return
         # scaled already: many readers take alpha to be the rank
         updates = {name: update.scaled() for name, update in read.updates.items()}
@@ -310,8 +311,8 @@ class PaintByExampleTraining(TrainingTask):
         checkpoint["pbe"] = {**pbe_entry(self.model.config), **self.about}
         if self.config.adapts:  # the rest is as in the checkpoint that training started from
             state = {name: x for name, x in state.items() if is_trained_adapter(name)}
-            kind = {"lora": asdict(self.config.lora)} if self.config.lora else {"detail": sizes(self.config.detail)}
-            checkpoint["pbe"] |= kind
+            lora, detail = self.config.lora, self.config.detail
+            checkpoint["pbe"] |= {"lora": asdict(lora)} if lora else {"detail": sizes(detail)} if detail else {}
         elif self.model_ema:  # the convention is an average for every parameter of the UNet
             unet = [name for name in state if name.startswith(PARTS["unet"])]
             state = {**{average_name(name): state[name] for name in unet}, **state}
