@@ -48,10 +48,8 @@ def inspect_adapters(args: argparse.Namespace) -> int:
     found = read_adapter(args.checkpoint, model_for_adapters(args.ckpt))
     if found.detail:
         config, tensors = found.detail
-        count = sum(x.numel() for x in tensors.values())
-        told = ", ".join(f"{name} {value}" for name, value in sizes(config).items())
-        print(printable(f"{found.path}: a detail adapter of {count:,} parameters\n  {told}"))
-        for key, value in found.metadata.items():
+        print(printable(f"{found.path}: a detail adapter of {sum(x.numel() for x in tensors.values()):,} parameters"))
+        for key, value in {**sizes(config), **found.metadata}.items():
             print(printable(f"  {key}: {shown(value)}"))
         return 0
     updates = found.updates.values()

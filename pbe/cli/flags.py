@@ -149,8 +149,8 @@ def add_adapter(group: Group) -> None:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="adapters (LoRA and its like) to use with the checkpoint, our own, kohya's, diffusers' or PEFT's, at a "
-        "strength (default 1); given several times, they add up",
+        help="adapters (LoRA and its like, our own, kohya's, diffusers' or PEFT's; one of detail) to use with the "
+        "checkpoint, at a strength (default 1); given several times, they add up",
     )
 
 

@@ -136,7 +136,7 @@ def test_commands(tmp_path, tiny_checkpoint, file, capsys):
     assert main(["inspect", str(file), "--ckpt", str(tiny_checkpoint)]) == 0
     told = capsys.readouterr().out
     assert "a detail adapter of" in told
-    assert "tokens 3, layers 2, width 64" in told
+    assert "  tokens: 3\n  layers: 2\n  width: 64\n" in told
     assert "a.ckpt" in told
     refused = {
         "merge-adapter": ["merge-adapter", str(tiny_checkpoint), str(file)],
