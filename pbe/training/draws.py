@@ -45,8 +45,7 @@ class TrainingBatch(NamedTuple):
 def add_noise_draws(
     example: Example, vae: VAEConfig, num_timesteps: int = 1000, count: int = 1, detail_tokens: int = 0
 ) -> TrainingBatch:
-    """A batch of examples, on the CPU, with `count` noise draws per sample, which follow from the examples' seeds; with
-    draws for the tokens of a detail adapter, if there are any."""
+    """A batch of examples, on the CPU, with `count` noise draws per sample, which follow from the examples' seeds."""
     shape = latent_shape(example.image, vae)
     return TrainingBatch(example, make_noise_draws(example.seed.tolist(), shape, num_timesteps, count, detail_tokens))
 

@@ -44,8 +44,7 @@ def encode_draws(
     drop_exemplar_by: Literal["sample", "batch"] = "sample",
     detail: DetailTrainingConfig | None = None,
 ) -> tuple[Tensor, Condition]:
-    """`encode` for each of the K B draws, with the exemplars that are dropped, and of a detail adapter's tokens those
-    that are."""
+    """`encode` for each of the K B draws, with the exemplars and the tokens of detail that are dropped."""
     example, draws = batch
     z_0, condition = encode(model, example, draws.posterior_noise)
     K = len(draws.t) // len(z_0)  # each picture is encoded once

@@ -144,6 +144,7 @@ def test_the_report_says_how_each_system_was_run(ran, weights, judge):  # noqa: 
         "reuse": 1,
         "decoder": "vae",
         "strength": 1.0,
+        "detail": None,
         "fill_holes": False,
         "smooth": 0,
         "grow": 0,
