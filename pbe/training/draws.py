@@ -23,7 +23,7 @@ class NoiseDraws(NamedTuple):
     noise: Tensor  # (K B, 4, h, w)
     posterior_noise: Tensor  # (B, 2, 4, h, w), for the latents of the image and of the masked image
     drop: Tensor  # (K B,) uniform in [0, 1): below the probability, the exemplar is dropped
-    detail: Tensor | None = None  # (K B, 1 + D) as `drop`, of a detail adapter's tokens: of all, and of each
+    detail: Tensor  # (K B, 1 + D) as `drop`, of a detail adapter's tokens: of all, and of each; (K B, 0) without
 
 
 class TrainingBatch(NamedTuple):
@@ -73,15 +73,13 @@ def make_noise_draws(
     for _ in range(count - 1):
         drop.append(torch.cat([torch.rand(1, generator=g) for g in generators]))
         noise.append(randn(latent_shape, generators))
-    detail = None
-    if detail_tokens:  # last of all, so that the others are the same without them
-        rows = [torch.rand(count, 1 + detail_tokens, generator=g) for g in generators]
-        detail = torch.stack(rows, dim=1).flatten(0, 1)
+    # last of all, so that the others are the same without them
+    detail = [torch.rand(count, 1 + detail_tokens if detail_tokens else 0, generator=g) for g in generators]
     shifts = [k * num_timesteps // count for k in range(count)]
     return NoiseDraws(
         drop=torch.cat(drop),
         t=t.flatten(),
         noise=torch.cat(noise),
         posterior_noise=posterior_noise,
-        detail=detail,
+        detail=torch.stack(detail, dim=1).flatten(0, 1),
     )

@@ -51,7 +51,7 @@ def encode_draws(
     z_0, z_masked, mask = (x.repeat(K, 1, 1, 1) for x in (z_0, condition.z_masked, condition.mask))
     context = condition.context.repeat(K, 1, 1)
     context = drop_exemplars(context, model.null_context, draws.drop, drop_exemplar, drop_exemplar_by)
-    if detail and draws.detail is not None:
+    if detail:
         context = drop_detail(context, model.null_context, draws.detail, detail.drop, detail.drop_tokens)
     return z_0, Condition(z_masked, mask, context)
 
