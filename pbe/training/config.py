@@ -92,7 +92,7 @@ class DistillationRun(ModelRun):
         training = self.training
         if training.train != ["unet"] and not training.lora:
             raise ValueError(f"training.train={training.train}: a student is [unet] or, with train=[], training.lora")
-        if training.drop_exemplar or training.loss != "noise":
+        if training.drop_exemplar or training.loss != "noise" or training.mask_weight != 1:
             raise ValueError(
                 "distillation has a loss of its own and no exemplar is dropped: set training.loss=noise, mask_weight=1 "
                 f"and drop_exemplar=0, got {training.loss}, {training.mask_weight:g} and {training.drop_exemplar:g}"

@@ -43,11 +43,20 @@ class TrainingBatch(NamedTuple):
 
 
 def add_noise_draws(
-    example: Example, vae: VAEConfig, num_timesteps: int = 1000, count: int = 1, detail_tokens: int = 0
+    example: Example | EncodedExample,
+    vae: VAEConfig,
+    num_timesteps: int = 1000,
+    count: int = 1,
+    detail_tokens: int = 0,
 ) -> TrainingBatch:
     """A batch of examples, on the CPU, with `count` noise draws per sample, which follow from the examples' seeds."""
-    shape = latent_shape(example.image, vae)
-    return TrainingBatch(example, make_noise_draws(example.seed.tolist(), shape, num_timesteps, count, detail_tokens))
+    seeds = example.seed.tolist()
+    noisy = example.noisy.expand(len(seeds)).tolist()
+    if isinstance(example, EncodedExample):
+        shape = example.posteriors.shape[-3:]
+    else:
+        shape = torch.Size(latent_shape(example.image, vae))
+    return TrainingBatch(example, make_noise_draws(seeds, shape, num_timesteps, count, noisy, detail_tokens))
 
 
 def latent_shape(image: Tensor, vae: VAEConfig) -> tuple[int, int, int]:
@@ -57,7 +66,12 @@ def latent_shape(image: Tensor, vae: VAEConfig) -> tuple[int, int, int]:
 
 
 def make_noise_draws(
-    seeds: Sequence[int], latent_shape: Sequence[int], num_timesteps: int, count: int = 1, detail_tokens: int = 0
+    seeds: Sequence[int],
+    latent_shape: Sequence[int],
+    num_timesteps: int,
+    count: int = 1,
+    noisy: Sequence[float] = (),
+    detail_tokens: int = 0,
 ) -> NoiseDraws:
     """`count` draws for each of the samples with these seeds, on the CPU; `latent_shape` is (4, h, w).
 
@@ -73,9 +87,13 @@ def make_noise_draws(
     for _ in range(count - 1):
         drop.append(torch.cat([torch.rand(1, generator=g) for g in generators]))
         noise.append(randn(latent_shape, generators))
+    shifts = torch.tensor([k * num_timesteps // count for k in range(count)])
+    t = (t + shifts[:, None]) % num_timesteps  # (K, B)
+    for i, probability in enumerate(noisy):
+        if probability and torch.rand((), generator=generators[i]) < probability:
+            t[:, i] = (t[:, i] + num_timesteps) // 2
     # last of all, so that the others are the same without them
     detail = [torch.rand(count, 1 + detail_tokens if detail_tokens else 0, generator=g) for g in generators]
-    shifts = [k * num_timesteps // count for k in range(count)]
     return NoiseDraws(
         drop=torch.cat(drop),
         t=t.flatten(),

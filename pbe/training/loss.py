@@ -30,11 +30,12 @@ def training_losses(
     batch: TrainingBatch,
     drop_exemplar: float = 0.2,
     drop_exemplar_by: Literal["sample", "batch"] = "sample",
+    mask_weight: float = 1.0,
     detail: DetailTrainingConfig | None = None,
 ) -> Tensor:
     """Each draw's mean squared error (K B,) of the predicted noise, from pictures on; the loss is their mean."""
     z_0, condition = encode_draws(model, batch, drop_exemplar, drop_exemplar_by, detail)
-    return denoising_losses(model, schedule, z_0, condition, batch.draws.t, batch.draws.noise)
+    return denoising_losses(model, schedule, z_0, condition, batch.draws.t, batch.draws.noise, mask_weight)
 
 
 def encode_draws(

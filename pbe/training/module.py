@@ -22,7 +22,7 @@ from pbe.checkpoints.adapters import read_adapter
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.key_map import average_name
 from pbe.checkpoints.writing import save_checkpoint
-from pbe.data.example import Example
+from pbe.data.example import EncodedExample, Example
 from pbe.io.atomic import warn_once
 from pbe.io.fields import Range, check_fields
 from pbe.models.detail import sizes
@@ -33,7 +33,7 @@ from pbe.training.detail import DetailTrainingConfig, start_detail
 from pbe.training.draws import TrainingBatch, add_noise_draws
 from pbe.training.ema import ParameterAverage
 from pbe.training.initialization import PARTS, Part, is_trained_adapter, trained_names
-from pbe.training.loss import denoising_losses, encode, loss_weights, training_losses
+from pbe.training.loss import Loss, denoising_losses, encode, loss_weights, training_losses
 from pbe.training.memory import cast_frozen, checkpoint_blocks, keep_norms_half, skip_queries
 from pbe.training.optimizer import OptimizerConfig
 from pbe.training.task import TrainingTask, beside, sum_over_processes
@@ -181,8 +181,8 @@ class PaintByExampleTraining(TrainingTask):
     def batch_losses(self, batch: TrainingBatch) -> Tensor:
         """Each draw's mean squared error (K B,) of the predicted noise."""
         config = self.config
-        dropping = config.drop_exemplar, config.drop_exemplar_by, config.detail
-        return training_losses(self.model, self.schedule, batch, *dropping)
+        drop = config.drop_exemplar, config.drop_exemplar_by
+        return training_losses(self.model, self.schedule, batch, *drop, config.mask_weight, config.detail)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> dict[str, Any]:
         example, draws = batch

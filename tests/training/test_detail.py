@@ -91,12 +91,12 @@ def test_what_cannot_train_together_is_refused(settings, message):
 
 def test_draws_of_tokens_leave_the_others_as_they_are():
     for count in (1, 3):
-        without, given = (make_noise_draws(SEEDS, SHAPE, 1000, count, tokens) for tokens in (0, 5))
+        without, given = (make_noise_draws(SEEDS, SHAPE, 1000, count, detail_tokens=tokens) for tokens in (0, 5))
         assert without.detail.shape == (2 * count, 0)
         assert given.detail.shape == (2 * count, 6)
         for a, b in zip(without[:4], given[:4], strict=True):
             assert torch.equal(a, b)
-    alone = make_noise_draws(SEEDS[1:], SHAPE, 1000, 3, 5)
+    alone = make_noise_draws(SEEDS[1:], SHAPE, 1000, 3, detail_tokens=5)
     assert torch.equal(given.detail[1::2], alone.detail)
 
 
