@@ -686,7 +686,7 @@ def screenshot(checkpoint: Path, out: Path, width: int = 1440, dark: bool = Fals
         tab.locator("#history button").first.wait_for(timeout=600 * SECONDS)
         tab.mouse.move(0, 0)
         tab.wait_for_timeout(SECONDS)  # colours fade in and out
-        tab.screenshot(path=out, full_page=width < 1000)
+        tab.screenshot(path=out, full_page=True)
 
 
 if __name__ == "__main__":
