@@ -20,6 +20,7 @@ def version() -> str:
 SAFETENSORS = ["safetensors>=0.4"]
 HUB = ["huggingface_hub>=0.30", *SAFETENSORS]
 LOG = ["tensorboard>=2.14"]
+OPTIM = ["bitsandbytes>=0.49", "schedulefree>=1.4", "prodigyopt>=1.1"]
 PLOT = ["matplotlib>=3.7"]
 STARLETTE = ["starlette>=0.40"]  # what gradio and fastapi serve with
 APP = ["gradio>=6.29", *STARLETTE]
@@ -52,6 +53,7 @@ TEST = [
     *EVAL,
     *MASKS,
     *EXPORT,
+    *OPTIM,
 ]
 
 setup(
@@ -91,6 +93,7 @@ setup(
         "safetensors": SAFETENSORS,
         "hub": HUB,
         "log": LOG,
+        "optim": OPTIM,
         "plot": PLOT,
         "app": APP,
         "serve": SERVE,

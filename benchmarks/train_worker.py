@@ -26,7 +26,7 @@ from pbe.models.paint_by_example import latent_mask
 from pbe.training.draws import TrainingBatch, make_noise_draws
 from pbe.training.loss import check_finite
 from pbe.training.module import PaintByExampleTraining, TrainingConfig
-from pbe.training.optimizer import OptimizerConfig, adamw
+from pbe.training.optimizer import OptimizerConfig, build_optimizer
 
 EMA_DECAY = 0.9999
 MAX_NORM = 1.0  # of the gradients
@@ -122,7 +122,7 @@ class Ours(System):
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         super().__init__(task, model.config.vae.downsampling, model.config.exemplar.vision.image_size, trained)
         fused = self.device.type == "cuda" and task.dtype != "float16"  # as `make_optimizer`, with clipping
-        self.optimizer = adamw(trained, OptimizerConfig(), fused)
+        self.optimizer = build_optimizer([{"params": trained}], OptimizerConfig(), fused)
 
     def loss(self, batch: TrainingBatch) -> Tensor:
         with self.autocast():

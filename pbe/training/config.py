@@ -68,6 +68,11 @@ class ModelRun(RunConfig):
                 "samples are made of validation pictures: set data.val_size or data.val_source, "
                 "or samples.every_n_steps=null"
             )
+        if self.optimizer.name == "schedulefree" and self.training.ema_decay is not None:
+            raise ValueError(
+                f"training.ema_decay={self.training.ema_decay:g}: optimizer.name=schedulefree averages itself, "
+                "set it to null"
+            )
 
 
 @dataclass

@@ -222,7 +222,8 @@ class PaintByExampleTraining(TrainingTask):
         if self.model_ema:
             self.model_ema.swap()
         try:
-            yield
+            with super().averaged():
+                yield
         finally:
             if self.model_ema:
                 self.model_ema.swap()

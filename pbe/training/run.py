@@ -49,6 +49,7 @@ from pbe.training.distillation import ConsistencyDistillation
 from pbe.training.encodings import encoded
 from pbe.training.initialization import loaded_vae, seeded, starting_model
 from pbe.training.module import PaintByExampleTraining
+from pbe.training.optimizer import KINDS, optimizer_class
 from pbe.training.resuming import newest_checkpoint, read_entries, restoring
 from pbe.training.task import TrainingTask
 from pbe.training.tiny_decoder import TinyDecoderTraining
@@ -83,6 +84,7 @@ def train(config: Run, resume: bool | Path = False) -> dict[str, int]:
     run. `FloatingPointError` where training diverges, `Terminated` where it is stopped by a signal.
     """
     check_trainer(config.trainer)
+    optimizer_class(config.optimizer.name)  # whose package may be missing
     folder, stop = Path(config.run), StopSignals()
     with stop.handled(), lightning_errors(), quiet(), claimed(folder):
         last = resume if isinstance(resume, Path) else newest_checkpoint(folder)
@@ -203,12 +205,14 @@ def flatten(value: Any, prefix: str) -> dict[str, Any]:
 
 
 def checkpoint_bytes(module: TrainingTask) -> int:
-    """About how large a checkpoint is: what trains with AdamW's two moments of it, and the rest of the state."""
+    """About how large a checkpoint is: what trains with what the optimizer keeps of it, and the rest of the state."""
     trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     rest = sum(x.nbytes for x in module.state_dict().values()) - trained
-    if isinstance(module, PaintByExampleTraining) and module.config.adapts:  # nothing else, and a file beside
-        return (5 if module.model_ema else 4) * trained
-    return 3 * trained + rest
+    copies = 1 + KINDS[module.optimizer_config.name].floats + (module.optimizer_config.name == "schedulefree")
+    if isinstance(module, PaintByExampleTraining) and module.config.lora:  # nothing else, and a file beside
+        copies += 2 if module.model_ema else 1
+        rest = 0
+    return round(copies * trained + rest)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import lightning
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.optim import Optimizer
 
 from pbe.data.datamodule import ExampleDataModule
 from pbe.training.loss import check_finite
-from pbe.training.optimizer import OptimizerConfig, make_optimizer
+from pbe.training.optimizer import OptimizerConfig, averaged, make_optimizer
 
 
 class TrainingTask(lightning.LightningModule):
-    """A module that trains with AdamW; `about` goes into the entry `pbe` of its checkpoints.
+    """A module that trains; `about` goes into the entry `pbe` of its checkpoints.
 
     Raises `FloatingPointError` in the step whose loss is not finite, naming the batch's files.
     """
@@ -28,9 +30,16 @@ class TrainingTask(lightning.LightningModule):
     def __init__(self, optimizer: OptimizerConfig, about: Mapping[str, Any] | None):
         super().__init__()
         self.optimizer_config, self.about = optimizer, dict(about or {})
+        self.averaging: Optimizer | None = None  # where the optimiser averages
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return make_optimizer(self, self.optimizer_config)
+        made = make_optimizer(self, self.optimizer_config)
+        self.averaging = made["optimizer"] if self.optimizer_config.name == "schedulefree" else None
+        return made
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The averages in the parameters' place, where there are any."""
+        return averaged(self.averaging) if self.averaging else nullcontext()
 
     def step_result(self, loss: Tensor, files: Sequence[str], metrics: Mapping[str, Tensor]) -> dict[str, Any]:
         """What a training step returns: the loss, and metrics of one value per sample for `TrainingMetrics`."""

@@ -63,7 +63,8 @@ class TinyDecoderTraining(DecodingTask):
         return {"l1": mean_absolute(error), "gradient": gradient}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = self.decoder.state_dict()
+        state = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {k.removeprefix("decoder."): x for k, x in state if k.startswith("decoder.")}
         checkpoint["pbe"] = self.about
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

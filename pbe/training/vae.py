@@ -70,7 +70,8 @@ class DecodingTask(TrainingTask):
         self.sums = torch.zeros(len(self.weights) + 1, dtype=torch.float64)
 
     def validation_step(self, batch: tuple[Example, Tensor], batch_idx: int) -> None:
-        errors = self.errors(batch[0].image, batch[1])
+        with self.averaged():
+            errors = self.errors(batch[0].image, batch[1])
         self.sums += torch.tensor([*(errors[name].sum().item() for name in self.weights), len(batch[1])])
 
     def on_validation_epoch_end(self) -> None:
@@ -121,7 +122,8 @@ class VAETraining(DecodingTask):
         loader = self.trainer.val_dataloaders or data_of(self.trainer).val_dataloader()
         for batch in itertools.islice(loader, self.num_scale_batches(len(loader))):
             example, noise = self.on_before_batch_transfer(batch, 0)
-            z = self.vae.encode(example.image.to(self.device)).sample(noise.to(self.device)).cpu().double()
+            with self.averaged():
+                z = self.vae.encode(example.image.to(self.device)).sample(noise.to(self.device)).cpu().double()
             sums += torch.tensor([z.sum().item(), z.square().sum().item(), z.numel()], dtype=torch.float64)
         first, second, n = sum_over_processes(self.trainer, sums).tolist()
         return (second / n - (first / n) ** 2) ** -0.5

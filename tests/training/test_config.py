@@ -13,7 +13,7 @@ from pbe.training.callbacks.samples import SamplesConfig
 from pbe.training.config import RENAMED, PaintByExampleRun, VAERun, load_config, save_config, to_dict
 from pbe.training.initialization import ModelConfig
 from pbe.training.module import TrainingConfig
-from pbe.training.optimizer import OptimizerConfig
+from pbe.training.optimizer import OptimizerConfig, PartOptimizerConfig
 from pbe.training.run import check_trainer
 from pbe.training.tiny_decoder import TinyDecoderConfig
 from pbe.training.vae import VAETrainingConfig
@@ -82,6 +82,7 @@ def test_ablation_ends_in_the_paper_s_recipe():
         VAETrainingConfig,
         TinyDecoderConfig,
         OptimizerConfig,
+        PartOptimizerConfig,
         ModelConfig,
         CheckpointConfig,
         SamplesConfig,

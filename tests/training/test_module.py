@@ -51,7 +51,7 @@ from pbe.training.ema import ParameterAverage
 from pbe.training.initialization import PARTS, ModelConfig, initial_weights, read_vae, starting_model
 from pbe.training.loss import check_finite, denoising_losses, drop_exemplars, encode, loss_weights, training_losses
 from pbe.training.module import PaintByExampleTraining, TrainingConfig, trained_names
-from pbe.training.optimizer import OptimizerConfig, adamw, lr_factor, make_optimizer
+from pbe.training.optimizer import OptimizerConfig, build_optimizer, lr_factor, make_optimizer, parameter_groups
 from pbe.training.run import make_module, open_data
 from pbe.training.vae import VAETraining
 
@@ -371,7 +371,7 @@ def test_fused_optimizer_on_cuda_unless_it_would_clip_scaled_gradients():
     for precision, clip, fused in cases:
         module = SimpleNamespace(
             trainer=SimpleNamespace(precision_plugin=precision, gradient_clip_val=clip),
-            parameters=lambda: [torch.nn.Parameter(torch.zeros(2))],
+            named_parameters=lambda: [("x", torch.nn.Parameter(torch.zeros(2)))],
             device=torch.device("cuda"),
         )
         optimizer = make_optimizer(module, OptimizerConfig())["optimizer"]
@@ -386,7 +386,8 @@ def test_fused_optimizer_on_cuda_unless_it_would_clip_scaled_gradients():
 
 def test_what_trains_decays_and_nothing_else():
     trained, frozen = (torch.nn.Parameter(torch.ones(2), requires_grad=train) for train in (True, False))
-    optimizer = adamw([trained, frozen], OptimizerConfig(lr=0.1, weight_decay=0.5), fused=False)
+    config = OptimizerConfig(lr=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(parameter_groups([("trained", trained), ("frozen", frozen)], config), config)
     trained.grad = torch.zeros(2)  # so that only the decay moves it, by lr times weight_decay
     optimizer.step()
     assert trained.tolist() == pytest.approx([0.95, 0.95])

@@ -24,6 +24,7 @@ from pbe.io.atomic import replacing
 from pbe.io.fields import Range, check_fields
 from pbe.training.callbacks.metrics import JSONLinesLogger
 from pbe.training.callbacks.stopping import StopSignals, Terminated, requeue
+from pbe.training.optimizer import check_moments, parameter_groups
 from pbe.training.task import TrainingTask, beside, data_of
 
 AT_STEP = ("data_position", "best_loss", "validation_due")  # entries beside "loops" that tell of a step's end
@@ -130,6 +131,13 @@ class Checkpoints(Checkpoint):
         records = train_records(trainer)
         checkpoint["global_batch"], checkpoint["num_records"] = global_batch(trainer), len(records)
         checkpoint["records_digest"] = records.digest
+        assert isinstance(pl_module, TrainingTask)
+        if pl_module.averaging:  # the average is what the file is for; training goes on from where it is itself
+            before = checkpoint["state_dict"]
+            names = [name for name, p in pl_module.named_parameters() if p.requires_grad]
+            checkpoint["training_weights"] = {name: before[name] for name in names}
+            with pl_module.averaged():
+                checkpoint["state_dict"] = pl_module.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         check_state(checkpoint, trainer, pl_module)
@@ -146,6 +154,9 @@ class Checkpoints(Checkpoint):
             change = "had other records, or the same in another order"
         if change:
             raise ValueError(f"the run's data {change}: restore the data, or begin another run with run=")
+        parameters = dict(pl_module.named_parameters())
+        for name, value in checkpoint.get("training_weights", {}).items():
+            parameters[name].data.copy_(value)
         loops = checkpoint["loops"]["fit_loop"]
         epoch, consumed = checkpoint["data_position"]
         self.best_loss = float(checkpoint.get("best_loss", math.inf))
@@ -185,7 +196,8 @@ def validate(trainer: Trainer) -> None:
 
 
 def check_state(checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
-    """ValueError for a state of the loops or of AdamW that is not this run's: Lightning would notice later, or never.
+    """ValueError for a state of the loops or of the optimizer that is not this run's: Lightning would notice later, or
+    never.
 
     The parameters were compared when they were loaded.
     """
@@ -196,11 +208,9 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer, pl_module: Lightni
         raise ValueError("its learning rate's schedule has no last_epoch")
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         return  # which divide the parameters
-    trained = [p for p in pl_module.parameters() if p.requires_grad]
-    moments = optimizer["state"]
-    shapes = [moments[i][name].shape for i in moments for name in ("exp_avg", "exp_avg_sq")]
-    if not moments or shapes != [trained[i].shape for i in moments for _ in range(2)]:
-        raise ValueError("its optimizer's state does not fit the parameters that train")
+    assert isinstance(pl_module, TrainingTask)
+    config = pl_module.optimizer_config
+    check_moments(optimizer["state"], parameter_groups(pl_module.named_parameters(), config), config)
 
 
 def same_form(value: Any, like: Any) -> bool:

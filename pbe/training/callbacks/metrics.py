@@ -63,7 +63,8 @@ class TrainingMetrics(Callback):
         """Writes what was summed since last time, and begins again."""
         totals = self.reduced(trainer, self.totals)
         metrics = {f"train/{name}": total / count for name, (total, count) in totals.items() if count}
-        metrics["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        group = trainer.optimizers[0].param_groups[0]
+        metrics["lr"] = group["lr"] * group.get("d", 1.0)  # which Prodigy finds
         metrics["pictures_per_second"] = totals["loss"][1] / (time.monotonic() - self.since)
         metrics["peak_memory_gib"] = peak_memory(pl_module.device)
         metrics |= self.skipped_pictures(trainer, data_of(trainer).skipped)
