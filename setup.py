@@ -19,6 +19,7 @@ def version() -> str:
 
 SAFETENSORS = ["safetensors>=0.4"]
 HUB = ["huggingface_hub>=0.30", *SAFETENSORS]
+WANDB = ["wandb>=0.19"]
 LOG = ["tensorboard>=2.14"]
 OPTIM = ["bitsandbytes>=0.49", "schedulefree>=1.4", "prodigyopt>=1.1"]
 PLOT = ["matplotlib>=3.7"]
@@ -93,6 +94,7 @@ setup(
         "safetensors": SAFETENSORS,
         "hub": HUB,
         "log": LOG,
+        "wandb": WANDB,
         "optim": OPTIM,
         "plot": PLOT,
         "app": APP,

@@ -59,15 +59,21 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 def write(samples: list[Stages], out: Path) -> None:
     """Writes `grid.png`, with one row per example, and each of its pictures as `<number>_<stage>.png`."""
-    from pbe.images.grids import grid
     from pbe.images.saving import save_picture
 
     rows = [stage_pictures(stages) for stages in samples]
     for number, row in enumerate(rows):
         for stage, picture in zip(STAGES, row, strict=True):
             save_picture(picture, out / f"{number:02}_{stage}.png")
+    save_picture(sheet(samples, rows), out / "grid.png")
+
+
+def sheet(samples: list[Stages], rows: list[list[Image.Image]] | None = None) -> Image.Image:
+    """One picture with a row per example; `rows`: their pictures, where they are drawn already."""
+    from pbe.images.grids import grid
+
     captions = [captions_of(stages) for stages in samples]
-    save_picture(grid(rows, captions, column_labels=STAGES, cell_height=224), out / "grid.png")
+    return grid(rows or list(map(stage_pictures, samples)), captions, column_labels=STAGES, cell_height=224)
 
 
 def stage_pictures(stages: Stages) -> list[Image.Image]:

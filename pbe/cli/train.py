@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pbe.cli.errors import one_line_errors
 from pbe.cli.flags import Parser
+
+if TYPE_CHECKING:
+    from pbe.training.config import Run
+
+SHOWN = 16  # examples of the first batch
 
 EPILOG = """\
 examples:
@@ -31,6 +38,11 @@ def parser(prog: str | None = None) -> Parser:
         metavar="PATH",
         help="continue from the run's newest checkpoint, if it has one, or from this one",
     )
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="do not train: print sizes, what trains and about how much memory it takes, and draw the first batch",
+    )
     return p
 
 
@@ -42,14 +54,34 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     from pbe.training.config import load_config
     from pbe.training.run import train
 
+    config = load_config(args.settings)
+    if args.dry_run:
+        return show(config)
     try:
-        skipped = train(load_config(args.settings), args.resume if isinstance(args.resume, bool) else Path(args.resume))
+        skipped = train(config, args.resume if isinstance(args.resume, bool) else Path(args.resume))
     except Terminated as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     if skipped:
         counts = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in skipped.items())
         print(f"pictures that could not be used and were replaced by others: {counts}")
+    return 0
+
+
+def show(config: Run) -> int:
+    """Prints what the run would be, and draws its first batch, in this process, into its folder."""
+    from pbe.cli.show_data import sheet
+    from pbe.images.saving import save_picture
+    from pbe.training.run import dry_run
+
+    lines, data = dry_run(config)
+    print(*lines, sep="\n")
+    order = data.train_dataloader().sampler
+    assert data.train is not None
+    picture = Path(config.run) / "first_batch.png"
+    first = itertools.islice(order, min(config.data.batch_size, SHOWN))
+    save_picture(sheet([data.train.stages(i) for i in first]), picture)
+    print(f"first batch: {picture}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -13,8 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pbe.data import recipe_config
 from pbe.data.datamodule import DataConfig
 from pbe.data.recipe_config import override_recipe
+from pbe.io.fields import Range, check, field_types
 from pbe.models.vae import VAEConfig
 from pbe.training.callbacks.checkpoints import CheckpointConfig
+from pbe.training.callbacks.loggers import Log
 from pbe.training.callbacks.samples import SamplesConfig
 from pbe.training.distillation import DistillationConfig
 from pbe.training.encodings import EncodingsConfig
@@ -47,6 +49,15 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of `lightning.Trainer`."""
+    log: Log | None = None
+    """Where metrics and sample grids go beside the run's folder; None: to TensorBoard where it is installed."""
+    early_stopping: Annotated[int, Range(1)] | None = None
+    """Validations in a row without a lower validation loss after which the run ends; None: it goes on."""
+
+    def __post_init__(self) -> None:
+        check("early_stopping", self.early_stopping, field_types(RunConfig)["early_stopping"])
+        if self.early_stopping is not None and not self.has_validation:
+            raise ValueError("early_stopping needs validation: set data.val_size or data.val_source")
 
     @property
     def has_validation(self) -> bool:
@@ -63,9 +74,10 @@ class ModelRun(RunConfig):
     encodings: EncodingsConfig = field(default_factory=EncodingsConfig)
 
     def __post_init__(self) -> None:
-        if self.samples.every_n_steps and not self.has_validation:
+        super().__post_init__()
+        if self.samples.every_n_steps and not self.has_validation and self.samples.edits is None:
             raise ValueError(
-                "samples are made of validation pictures: set data.val_size or data.val_source, "
+                "samples are made of validation pictures: set data.val_size or data.val_source, or samples.edits, "
                 "or samples.every_n_steps=null"
             )
         if self.optimizer.name == "schedulefree" and self.training.ema_decay is not None:
@@ -116,6 +128,7 @@ class VAERun(RunConfig):
     training: VAETrainingConfig = field(default_factory=VAETrainingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.has_validation:
             raise ValueError("the latents' scale is measured on validation pictures: set data.val_size or .val_source")
         if self.init == "scratch" and self.training.train == "decoder":

@@ -7,13 +7,11 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from pbe.batch.provenance import crc_of
@@ -31,10 +29,11 @@ from pbe.training.callbacks.checkpoints import (
     list_checkpoints,
     prepare_folder,
 )
-from pbe.training.callbacks.metrics import JSONLinesLogger, TrainingMetrics
+from pbe.training.callbacks.loggers import make_loggers
+from pbe.training.callbacks.metrics import TrainingMetrics
 from pbe.training.callbacks.progress import StepsBar
 from pbe.training.callbacks.samples import SampleGrids
-from pbe.training.callbacks.stopping import StopSignals
+from pbe.training.callbacks.stopping import Patience, StopSignals
 from pbe.training.config import (
     DistillationRun,
     ModelRun,
@@ -46,6 +45,7 @@ from pbe.training.config import (
     to_dict,
 )
 from pbe.training.distillation import ConsistencyDistillation
+from pbe.training.dry_run import describe
 from pbe.training.encodings import encoded
 from pbe.training.initialization import loaded_vae, seeded, starting_model
 from pbe.training.module import PaintByExampleTraining
@@ -105,6 +105,14 @@ def train(config: Run, resume: bool | Path = False) -> dict[str, int]:
             trainer.fit(module, data, ckpt_path=last)
         skipped = metrics.skipped_pictures(trainer, data.skipped)
         return {name.removeprefix("data/skipped_"): int(n) for name, n in skipped.items()} if is_first_process() else {}
+
+
+def dry_run(config: Run) -> tuple[list[str], ExampleDataModule]:
+    """Lines that describe the training of `config`, and its data; nothing trains or is written. Raises as `train`."""
+    check_trainer(config.trainer)
+    optimizer_class(config.optimizer.name)
+    data = open_data(config)
+    return describe(config, make_module(config), data), data
 
 
 @contextmanager
@@ -282,15 +290,14 @@ def make_trainer(config: Run, folder: Path, metrics: TrainingMetrics, stop: Stop
         callbacks.append(StepsBar())
     if isinstance(config, ModelRun) and config.samples.every_n_steps:
         callbacks.append(SampleGrids(folder / "samples", config.samples))
-    loggers: list[Logger] = [JSONLinesLogger(folder / "metrics.jsonl")]
-    if find_spec("tensorboard"):  # the extra `log`
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    if config.early_stopping is not None:
+        callbacks.append(Patience(config.early_stopping))
     shards = str(config.trainer.get("strategy", "")).startswith(("fsdp", "deepspeed"))  # which write files of their own
     try:
         return Trainer(
             **{**config.trainer, "enable_progress_bar": False},  # Lightning's own
             callbacks=callbacks,
-            logger=loggers,
+            logger=make_loggers(config.log, folder, to_dict(config)),
             plugins=[] if shards else [AtomicCheckpointIO()],
             default_root_dir=folder,
             use_distributed_sampler=False,

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -27,7 +27,8 @@ from pbe.training.callbacks.stopping import StopSignals, Terminated, requeue
 from pbe.training.optimizer import check_moments, parameter_groups
 from pbe.training.task import TrainingTask, beside, data_of
 
-AT_STEP = ("data_position", "best_loss", "validation_due")  # entries beside "loops" that tell of a step's end
+# entries beside "loops" that tell of a step's end
+AT_STEP = ("data_position", "best_loss", "validation_due", "callbacks")
 CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
@@ -91,6 +92,8 @@ class Checkpoints(Checkpoint):
                 "loops": loop.state_dict(),
                 "data_position": (trainer.current_epoch, (batch_idx + 1) * global_batch(trainer)),
                 "best_loss": self.best_loss,
+                # before the validation that may follow, which a run that goes on makes again
+                "callbacks": {x.state_key: x.state_dict() for x in trainer.callbacks if isinstance(x, EarlyStopping)},
                 "validation_due": loop.epoch_loop._should_check_val_fx(loop._data_fetcher),
             }
         # The end is saved here too: later, Lightning counts an epoch that max_steps cut short as a whole one, from
@@ -114,6 +117,8 @@ class Checkpoints(Checkpoint):
         if self.config.best and self.at_step and not trainer.sanity_checking and loss < self.best_loss:
             self.best_loss = loss
             self.write(trainer, pl_module, "best.ckpt")
+        if trainer.should_stop and self.at_step and self.last_step != self.last_saved:  # which patience decided
+            self.save(trainer, pl_module)
 
     def stop_if_asked(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step and raises `Terminated` where a signal asked for the end."""

@@ -1,18 +1,23 @@
-"""Signals that ask a training run to stop: it does so between two batches, once its last step is saved."""
+"""What ends a training run early: signals, between two batches and once its last step is saved, and patience."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
 import threading
 from contextlib import AbstractContextManager
 from types import FrameType
+from typing import Any
 
+from lightning import LightningModule
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from pbe.io.signals import handling
+from pbe.training.task import TrainingTask
 
 
 class Terminated(Exception):
@@ -21,6 +26,27 @@ class Terminated(Exception):
     def __init__(self, signum: int, message: str):
         super().__init__(f"stopped by {signal.Signals(signum).name} {message}")
         self.signum = signum
+
+
+class Patience(EarlyStopping):
+    """Ends a run once as many validations in a row had no lower validation loss. A run that goes on may have another
+    patience than before."""
+
+    def __init__(self, patience: int):
+        super().__init__("", patience=patience, check_on_train_epoch_end=False)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, TrainingTask)
+        self.monitor = pl_module.val_loss
+        super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.wait_count >= self.patience and trainer.is_global_zero:
+            why = f"{self.monitor} was not below {self.best_score:.4g} in the last {self.wait_count} validations"
+            print(f"stopped after step {trainer.global_step}: {why}", file=sys.stderr)
 
 
 class StopSignals:
