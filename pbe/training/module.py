@@ -36,6 +36,7 @@ from pbe.training.initialization import PARTS, Part, is_trained_adapter, trained
 from pbe.training.loss import Loss, denoising_losses, encode, loss_weights, training_losses
 from pbe.training.memory import cast_frozen, checkpoint_blocks, keep_norms_half, skip_queries
 from pbe.training.optimizer import OptimizerConfig
+from pbe.training.sharding import shard
 from pbe.training.task import TrainingTask, beside, sum_over_processes
 
 NUM_BANDS = 4  # of timesteps, whose losses are logged apart: they differ by orders of magnitude
@@ -162,13 +163,19 @@ class PaintByExampleTraining(TrainingTask):
                     f"training.{setting} needs whole parameters in every process, which the strategy "
                     f"{type(self.trainer.strategy).__name__} divides: use ddp, or {setting}=null"
                 )
-        if self.config.adapts and self.config.frozen:
+        if self.optimizer_config.name != "adamw" and not whole:
+            raise ValueError(f"optimizer.name={self.optimizer_config.name} needs whole parameters: use ddp, or adamw")
+        if self.config.lora and self.config.frozen:
             precision = "bf16-mixed" if self.config.frozen == "bfloat16" else "16-mixed"
             if self.trainer.precision != precision:
                 raise ValueError(
                     f"training.frozen={self.config.frozen} beneath adapters needs trainer.precision={precision}, "
                     f"got {self.trainer.precision}"
                 )
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # of `ShardedStrategy`
+            shard(self, self.model.unet, self.device_mesh["data_parallel"], ("batch_losses", "compare_exemplars"))
 
     # --- the step -----------------------------------------------------------------------------------------
 

@@ -51,6 +51,7 @@ from pbe.training.initialization import loaded_vae, seeded, starting_model
 from pbe.training.module import PaintByExampleTraining
 from pbe.training.optimizer import KINDS, optimizer_class
 from pbe.training.resuming import newest_checkpoint, read_entries, restoring
+from pbe.training.sharding import ShardedStrategy
 from pbe.training.task import TrainingTask
 from pbe.training.tiny_decoder import TinyDecoderTraining
 from pbe.training.vae import VAETraining
@@ -292,10 +293,15 @@ def make_trainer(config: Run, folder: Path, metrics: TrainingMetrics, stop: Stop
         callbacks.append(SampleGrids(folder / "samples", config.samples))
     if config.early_stopping is not None:
         callbacks.append(Patience(config.early_stopping))
-    shards = str(config.trainer.get("strategy", "")).startswith(("fsdp", "deepspeed"))  # which write files of their own
+    arguments = {**config.trainer, "enable_progress_bar": False}  # Lightning's own
+    if arguments.get("strategy") == "fsdp2":
+        if not isinstance(config, ModelRun) or config.samples.every_n_steps:
+            raise ValueError("trainer.strategy=fsdp2 is for training a UNet, with samples.every_n_steps=null")
+        arguments["strategy"] = ShardedStrategy()
+    shards = str(arguments.get("strategy", "")).startswith(("fsdp", "deepspeed"))  # which write files of their own
     try:
         return Trainer(
-            **{**config.trainer, "enable_progress_bar": False},  # Lightning's own
+            **arguments,
             callbacks=callbacks,
             logger=make_loggers(config.log, folder, to_dict(config)),
             plugins=[] if shards else [AtomicCheckpointIO()],
