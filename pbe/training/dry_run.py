@@ -14,7 +14,7 @@ from pbe.data.datamodule import ExampleDataModule
 from pbe.models.paint_by_example import PaintByExample
 from pbe.training.config import Run
 from pbe.training.distillation import ConsistencyDistillation
-from pbe.training.module import PaintByExampleTraining, context_length
+from pbe.training.module import PaintByExampleTraining
 from pbe.training.optimizer import KINDS, parameter_groups, part_of
 from pbe.training.task import TrainingTask
 
@@ -27,12 +27,12 @@ def describe(config: Run, module: TrainingTask, data: ExampleDataModule) -> list
     parts: Counter[str] = Counter()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            parts[part_of(name) or name.partition(".")[0]] += parameter.numel()
+            parts[part_of(name) or name.removeprefix("model.").partition(".")[0]] += parameter.numel()
     model = getattr(module, "model", module)
     lines = [f"model: {sum(p.numel() for p in model.parameters()):,} parameters"]
     if isinstance(module, PaintByExampleTraining):
         size = module.model.config
-        tokens = f"{context_length(size)} x {size.unet.context_dim}"
+        tokens = " x ".join(map(str, module.model.null_context.shape[1:]))
         exemplar = size.exemplar.vision.image_size
         pixels = f"{size.resolution} x {size.resolution}"
         lines[0] += f", made for {pixels} pixels, exemplars of {exemplar} x {exemplar}, a context of {tokens}"
@@ -93,7 +93,7 @@ def kept_bytes(model: PaintByExample, resolution: int) -> int:
 
     config = model.config.unet
     with FusedAttention(), torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        context = torch.empty(1, context_length(model.config), config.context_dim)
+        context = torch.empty(model.null_context.shape)
         result = unet(torch.empty(1, config.in_channels, side, side), torch.zeros(1, dtype=torch.long), context)
     del result
     return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in parameters)

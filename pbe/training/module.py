@@ -165,7 +165,7 @@ class PaintByExampleTraining(TrainingTask):
                 )
         if self.optimizer_config.name != "adamw" and not whole:
             raise ValueError(f"optimizer.name={self.optimizer_config.name} needs whole parameters: use ddp, or adamw")
-        if self.config.lora and self.config.frozen:
+        if self.config.adapts and self.config.frozen:
             precision = "bf16-mixed" if self.config.frozen == "bfloat16" else "16-mixed"
             if self.trainer.precision != precision:
                 raise ValueError(

@@ -218,7 +218,7 @@ def checkpoint_bytes(module: TrainingTask) -> int:
     trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     rest = sum(x.nbytes for x in module.state_dict().values()) - trained
     copies = 1 + KINDS[module.optimizer_config.name].floats + (module.optimizer_config.name == "schedulefree")
-    if isinstance(module, PaintByExampleTraining) and module.config.lora:  # nothing else, and a file beside
+    if isinstance(module, PaintByExampleTraining) and module.config.adapts:  # nothing else, and a file beside
         copies += 2 if module.model_ema else 1
         rest = 0
     return round(copies * trained + rest)

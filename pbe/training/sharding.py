@@ -58,7 +58,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """The whole state in the first process, by the parameters' numbers as an optimiser saves it; else nothing."""
         assert self.model is not None
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = get_optimizer_state_dict(self.model, inner, options=WHOLE)
+        state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, inner, options=WHOLE))
         names = [name for group in state.get("param_groups", []) for name in group["params"]]
         return renamed(state, {name: i for i, name in enumerate(names)}) if names else {}
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -93,7 +93,7 @@ class Checkpoints(Checkpoint):
                 "data_position": (trainer.current_epoch, (batch_idx + 1) * global_batch(trainer)),
                 "best_loss": self.best_loss,
                 # before the validation that may follow, which a run that goes on makes again
-                "callbacks": {x.state_key: x.state_dict() for x in trainer.callbacks if isinstance(x, EarlyStopping)},
+                "callbacks": {x.state_key: x.state_dict() for x in trainer.early_stopping_callbacks},
                 "validation_due": loop.epoch_loop._should_check_val_fx(loop._data_fetcher),
             }
         # The end is saved here too: later, Lightning counts an epoch that max_steps cut short as a whole one, from
