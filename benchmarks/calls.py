@@ -54,7 +54,7 @@ class Calls:
         return time.perf_counter() - start, output
 
     def call(self, name: str, method: Callable, *args: Any, **keywords: Any) -> Any:
-        kind = name, *(tuple(x.shape) if isinstance(x, Tensor) else None for x in (*args, *keywords.values()))
+        kind = name, *map(shapes, (*args, *keywords.values()))
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if kind not in self.outputs:
             for _ in range(1 if kind in self.warm else 2):
@@ -62,3 +62,10 @@ class Calls:
                 self.computed += self.seconds[kind]
             self.warm.add(kind)
         return self.outputs[kind]
+
+
+def shapes(value: Any) -> Hashable:
+    """The shape of a tensor, or of each in a list; None for anything else."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(shapes, value))
+    return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -208,14 +208,14 @@ def test_configs_of_any_types(place, value):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
-def test_what_is_not_a_file(tmp_path, capsys, kind):
+def test_what_is_not_a_file(tmp_path, capsys, monkeypatch, kind):
     path = tmp_path / "x.ckpt"
     match kind:
         case "pipe":
             os.mkfifo(path)
         case "socket":
             server = socket.socket(socket.AF_UNIX)
-            os.chdir(tmp_path)  # the name of a socket is short
+            monkeypatch.chdir(tmp_path)  # the name of a socket is short
             server.bind("x.ckpt")
         case "device":
             path.symlink_to("/dev/zero")

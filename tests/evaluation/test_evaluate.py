@@ -318,7 +318,7 @@ def test_report_says_how_it_was_made(test_set, judge, scored, tiny_checkpoint, c
     report = json.loads((scored[0] / "report.json").read_text())
     about = {"sampler": "plms", "eta": 0.0, "spacing": "leading", "steps": 4, "resolution": None}
     about |= {"guidance": 5.0, "guidance_interval": [100, 600], "reuse": 1, "decoder": "vae", "strength": 1.0}
-    about |= {"fill_holes": False, "smooth": 0, "grow": 0, "placement": "fill"}
+    about |= {"detail": None, "fill_holes": False, "smooth": 0, "grow": 0, "placement": "fill"}
     about["dtype"] = "float32"
     about["weights"] = {"paint_by_example": {"file": "tiny.ckpt", "sha256": sha256_of(tiny_checkpoint)}}
     assert report["settings"] == {"seed": 42, "systems": {SYSTEM: about}}
@@ -403,7 +403,7 @@ def test_score_gives_what_run_gave(test_set, judge, scored, coco, tmp_path, caps
     assert made["ours & others"].pop("weights")["paint_by_example"]["file"] == "tiny.ckpt"
     about = {"system": SYSTEM, "sampler": "plms", "eta": 0.0, "spacing": "leading", "steps": 4, "resolution": None}
     about |= {"guidance": 5.0, "guidance_interval": [100, 600], "reuse": 1, "decoder": "vae", "strength": 1.0}
-    about |= {"fill_holes": False, "smooth": 0, "grow": 0, "placement": "fill"}
+    about |= {"detail": None, "fill_holes": False, "smooth": 0, "grow": 0, "placement": "fill"}
     assert made == {"ours & others": {**about, "dtype": "float32", "seed": 42}}
     assert "<h1>ours &amp; others, composited</h1>" in (tmp_path / "s/report.html").read_text()
 

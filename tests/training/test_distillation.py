@@ -170,7 +170,7 @@ def test_merged_adapters_keep_what_they_were_distilled_for(toy, start, tmp_path)
     "settings, message",
     [
         ("training.train=[unet, mapper]", r"training\.train=\['unet', 'mapper'\].* is \[unet\]"),
-        ("training.drop_exemplar=0.2", r"drop_exemplar=0, got noise and 0\.2"),
+        ("training.drop_exemplar=0.2", r"drop_exemplar=0, got noise, 1 and 0\.2"),
         ("training.loss=velocity", r"training\.loss=noise, .* got velocity"),
         ("distillation.guidance=[5, 1]", r"\[lowest, highest\], got \[5\.0, 1\.0\]"),
         ("distillation.guidance=[5]", r"distillation\.guidance must be a list of two numbers.*got \[5\.0\]"),
