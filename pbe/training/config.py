@@ -246,8 +246,8 @@ def explain(error: Exception) -> str:
     return f"{key}: {first}" if key else first
 
 
-def to_dict(config: Run) -> dict[str, Any]:
-    """The settings as plain containers."""
+def to_dict(config: Run | type[Run]) -> dict[str, Any]:
+    """The settings as plain containers; of a class, the defaults."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
 

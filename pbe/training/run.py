@@ -185,10 +185,12 @@ def check_resume(config: Run, last: Path, resume: bool) -> None:
         raise FileExistsError(
             f"{config.run} has a run with the checkpoint {last.name}: --resume continues it, run= begins another"
         )
-    before, now = read_entries(last)["pbe"]["config"], to_dict(config)
+    before, now, usual = read_entries(last)["pbe"]["config"], to_dict(config), to_dict(type(config))
     changed = []
     for section in SECTIONS:
-        old, new = flatten(before.get(section), section), flatten(now.get(section), section)
+        # what the config of an older release lacks was as it is by default
+        default, old, new = (flatten(values.get(section), section) for values in (usual, before, now))
+        old = {**{key: x for key, x in default.items() if key in new}, **old}
         changed += [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and matters(key)]
     if changed:
         raise ValueError(

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partialmethod
+from functools import partial, partialmethod
 from types import SimpleNamespace
 
 import golden_file
@@ -52,7 +52,7 @@ from pbe.training.initialization import PARTS, ModelConfig, initial_weights, rea
 from pbe.training.loss import check_finite, denoising_losses, drop_exemplars, encode, loss_weights, training_losses
 from pbe.training.module import PaintByExampleTraining, TrainingConfig, trained_names
 from pbe.training.optimizer import OptimizerConfig, build_optimizer, lr_factor, make_optimizer, parameter_groups
-from pbe.training.run import make_module, open_data
+from pbe.training.run import check_resume, make_module, open_data
 from pbe.training.vae import VAETraining
 
 
@@ -836,6 +836,22 @@ def test_a_resumed_run_keeps_its_settings(finished, toy, capsys):
     assert "changed are optimizer.lr." in capsys.readouterr().err
     assert main([str(toy), f"run={finished}", "data.batch_size=4", "trainer.max_steps=11", "--resume"]) == 2
     assert "had 2 pictures in a batch over all processes and cannot go on with 4" in capsys.readouterr().err
+
+
+def test_what_an_older_run_could_not_say_was_as_it_is_by_default(toy, tmp_path):
+    run = tmp_path / "run"
+    toy_run.run(toy, f"run={run}", "trainer.max_steps=1", "checkpoint.every_n_steps=1")
+    last = run / "checkpoints" / "step-00000001.ckpt"
+    state = toy_run.checkpoint(run, 1)
+    settings = state["pbe"]["config"]
+    del settings["encodings"], settings["optimizer"]["name"], settings["data"]["sources"]
+    torch.save(state, last)
+    config = partial(load_config, [str(toy), f"run={run}", "trainer.max_steps=1", "checkpoint.every_n_steps=1"])
+    check_resume(config(), last, resume=True)
+    changed = config()
+    changed.encodings.crops = 3
+    with pytest.raises(ValueError, match=r"changed are encodings\.crops\."):
+        check_resume(changed, last, resume=True)
 
 
 @pytest.mark.parametrize("setting", ["count=0", "edit.steps=2000", "every_n_steps=-3"])
