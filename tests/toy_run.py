@@ -21,6 +21,7 @@ from pbe.training.initialization import VAE_PREFIX, seeded, starting_model
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_PICTURES = 12
+OF_A_LAUNCH = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 CONFIG = {
     "model": {
@@ -111,7 +112,9 @@ def run(*arguments: object) -> None:
 
 def start(*arguments: object, start_new_session: bool = False) -> subprocess.Popen:
     """`tools/train.py` in a process of its own, on one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # without what Lightning left of a launch in this process: another process would be awaited, and not started
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCH}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools" / "train.py"), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, start_new_session=start_new_session, **pipes)
