@@ -11,11 +11,6 @@ from pbe.cli.train import main
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module")
 def path(toy):
     run = toy.parent / "run"
     toy_run.run(toy, f"run={run}", "trainer.max_steps=3", "checkpoint={every_n_steps: 3, best: false}")

@@ -115,11 +115,6 @@ def test_tokens_are_dropped_together_and_one_by_one():
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
 def settings_of(start, **training):
     detail = "{tokens: 3, layers: 1, width: 64, drop: 0.3, drop_tokens: 0.3}"
     given = ", ".join(f"{name}: {value}" for name, value in {"ema_decay": 0.9, **training}.items())

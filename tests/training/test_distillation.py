@@ -131,11 +131,6 @@ def test_checkpointed_adapters_are_on_in_the_backward_pass():
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module")
 def start(toy):
     return f"model={{init: {toy_run.write_model(toy.parent)}, size: null, vae: null}}"
 

@@ -19,19 +19,6 @@ SETTINGS = (f"trainer.max_steps={END}", "checkpoint.every_n_steps=5", "training.
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module")
-def whole(toy):
-    """The run that encodes in each step."""
-    run = toy.parent / "whole"
-    toy_run.run(toy, f"run={run}", *SETTINGS)
-    return run
-
-
-@pytest.fixture(scope="module")
 def kept(toy):
     """A folder of encodings that a run has made, in files of 4 records."""
     run, folder = toy.parent / "kept", toy.parent / "encodings"

@@ -92,11 +92,6 @@ FILES = ("ckpt", "safetensors")
 LORA = "lora: {rank: 2, alpha: 3.0, targets: all, dora: true, rslora: true}"
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
 def test_a_file_lies_beside_each_checkpoint(toy, capsys):
     run, start = toy.parent / "run", toy_run.write_model(toy.parent)
     settings = [

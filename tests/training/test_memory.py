@@ -185,11 +185,6 @@ def test_clip_that_trains_is_not_frozen():
     assert gradients["cond_stage_model.transformer.vision_model.embeddings.class_embedding"].abs().max() > 0
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
 def test_files_hold_frozen_parts_as_they_were(toy):
     """Bit for bit; and a run goes on as it would have."""
     settings = (

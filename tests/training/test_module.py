@@ -87,11 +87,6 @@ def denoise(
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module")
 def finished(toy):
     """A finished run of 10 steps with averages, and with sample grids."""
     run = toy.parent / "finished"

@@ -23,11 +23,6 @@ END = 7
 RUN = (f"trainer.max_steps={END}", "checkpoint.every_n_steps=2", "checkpoint.keep=9", "training.ema_decay=null")
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
 def need(name):
     pytest.importorskip(KINDS[name].package.partition(".")[0])
 

@@ -18,19 +18,6 @@ END = 18
 SETTINGS = (f"trainer.max_steps={END}", "checkpoint.every_n_steps=3", "checkpoint.keep=20")
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module")
-def whole(toy):
-    """The run that nothing interrupts."""
-    run = toy.parent / "whole"
-    toy_run.run(toy, f"run={run}", *SETTINGS)
-    return run
-
-
 def test_uninterrupted(whole):
     losses = toy_run.metrics(whole, "train/loss")
     assert list(losses) == list(range(1, END + 1))

@@ -22,12 +22,6 @@ from pbe.training.run import make_module
 from tests.training import test_memory
 from tests.training import test_module as test_training
 
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
 # --- one's own edits ------------------------------------------------------------------------------------------
 
 

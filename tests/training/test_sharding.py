@@ -12,11 +12,6 @@ SETTINGS = ("trainer.val_check_interval=1", "training.ema_decay=null", "trainer.
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module")
 def start(toy):
     return (*SETTINGS, f"model.init={toy_run.write_model(toy.parent)}", "model.size=null", "model.vae=null")
 

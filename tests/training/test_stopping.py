@@ -17,11 +17,6 @@ from pbe.training.module import PaintByExampleTraining
 LONG = ("trainer.max_steps=100000", "checkpoint.every_n_steps=100000", "data.workers=2")
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return toy_run.write(tmp_path_factory.mktemp("toy"))
-
-
 def wait_for(process, path, lines):
     while not path.exists() or len(path.read_bytes().splitlines()) < lines:
         assert process.poll() is None, process.communicate()[0]
