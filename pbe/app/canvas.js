@@ -200,8 +200,6 @@ stage.addEventListener("wheel", (event) => {
   look(Math.exp(-event.deltaY / slow), [event.clientX, event.clientY]);
 }, {passive: false});
 
-// --- buttons and keys
-
 // --- select: Python finds the object at a click or in a rough box, and draws it
 
 function select(x, y, w, h) {
@@ -210,6 +208,8 @@ function select(x, y, w, h) {
   const at = (isClick ? [[x, y]] : corners).flatMap(([x, y]) => [x / canvas.width, y / canvas.height]);
   trigger("select", { at });
 }
+
+// --- buttons and keys
 
 const acts = {
   undo() { goBack(past, future); },

@@ -67,7 +67,7 @@ def edit_controls(settings: EditSettings, adapters: Adapters) -> Controls:
 
 
 def control(name: str, settings: EditSettings) -> gr.blocks.Block:
-    """The control of a setting, as its type needs it: what has a default that is no value, or is a list, is a text."""
+    """The control that fits a setting's type: a text field for a list, and for what may be left empty."""
     kind, value, label, info = SETTINGS[name], getattr(settings, name), words(name), DOCS[name]
     base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     bounds = next((extra for extra in get_args(kind) if isinstance(extra, Range)), None)

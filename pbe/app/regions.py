@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import gradio as gr
@@ -124,7 +125,7 @@ def with_drawn(kept: Kept, region: Drawn) -> Kept:
 def show_regions(kept: Kept, image: Upload, drawn: Canvas = None) -> tuple[Kept, list[dict[str, str]], dict[str, str]]:
     """The regions, their chips, and the image's canvas with their masks in their colours, and what is drawn on it."""
     _, shown = open_upload(image.path, "image")
-    for colour, region in zip(COLOURS, kept, strict=False):
+    for colour, region in coloured(kept):
         mask = drawn_mask(region.mask, shown.size[::-1])
         assert mask is not None
         shown.paste(colour, mask=Image.fromarray(mask * np.uint8(TINT)))
@@ -132,5 +133,10 @@ def show_regions(kept: Kept, image: Upload, drawn: Canvas = None) -> tuple[Kept,
 
 
 def chips_of(kept: Kept) -> list[dict[str, str]]:
-    numbered = enumerate(zip(COLOURS, kept, strict=False), start=1)
+    numbered = enumerate(coloured(kept), start=1)
     return [{"name": f"region {i}", "colour": colour, "thumbnail": one.thumbnail} for i, (colour, one) in numbered]
+
+
+def coloured(kept: Kept) -> Iterator[tuple[str, Drawn]]:
+    """Each region with its colour."""
+    return zip(COLOURS[: len(kept)], kept, strict=True)

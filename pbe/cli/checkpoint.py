@@ -253,7 +253,7 @@ def merge_adapter(args: argparse.Namespace) -> Contents:
 
     model = load_model(args.checkpoint, "cpu", "stored", args.adapters, weights="raw")
     if getattr(model, "detail", None) is not None:
-        raise ValueError("a detail adapter is no change of weights, and cannot be merged: use it as --adapter FILE")
+        raise ValueError("a detail adapter adds layers, and cannot be merged into others: use it with --adapter FILE")
     distilled = getattr(model.config, "distilled", None)  # by the adapters too, of whatever they were trained on
     entry = entry_of(open_recognised(args.checkpoint))
     return model.state_dict(), entry | ({"distilled": dataclasses.asdict(distilled)} if distilled else {})

@@ -66,17 +66,8 @@ class ExampleDataset(Dataset[Example]):
 
     @cached_property
     def digest(self) -> str:
-        """Of the source's arrays, and so of its records and their order, wherever their files are."""
-        digest, parts = hashlib.sha256(), [self.source]
-        while parts:
-            value: Any = parts.pop()
-            if isinstance(value, np.ndarray):
-                digest.update(np.ascontiguousarray(value).data)
-            elif isinstance(value, dict):
-                parts += value.values()
-            elif isinstance(value, PackedStrings) or hasattr(value, "photos"):  # or a source within this one
-                parts += vars(value).values()
-        return digest.hexdigest()
+        """Of the source's records and their order, wherever their files are."""
+        return digest_of(self.source)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -123,6 +114,20 @@ class ExampleDataset(Dataset[Example]):
         last = so_far if len(self._warned) == MAX_WARNINGS else ""
         # stacklevel: the caller of `stages`
         warnings.warn(f"{problem}; another picture takes its place{last}", UnusablePictureWarning, stacklevel=3)
+
+
+def digest_of(source: Source) -> str:
+    """A checksum of a source's arrays, and so of its records and their order, wherever their files are."""
+    digest, parts = hashlib.sha256(), [source]
+    while parts:
+        value: Any = parts.pop()
+        if isinstance(value, np.ndarray):
+            digest.update(np.ascontiguousarray(value).data)
+        elif isinstance(value, dict):
+            parts += value.values()
+        elif isinstance(value, PackedStrings) or hasattr(value, "photos"):  # or a source within this one
+            parts += vars(value).values()
+    return digest.hexdigest()
 
 
 class Subset:

@@ -162,11 +162,16 @@ def detail_shapes(parts: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
 
 
 def add_detail(model: PaintByExample, parts: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Puts the parts of an adapter into a model, with these tensors of its own, all that `detail_shapes` names."""
+    """Puts the parts of an adapter into a model, with these tensors of its own; the others stay on the meta device.
+
+    ValueError for tensors with other names than `detail_shapes` has.
+    """
     for place, part in parts.items():
         *above, name = place.split(".")
         setattr(model.get_submodule(".".join(above)), name, part)
-    model.load_state_dict(dict(tensors), strict=False, assign=True)
+    # not strict: the model's own tensors are there already
+    if unknown := model.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys:
+        raise ValueError(f"a detail adapter has no {', '.join(unknown)}")
 
 
 def remove_detail(model: PaintByExample) -> None:

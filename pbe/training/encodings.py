@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from pbe.data.dataset import ExampleDataset
+from pbe.data.dataset import ExampleDataset, digest_of
 from pbe.data.example import EncodedExample, Example, collate
 from pbe.io.atomic import locked, replacing, write_text
 from pbe.io.fields import Range, check_fields
@@ -117,14 +117,13 @@ def encoded(
 
 def check_folder(folder: Path, dataset: ExampleDataset, vae: AutoencoderKL) -> None:
     """Writes what the folder's encodings are of; ValueError where it has those of something else."""
-    donors = dataset.donors and ExampleDataset(dataset.donors, dataset.recipe, donors=dataset.donors).digest
     crc = 0
     for tensor in vae.state_dict().values():
         crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
     about = {
         "autoencoder": [crc, vae.config.latent_scale],
         "records": dataset.digest,
-        "donors": donors,
+        "donors": digest_of(dataset.donors) if dataset.donors else None,
         "recipe": asdict(dataset.recipe),
         "seed": dataset.seed,
     }
