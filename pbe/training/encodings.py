@@ -10,7 +10,7 @@ import itertools
 import json
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,14 +93,14 @@ def encoded(
     config: EncodingsConfig,
     batch_size: int,
     workers: int,
-    precision: AbstractContextManager[Any],
+    precision: Callable[[], AbstractContextManager[Any]],
     makes: bool = True,
 ) -> EncodedDataset:
     """The dataset with its examples encoded; encodes what the folder lacks, a file at a time.
 
-    precision: in which the autoencoder computes. makes: whether this process encodes; one that does not waits for the
-    one that does. Raises `ValueError` for a folder of another autoencoder's or other data's encodings, `OSError` where
-    the disk is full.
+    precision: makes the context in which the autoencoder computes. makes: whether this process encodes; one that does
+    not waits for the one that does. Raises `ValueError` for a folder of another autoencoder's or other data's
+    encodings, `OSError` where the disk is full.
     """
     assert config.folder is not None
     folder = Path(config.folder)
@@ -109,9 +109,10 @@ def encoded(
         time.sleep(1)
     if makes:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock", f"another process makes the encodings in {folder}"), precision:
+        with locked(folder / ".lock", f"another process makes the encodings in {folder}"):
             check_folder(folder, dataset, vae)
-            encode_parts([part for part in wanted if not part.path.exists()], dataset, vae, batch_size, workers)
+            missing = [part for part in wanted if not part.path.exists()]
+            encode_parts(missing, dataset, vae, batch_size, workers, precision)
     return EncodedDataset(dataset, folder, config.crops)
 
 
@@ -140,7 +141,12 @@ def check_folder(folder: Path, dataset: ExampleDataset, vae: AutoencoderKL) -> N
 
 @torch.no_grad()
 def encode_parts(
-    missing: list[Part], dataset: ExampleDataset, vae: AutoencoderKL, batch_size: int, workers: int
+    missing: list[Part],
+    dataset: ExampleDataset,
+    vae: AutoencoderKL,
+    batch_size: int,
+    workers: int,
+    precision: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     """Writes the files that are missing."""
     device = next(vae.parameters()).device
@@ -151,7 +157,8 @@ def encode_parts(
             rows = None
             with replacing(part.path, overwrite=False) as beside:
                 for number, batch in enumerate(loader):
-                    values = encode_example(batch, vae, device)
+                    with precision():  # examples are made without it
+                        values = encode_example(batch, vae, device)
                     if rows is None:
                         dtype = [(name, np.float16, x.shape[1:]) for name, x in values.items()]
                         rows = np.lib.format.open_memmap(beside, "w+", np.dtype(dtype), (len(part.records),))

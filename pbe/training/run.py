@@ -251,7 +251,7 @@ def use_encodings(config: ModelRun, data: ExampleDataModule, module: TrainingTas
         config.encodings,
         config.data.batch_size,
         config.data.workers,
-        trainer.precision_plugin.forward_context(),
+        trainer.precision_plugin.forward_context,
         makes=is_first_process(),
     )
 

@@ -116,3 +116,14 @@ def test_distillation_with_them(toy, kept, tmp_path):
 def test_autoencoder_has_none():
     with pytest.raises(ValueError, match="encodings"):
         load_config(["task=vae", "encodings.folder=x"])
+
+
+def test_examples_are_made_in_full_precision(toy, tmp_path):
+    """Recolouring does not know half precision; only the autoencoder computes in it."""
+    settings = ("trainer.precision=bf16-mixed", "data.recipe.recolor=1.0", "trainer.max_steps=1")
+    toy_run.run(toy, f"run={tmp_path / 'run'}", *settings, f"encodings.folder={tmp_path / 'kept'}", "encodings.crops=1")
+    config = load_config([str(toy), *settings])
+    data = ExampleDataModule(config.data)
+    data.setup("fit")
+    kept = encodings.EncodedDataset(data.train, tmp_path / "kept", crops=1)
+    assert torch.equal(kept[0].exemplar, data.train[0].exemplar.half().float())
