@@ -18,6 +18,7 @@ COMMANDS = {
     "index-boxes": ("pbe.cli.index_boxes", "make the boxes of OpenImages quick to look up"),
     "evaluate": ("pbe.cli.evaluate", "score a checkpoint, or any results, on COCOEE or a test set like it"),
     "cut-out": ("pbe.cli.cut_out", "draw masks around objects, so that training can put them into other photos"),
+    "pair-frames": ("pbe.cli.pair_frames", "make training pairs of an object's boxes in two frames of a video"),
     "plot-run": ("pbe.cli.plot_run", "draw the curves of a training run"),
     "show-data": ("pbe.cli.show_data", "see what becomes of training pictures, stage by stage"),
 }

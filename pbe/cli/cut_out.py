@@ -84,6 +84,7 @@ def rows_of(record: Record, folder: Path, out: Path, first: int) -> list[Row]:
     from PIL import Image
 
     from pbe.data.crop import Photo, to_pixels
+    from pbe.data.manifest import written_row
     from pbe.data.records import MaskFile
     from pbe.images.grabcut import is_whole, segment
     from pbe.images.saving import save_picture
@@ -106,7 +107,5 @@ def rows_of(record: Record, folder: Path, out: Path, first: int) -> list[Row]:
                 continue
             mask = f"masks/{first + len(rows):06}_{record.image.stem}.png"
             save_picture(Image.fromarray(drawn).convert("L"), folder / mask)
-        label = record.labels[k] if record.labels else ""
-        edges = {name: round(float(v), 6) for name, v in zip(COLUMNS[3:], corners, strict=True)}
-        rows.append({"image": os.path.relpath(record.image, out), "mask": mask, "label": label} | edges)
+        rows.append({**written_row(record, k, out), "mask": mask})
     return rows

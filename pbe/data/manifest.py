@@ -242,7 +242,10 @@ class Manifest:
         return len(self._ends) - 1
 
     def __getitem__(self, i: int) -> Record:
-        rows = self._rows[self._ends[i] : self._ends[i + 1]].tolist()
+        return self.record_of(self._rows[self._ends[i] : self._ends[i + 1]].tolist())
+
+    def record_of(self, rows: list[int]) -> Record:
+        """The objects of rows of one picture, which are numbered from 0 as in the file."""
         image = self._images / self._texts["image"][rows[0]]
         size = upright_size(image)
         objects = [self._object(row, image, size) for row in rows]
@@ -281,3 +284,10 @@ class Manifest:
     def _path(self, row: int, name: str) -> Path | None:
         text = self._texts[name][row]
         return self._folder / text if text else None
+
+
+def written_row(record: Record, k: int, folder: Path) -> dict[str, str | float]:
+    """Object `k` of a record as cells of a manifest in `folder`, without its mask."""
+    label = record.labels[k] if record.labels else ""
+    edges = {name: round(float(v), 6) for name, v in zip(CORNERS, record.boxes[k], strict=True)}
+    return {"image": os.path.relpath(record.image, folder), "label": label, **edges}
