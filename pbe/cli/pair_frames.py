@@ -1,8 +1,10 @@
-"""`pbe pair-frames`: from tracked boxes, pairs to train on whose exemplar is of another frame than the target."""
+"""`pbe pair-frames`: from tracked boxes, pairs to train on whose exemplar is of another frame than the target.
+
+OUT gets exemplars/ and the manifest pairs.csv, for data.source or data.sources.
+"""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 from pathlib import Path
@@ -12,17 +14,11 @@ from pbe.cli.flags import Parser
 
 
 def parser(prog: str | None = None) -> Parser:
-    p = Parser(
-        prog=prog,
-        description=__doc__,
-        epilog="OUT gets exemplars/ and the manifest pairs.csv, for data.source or data.sources.",
-    )
+    p = Parser(prog=prog, description=__doc__)
     p.add_argument("tracks", type=Path, help="CSV or JSONL as training reads it, with columns track and frame")
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
     p.add_argument("--pairs", type=int, default=1, help="exemplars for each box (default 1)")
-    p.add_argument(
-        "--min-gap", type=float, help="least difference between two frames' numbers (default: a tenth of their track)"
-    )
+    p.add_argument("--min-gap", type=float, help="least difference of frame numbers (default: a tenth of the track)")
     p.add_argument("--seed", type=int, default=0, help="decides the choice (default 0)")
     p.add_argument("--force", action="store_true", help="replace an existing folder")
     return p
@@ -31,10 +27,6 @@ def parser(prog: str | None = None) -> Parser:
 @one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Writes the exemplars and their manifest; returns the exit code."""
-    return run(parser(prog).parse_args(argv))
-
-
-def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from pbe.data.manifest import written_row
@@ -43,10 +35,9 @@ def run(args: argparse.Namespace) -> int:
     from pbe.images.saving import save_picture
     from pbe.io.atomic import replacing
 
-    for flag, least in (("pairs", 1), ("min_gap", 0)):
-        value = getattr(args, flag)
-        if value is not None and not value >= least:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
+    args = parser(prog).parse_args(argv)
+    if args.pairs < 1:
+        raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
     frames, problems = read_frames(args.tracks)
     pairs = choose_pairs(frames, args.min_gap, args.pairs, args.seed)
     rows = []

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +19,8 @@ from pbe.images.pillow import UNREADABLE, open_image, turn_upright, upright_size
 from pbe.images.reading import read_picture
 from pbe.images.windows import Box
 
+SQUARE = (8, 8)
+BUCKETS = (SQUARE, (7, 9), (6, 10), (6, 11))  # sides of about one area in eighths of the resolution; also turned
 DRAFT_SCALES = (8, 4, 2)  # of JPEG's decoder; 1 is all of the picture
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's own conversion to 8 bits clips these to white
 
@@ -85,11 +86,19 @@ def coverage_window(
     return Box(first_x + right, first_y + down, first_x + right + side, first_y + down + side)
 
 
-def content_box(window: Box, resolution: int, fit: Literal["squash", "letterbox"]) -> Box:
-    """Where a window goes in the example's square: all of it ("squash"), or the middle, in its own shape, so that
-    its long side fills the square ("letterbox")."""
-    if fit == "squash" or window.width == window.height:
-        return Box(0, 0, resolution, resolution)
+def nearest_bucket(size: tuple[int, int]) -> tuple[int, int]:
+    """The bucket (height, width), in eighths of the resolution, nearest to a photo's aspect ratio."""
+    height, width = size
+    ratio = math.log(width / height)
+    short, long = min(BUCKETS, key=lambda bucket: abs(math.log(bucket[1] / bucket[0]) - abs(ratio)))
+    return (short, long) if ratio > 0 else (long, short)
+
+
+def content_box(window: Box, resolution: int, fit: str, bucket: tuple[int, int] = SQUARE) -> Box:
+    """Where a window goes in the example, which is a square or a bucket: all of it ("squash", "buckets"), or the
+    square's middle, in its own shape, so that its long side fills the square ("letterbox")."""
+    if fit != "letterbox" or window.width == window.height:
+        return Box(0, 0, bucket[1] * resolution // 8, bucket[0] * resolution // 8)
     scale = resolution / max(window.width, window.height)
     width, height = max(1, round(window.width * scale)), max(1, round(window.height * scale))
     x0, y0 = (resolution - width) // 2, (resolution - height) // 2

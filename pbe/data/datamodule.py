@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pbe.data.dataset import ExampleDataset, train_val_split
+from pbe.data.dataset import ExampleDataset, Index, train_val_split
 from pbe.data.example import Example, collate, make_generator
 from pbe.data.mixture import Mixture
 from pbe.data.recipe_config import RecipeConfig, override_recipe
@@ -74,9 +74,10 @@ def check_sizes(config: DataConfig, multiple: int, exemplar_size: int, resolutio
     """ValueError unless all examples suit a model whose pictures have sides of a `multiple` of pixels, and whose
     exemplars are of `exemplar_size`. Warns (DataWarning) where they are not of its `resolution`."""
     for key, recipe in config.recipes().items():
-        if recipe.resolution % multiple:
+        step = multiple * 8 if recipe.fit == "buckets" else multiple  # sides are eighths
+        if recipe.resolution % step:
             raise ValueError(
-                f"{key}.resolution must be a multiple of {multiple} for this model, got {recipe.resolution}"
+                f"{key}.resolution must be a multiple of {step} for this model, got {recipe.resolution} ({recipe.fit})"
             )
         if recipe.exemplar_size != exemplar_size:
             raise ValueError(f"{key}.exemplar_size must be {exemplar_size} for this model, got {recipe.exemplar_size}")
@@ -89,12 +90,26 @@ def check_sizes(config: DataConfig, multiple: int, exemplar_size: int, resolutio
             )
 
 
+def bucketed(
+    order: Iterable[int], buckets: Sequence[tuple[int, int]], size: int, shuffle: torch.Generator | None = None
+) -> list[Index]:
+    """The examples of an order, each with its batch's bucket, in batches of `size` that are shuffled if wanted.
+
+    Examples of one bucket come together; a batch that neighbouring buckets share has that of its middle example.
+    """
+    order = sorted(order, key=lambda i: buckets[i][1] - buckets[i][0])
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    numbers = range(len(batches)) if shuffle is None else torch.randperm(len(batches), generator=shuffle).tolist()
+    return [(i, buckets[batch[len(batch) // 2]]) for batch in (batches[k] for k in numbers) for i in batch]
+
+
 class ExampleSampler(DistributedSampler):
     """The order of training: a permutation by seed and epoch, cut into global batches of one slice per process.
 
     Global batch g is permutation[g B : (g + 1) B] with B = batch_size x processes, and process r takes the r-th
     `batch_size` of it: any number of processes sees the same order, and the same batches where B is the same. The
-    last examples, which do not fill a global batch, are left out.
+    last examples, which do not fill a global batch, are left out. Where the recipe's `fit` is "buckets", the rest are
+    sorted into global batches of one shape each, whose order is drawn too.
 
     It is a DistributedSampler so that Lightning keeps it, and tells it the epoch.
     """
@@ -131,12 +146,17 @@ class ExampleSampler(DistributedSampler):
         """The order of the whole epoch (N,)."""
         return torch.randperm(len(self.dataset), generator=make_generator(_SHUFFLE, self.seed, self.epoch))
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Index]:
         epoch, consumed = self.position
-        rest = self.permutation()[consumed if epoch == self.epoch else 0 :]
-        batches = rest[: len(rest) // self.global_batch * self.global_batch].view(-1, self.global_batch)
+        order: list[Any] = self.permutation().tolist()
+        if self.dataset.recipe.fit == "buckets":
+            whole = order[: len(order) // self.global_batch * self.global_batch]
+            generator = make_generator(_SHUFFLE, self.seed, self.epoch, 1)
+            order = bucketed(whole, self.dataset.buckets(), self.global_batch, generator)
+        rest = order[consumed if epoch == self.epoch else 0 :]
         first = self.rank * self.batch_size
-        return iter(batches[:, first : first + self.batch_size].flatten().tolist())
+        starts = range(first, len(rest) // self.global_batch * self.global_batch, self.global_batch)
+        return iter([i for start in starts for i in rest[start : start + self.batch_size]])
 
     def __len__(self) -> int:
         """Of a whole epoch in this process, wherever it carries on."""
@@ -240,9 +260,12 @@ class ExampleDataModule(lightning.LightningDataModule):
     def _in_order(self, dataset: ExampleDataset) -> DataLoader[Example]:
         """Each process has the same number of examples, so a few at the end may come twice."""
         rank, processes = self._rank_and_world_size()
-        return self._loader(dataset, DistributedSampler(dataset, processes, rank, shuffle=False))
+        order: Iterable[int] = DistributedSampler(dataset, processes, rank, shuffle=False)
+        if dataset.recipe.fit == "buckets":
+            return self._loader(dataset, bucketed(order, dataset.buckets(), self.config.batch_size))
+        return self._loader(dataset, order)
 
-    def _loader(self, dataset: ExampleDataset, sampler: DistributedSampler) -> DataLoader[Example]:
+    def _loader(self, dataset: ExampleDataset, sampler: Iterable[Index]) -> DataLoader[Example]:
         workers = self.config.workers
         return DataLoader(
             dataset,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -12,18 +14,20 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from pbe.data.crop import usable
+from pbe.data.crop import SQUARE, nearest_bucket, usable
 from pbe.data.example import Example, hash64, make_generator
 from pbe.data.mixture import Mixture
+from pbe.data.picture_sizes import THREADS
 from pbe.data.recipe import Stages, make_example
 from pbe.data.recipe_config import RecipeConfig
-from pbe.data.records import PackedStrings, Record, Source, UnusablePicture
+from pbe.data.records import PackedStrings, Record, Source, UnusablePicture, upright_size
 
 REASONS = ("missing", "unreadable", "no box")
 MAX_ATTEMPTS = 100  # this many unusable pictures in a row are an error
 MAX_WARNINGS = 20  # per process; the counts go on
 _MAX_WORKERS = 256
 _EXAMPLE, _STEP, _REPLACEMENT = range(3)  # what a hash is for
+Index = int | tuple[int, tuple[int, int]]  # an example's number, and the bucket of its batch where there are buckets
 
 
 class UnusablePictureWarning(UserWarning):
@@ -52,6 +56,7 @@ class ExampleDataset(Dataset[Example]):
         self._skipped = torch.zeros(_MAX_WORKERS, len(REASONS), dtype=torch.int64).share_memory_()
         self._warned: set[str] = set()
         self._tried = self._failed = 0  # pictures, in this process
+        self._buckets: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
         return len(self.source)
@@ -74,12 +79,27 @@ class ExampleDataset(Dataset[Example]):
         """How often a picture could not be used, by reason, in all workers together."""
         return dict(zip(REASONS, self._skipped.sum(dim=0).tolist(), strict=True))
 
-    def __getitem__(self, i: int) -> Example:
+    def buckets(self) -> list[tuple[int, int]]:
+        """The bucket nearest to the photo of each example of the epoch, by the size that the file says."""
+        if not self._buckets or isinstance(self.source, Mixture):  # whose records are others in each epoch
+            with ThreadPoolExecutor(THREADS) as pool:
+                self._buckets = list(pool.map(self._bucket, range(len(self))))
+        return self._buckets
+
+    def _bucket(self, i: int) -> tuple[int, int]:
+        with suppress(UnusablePicture):  # another takes its place
+            image = self._record(i).image
+            with usable(image):
+                return nearest_bucket(upright_size(image))
+        return SQUARE
+
+    def __getitem__(self, i: Index) -> Example:
         """Example `i` of the epoch. ValueError if 100 pictures in a row cannot be used; it names the first."""
         return self.stages(i).example
 
-    def stages(self, i: int) -> Stages:
+    def stages(self, i: Index) -> Stages:
         """Example `i` of the epoch and how it came about, to be looked at. Errors as above."""
+        i, bucket = i if isinstance(i, tuple) else (i, None)
         if not 0 <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
         key, first = (self.seed, self.epoch, i), None
@@ -89,7 +109,8 @@ class ExampleDataset(Dataset[Example]):
             generator = make_generator(_EXAMPLE, *key, attempt)
             self._tried += 1
             try:
-                return make_example(self._record(number), recipe, generator, self.step_seed(i), self.donors)
+                record = self._record(number)._replace(bucket=bucket)
+                return make_example(record, recipe, generator, self.step_seed(i), self.donors)
             except UnusablePicture as problem:
                 self._skip(number, problem)
                 first = first or problem

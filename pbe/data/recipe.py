@@ -11,6 +11,7 @@ exemplar pixels by (the exemplar's side) / 224.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +24,12 @@ from torchvision.transforms.v2 import functional as T
 
 from pbe.data.augment import Recoloring, augment_exemplar, draw_recoloring
 from pbe.data.crop import (
+    SQUARE,
     Photo,
     content_box,
     coverage_window,
     in_window,
+    nearest_bucket,
     paper_window,
     to_pixels,
     usable,
@@ -133,14 +136,19 @@ def draw_geometry(
     else:
         outline = box_outline(grown)
 
+    bucket = (record.bucket or nearest_bucket(size)) if config.fit == "buckets" else SQUARE
+    # Stretched by these whole numbers, a window of the bucket's aspect ratio is a square.
+    x, y = (side // math.gcd(*bucket) for side in bucket)
+    stretched = Box(grown.x0 * x, grown.y0 * y, grown.x1 * x, grown.y1 * y), (size[0] * y, size[1] * x)
     if record.fixed:
         window = None
     elif config.coverage is None:
-        window = paper_window(grown, size, config.shrink, config.fit == "letterbox", generator)
+        window = paper_window(*stretched, config.shrink, config.fit != "squash", generator)
     else:
-        window = coverage_window(grown, size, config.coverage, generator)
-    window = window or Box(0, 0, size[1], size[0])
-    content = content_box(window, config.resolution, config.fit)
+        window = coverage_window(*stretched, config.coverage, generator)
+    window = window or Box(0, 0, size[1] * x, size[0] * y)
+    window = Box(window.x0 // x, window.y0 // y, -(-window.x1 // x), -(-window.y1 // y))
+    content = content_box(window, config.resolution, config.fit, bucket)
     return Geometry(box, grown, exemplar_box, window, content, outline, number, donor)
 
 
@@ -235,7 +243,9 @@ def finish(
 ) -> Example:
     """Recolours the object, augments the exemplar, puts the letterbox around, brings all to the networks' ranges."""
     content = geometry.content
-    sides = (content.x0, config.resolution - content.x1, content.y0, config.resolution - content.y1)
+    sides = (0, 0, 0, 0)
+    if config.fit == "letterbox":
+        sides = (content.x0, config.resolution - content.x1, content.y0, config.resolution - content.y1)
     may_recolor = config.augment and config.recolor and not record.is_paired and geometry.donor is None
     if may_recolor and draw_bernoulli(config.recolor, generator):
         pixels = recolored(pixels, geometry, draw_recoloring(generator))

@@ -43,9 +43,11 @@ class RecipeConfig:
     coverage: Annotated[tuple[float, float], "[least, most] with 0 < least <= most <= 1"] | None = None
     """[least, most] share of the crop window that the grown box takes, drawn for each example, so that context is left
     around it. None: the paper's windows, which follow the photo's short side."""
-    fit: Literal["squash", "letterbox"] = "squash"
+    fit: Literal["squash", "letterbox", "buckets"] = "squash"
     """What is done with a photo that is taken whole because no square holds the box (or leaves the context that
-    `coverage` asks for): "squash" distorts it, "letterbox" keeps its shape between two gray bars."""
+    `coverage` asks for): "squash" distorts it, "letterbox" keeps its shape between two gray bars. "buckets": windows
+    are no squares but have, of seven shapes of about resolution^2 pixels, the one nearest to their photo's, from 6:11
+    to 11:6; a batch has one shape."""
 
     grow: Share = 0.4
     """Most that the box to repaint grows by on each side: share of the free space there."""

@@ -47,6 +47,7 @@ class Record(NamedTuple):
     labels: tuple[str, ...] | None = None  # one per box
     repaint_masks: bool = False  # the masks say what to repaint, not only where objects are, unless the recipe decides
     noisy: float = 0.0  # probability that its examples are trained on at the noisier half of the timesteps alone
+    bucket: tuple[int, int] | None = None  # that its example is to have, if the recipe has buckets; None: its photo's
     fixed: bool = False  # the edit of a test set: the whole picture, its one mask and its exemplar, whatever the recipe
 
     @property

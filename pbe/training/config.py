@@ -80,6 +80,8 @@ class ModelRun(RunConfig):
                 "samples are made of validation pictures: set data.val_size or data.val_source, or samples.edits, "
                 "or samples.every_n_steps=null"
             )
+        if self.encodings.folder and self.data.recipe.fit == "buckets":
+            raise ValueError("encodings.folder keeps one shape of example: set data.recipe.fit=squash or letterbox")
         if self.optimizer.name == "schedulefree" and self.training.ema_decay is not None:
             raise ValueError(
                 f"training.ema_decay={self.training.ema_decay:g}: optimizer.name=schedulefree averages itself, "

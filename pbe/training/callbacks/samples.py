@@ -128,9 +128,11 @@ class SampleGrids(Callback):
 
 
 def first_examples(loader: Iterable[Example], count: int) -> Example:
-    """The first `count` examples that a loader gives, or all if it gives fewer, as one batch."""
+    """The first `count` examples that a loader gives, or fewer if the rest have other shapes, as one batch."""
     examples = (Example(*one) for batch in loader for one in zip(*batch, strict=True))
-    return collate(list(itertools.islice(examples, count)))
+    first = next(examples)
+    alike = itertools.takewhile(lambda one: one.image.shape == first.image.shape, examples)
+    return collate([first, *itertools.islice(alike, count - 1)])
 
 
 @torch.no_grad()
