@@ -60,9 +60,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-    print(f"{args.out / 'pairs.csv'}: {len(rows)} pairs of {len(frames)} boxes")
-    if alone := len({frame.track for frame in frames}) - len({frames[target].track for target, _ in pairs}):
-        print(f"  {alone} tracks left out, which have no two frames so far apart")
+    alone = {frame.track for frame in frames} - {frames[target].track for target, _ in pairs}
+    print(f"{args.out / 'pairs.csv'}: {len(rows)} pairs of {len(frames)} boxes; {len(alone)} tracks without a pair")
     if problems:
         print(f"  {len(problems)} boxes left out; the first: {problems[0]}")
     return 0

@@ -261,9 +261,8 @@ class ExampleDataModule(lightning.LightningDataModule):
         """Each process has the same number of examples, so a few at the end may come twice."""
         rank, processes = self._rank_and_world_size()
         order: Iterable[int] = DistributedSampler(dataset, processes, rank, shuffle=False)
-        if dataset.recipe.fit == "buckets":
-            return self._loader(dataset, bucketed(order, dataset.buckets(), self.config.batch_size))
-        return self._loader(dataset, order)
+        buckets = dataset.buckets() if dataset.recipe.fit == "buckets" else None
+        return self._loader(dataset, bucketed(order, buckets, self.config.batch_size) if buckets else order)
 
     def _loader(self, dataset: ExampleDataset, sampler: Iterable[Index]) -> DataLoader[Example]:
         workers = self.config.workers

@@ -6,7 +6,6 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -87,11 +86,11 @@ class ExampleDataset(Dataset[Example]):
         return self._buckets
 
     def _bucket(self, i: int) -> tuple[int, int]:
-        with suppress(UnusablePicture):  # another takes its place
-            image = self._record(i).image
-            with usable(image):
-                return nearest_bucket(upright_size(image))
-        return SQUARE
+        try:
+            with usable(self.source.name):
+                return nearest_bucket(upright_size(self._record(i).image))
+        except UnusablePicture:
+            return SQUARE  # another takes its place
 
     def __getitem__(self, i: Index) -> Example:
         """Example `i` of the epoch. ValueError if 100 pictures in a row cannot be used; it names the first."""

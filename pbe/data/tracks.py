@@ -1,7 +1,6 @@
-"""Pairs of one object's pictures from two frames of a video: tracked boxes in, a manifest with exemplars out.
+"""Pairs of an object's pictures from two frames of a video, by its tracked boxes.
 
-In another frame the object has another pose, size and light: its exemplar cannot be copied (AnyDoor, arXiv 2307.09481,
-section 3.3).
+The pose, size and light differ, so that the exemplar cannot be copied (AnyDoor, arXiv 2307.09481, section 3.3).
 """
 
 from __future__ import annotations
@@ -46,28 +45,27 @@ def read_frames(path: Path) -> tuple[list[Frame], list[UnusablePicture]]:
     frames: list[Frame] = []
     problems: list[UnusablePicture] = []
     seen: Counter[tuple[Path, str]] = Counter()
-    needed = ["track"]
+    numbered = False
     for i, (line, cells) in enumerate(read_rows(path, ("track", "frame", "mask"), aliases=ALIASES, ignore_others=True)):
         try:
             if isinstance(cells, ValueError):
                 raise cells
-            needed += ["frame"] if not i and "frame" in cells else []
-            for name in needed:
-                if name not in cells:
-                    raise ValueError(f"it has no {name}; it has: {', '.join(cells) or 'nothing'}")
-            number = read("frame", cells.get("frame", 0), float)
+            if "track" not in cells:
+                raise ValueError(f"it has no track; it has: {', '.join(cells)}")
+            numbered = numbered if i else "frame" in cells
+            if numbered != ("frame" in cells):
+                raise ValueError(f"all rows have a frame, or none; it has: {', '.join(cells)}")
+            number = read("frame", cells["frame"], float) if numbered else None
             with usable(f"{path}, line {line}"):
-                record = manifest.record_of([i])
+                record = manifest.record_of([i])._replace(masks=None)  # a mask's file is enough
+            track = record.image.parent, str(cells["track"])
+            mask = path.parent / cells["mask"] if "mask" in cells else None
+            frames.append(Frame(record, mask, track, seen[track] if number is None else number))
+            seen[track] += 1
         except UnusablePicture as problem:
             problems.append(problem)
-            continue
         except ValueError as error:
             raise ValueError(f"{path}, line {line}: {error}") from None
-        track = record.image.parent, str(cells["track"])
-        mask = path.parent / cells["mask"] if "mask" in cells else None
-        # a mask that was read is let go: its file is enough
-        frames.append(Frame(record._replace(masks=None), mask, track, number if "frame" in needed else seen[track]))
-        seen[track] += 1
     return frames, problems
 
 

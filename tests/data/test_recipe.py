@@ -329,7 +329,7 @@ def test_antialias_smooths(tmp_path):
         ({"min_area": 0.9}, "recipe.min_area 0.9 must be below max_area 0.8"),
         ({"coverage": [0.5, 0.1]}, "recipe.coverage must be"),
         ({"coverage": [0.5]}, "recipe.coverage must be"),
-        ({"fit": "stretch"}, "recipe.fit must be 'squash' or 'letterbox', got 'stretch'"),
+        ({"fit": "stretch"}, "recipe.fit must be 'squash', 'letterbox' or 'buckets', got 'stretch'"),
         ({"blur_kernels": [2, 7]}, "recipe.blur_kernels must be"),
     ],
 )
@@ -358,7 +358,7 @@ def test_changes_of_a_recipe():
         ({"flip": None}, r"data\.val_recipe\.flip must be a number from 0 to 1, got None"),
         ({"resolution": 64.0}, r"data\.val_recipe\.resolution must be a whole number of at least 8, got 64\.0"),
         ({"coverage": ["a", "b"]}, r"data\.val_recipe\.coverage must be \[least, most\] .*, got \['a', 'b'\]"),
-        ({"fit": "stretch"}, r"data\.val_recipe\.fit must be 'squash' or 'letterbox', got 'stretch'"),
+        ({"fit": "stretch"}, r"data\.val_recipe\.fit must be 'squash', 'letterbox' or 'buckets', got 'stretch'"),
         ({"flip": 1.5}, r"data\.val_recipe\.flip must be a number from 0 to 1, got 1\.5"),
         ({"min_area": 0.9}, r"data\.val_recipe\.min_area 0\.9 must be below max_area 0\.8"),
     ],

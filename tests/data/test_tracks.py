@@ -132,8 +132,7 @@ def test_boxes_and_tracks_without_a_pair_are_counted(video, tmp_path, capsys):
     video.write_text("\n".join([*rows, *lone]))
     assert main([str(video), "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert "16 pairs of 17 boxes" in text
-    assert "1 tracks left out" in text
+    assert "16 pairs of 17 boxes; 1 tracks without a pair" in text
     assert "2 boxes left out; the first: " in text
     assert "its box [70.0, 20.0, 99.0, 40.0] is not inside it" in text
 
@@ -143,7 +142,11 @@ def test_boxes_and_tracks_without_a_pair_are_counted(video, tmp_path, capsys):
     [
         (lambda text: text.replace("track", "trakc", 1), (), "unknown column 'trakc'; did you mean 'track'?"),
         (lambda text: text.replace("track", "object", 1), (), "line 2: it has no track; it has: "),
-        (lambda text: text.replace("png,0,5,", "png,0,,"), (), "line 12: it has no frame"),
+        (
+            lambda text: text.replace("png,0,5,", "png,0,,"),
+            (),
+            "line 12: all rows have a frame, or none; it has: ",
+        ),
         (lambda text: text.replace("png,0,5,", "png,0,five,"), (), "line 12: frame must be a number, got 'five'"),
         (lambda text: text.replace("x1", "z1", 1), (), "it has no x1"),
         (lambda text: "\n".join(text.splitlines()[:3]), (), "no track has a box in two pictures"),
