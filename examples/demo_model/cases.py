@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as T
 
 from examples.demo_model.embeddings import resized
 from pbe.data.dataset import ExampleDataset
-from pbe.data.recipe import to_unit_range
+from pbe.data.recipe import Stages, to_unit_range
 from pbe.editing.edit import check_finite
 from pbe.editing.settings import DEMO, settings_for
 from pbe.editing.window import feather_width
@@ -57,15 +57,33 @@ def read_cases(dataset: ExampleDataset, count: int) -> Cases:
     if not 2 <= count <= len(dataset):
         raise ValueError(f"{dataset.source.name} has {len(dataset)} photos that fit; {count} were asked for")
     stages = [dataset.stages(i) for i in range(count)]
-    labels = [s.record.labels[s.geometry.object] if s.record.labels else "" for s in stages]
     return Cases(
         image=torch.stack([s.example.image for s in stages]),
         mask=torch.stack([s.example.mask for s in stages]),
-        exemplar=torch.stack([(to_unit_range(s.pixels.exemplar_crop) + 1) / 2 for s in stages]),
+        exemplar=torch.stack([crop_of(s) for s in stages]),
         place=[s.geometry.content for s in stages],
         kind=[kind_of(s.record.image.parts) for s in stages],
-        label=labels,
+        label=[label_of(s) for s in stages],
     )
+
+
+def read_crops(dataset: ExampleDataset) -> tuple[Tensor, list[str]]:
+    """The exemplars (N, 3, S, S) in [0, 1] of all examples of a data set, and the names of their objects."""
+    size = dataset.recipe.exemplar_size
+    crops, labels = torch.empty(len(dataset), 3, size, size), []
+    for i, crop in enumerate(crops):
+        stages = dataset.stages(i)
+        crop.copy_(crop_of(stages))
+        labels.append(label_of(stages))
+    return crops, labels
+
+
+def crop_of(stages: Stages) -> Tensor:
+    return (to_unit_range(stages.pixels.exemplar_crop) + 1) / 2
+
+
+def label_of(stages: Stages) -> str:
+    return stages.record.labels[stages.geometry.object] if stages.record.labels else ""
 
 
 def kind_of(parts: Sequence[str]) -> str:

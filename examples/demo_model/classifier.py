@@ -7,6 +7,7 @@ every figure of docs/demo-model.md and HISTORY.md is measured with this one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from examples.demo_model.embeddings import resized
 from pbe.checkpoints.meta_device import build_on_meta
 
-WIDTHS = (24, 48, 96, 128)  # channels of the stages
+WIDTHS = (24, 48, 96, 128, 192)  # channels of the stages
 
 
 class CropClassifier(nn.Module):
-    """A small convolutional network that tells the classes of crops (N, 3, 64, 64) in [0, 1] apart.
+    """A small convolutional network that tells the classes of crops (N, 3, side, side) in [0, 1] apart.
 
+    As many stages as leave 4 x 4 places: four for 64 pixels, five for 128.
     Its features are the means over the picture of what each stage gives, early ones (colours, textures) beside late
     ones (forms), standardised over the training crops.
     """
@@ -30,12 +32,14 @@ class CropClassifier(nn.Module):
     feature_mean: Tensor
     feature_std: Tensor
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, side: int):
         super().__init__()
-        self.stages = nn.ModuleList(_stage(i, o) for i, o in pairwise((3, *WIDTHS)))
-        self.head = nn.Linear(WIDTHS[-1], num_classes)
-        self.register_buffer("feature_mean", torch.zeros(sum(WIDTHS)))
-        self.register_buffer("feature_std", torch.ones(sum(WIDTHS)))
+        self.side = side
+        widths = WIDTHS[: side.bit_length() - 3]
+        self.stages = nn.ModuleList(_stage(i, o) for i, o in pairwise((3, *widths)))
+        self.head = nn.Linear(widths[-1], num_classes)
+        self.register_buffer("feature_mean", torch.zeros(sum(widths)))
+        self.register_buffer("feature_std", torch.ones(sum(widths)))
 
     def forward(self, crops: Tensor) -> Tensor:
         """Logits (N, num_classes)."""
@@ -51,7 +55,7 @@ class CropClassifier(nn.Module):
         return torch.cat([torch.cat(self._means(part), dim=1) for part in crops.split(256)])
 
     def _means(self, crops: Tensor) -> list[Tensor]:
-        x, means = resized(crops, 64) * 4 - 2, []
+        x, means = resized(crops, self.side) * 4 - 2, []
         for stage in self.stages:
             x = stage(x)
             means.append(x.mean(dim=(2, 3)))
@@ -71,14 +75,15 @@ def _stage(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def train_classifier(
-    crops: Tensor, labels: Tensor, num_classes: int, *, epochs: int, seed: int = 0, batch_size: int = 64
+    crops: Tensor, labels: Tensor, num_classes: int, *, epochs: int, side: int = 64, seed: int = 0, batch_size: int = 64
 ) -> CropClassifier:
-    """A classifier trained on crops (N, 3, S, S) in [0, 1] with labels long (N,), then frozen: in evaluation mode.
+    """A classifier trained on crops (N, 3, S, S) in [0, 1], which it sees at `side`, with labels long (N,), then
+    frozen: in evaluation mode.
 
     Batches have `batch_size` crops, or all of them where there are fewer.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = initialized(num_classes, generator)
+    model = initialized(num_classes, side, generator)
     batch_size = min(batch_size, len(crops))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     steps = epochs * (len(crops) // batch_size)
@@ -96,8 +101,8 @@ def train_classifier(
     return model.requires_grad_(False)
 
 
-def initialized(num_classes: int, generator: torch.Generator) -> CropClassifier:
-    model = build_on_meta(CropClassifier, num_classes).to_empty(device="cpu")
+def initialized(num_classes: int, side: int, generator: torch.Generator) -> CropClassifier:
+    model = build_on_meta(partial(CropClassifier, side=side), num_classes).to_empty(device="cpu")
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
@@ -131,14 +136,14 @@ def standardise(model: CropClassifier, crops: Tensor) -> None:
 
 
 def save_classifier(model: CropClassifier, classes: Sequence[str], path: Path) -> None:
-    torch.save({"classes": list(classes), "state_dict": model.state_dict()}, path)
+    torch.save({"classes": list(classes), "side": model.side, "state_dict": model.state_dict()}, path)
 
 
 def load_classifier(path: Path) -> tuple[CropClassifier, list[str]]:
     """A classifier that `save_classifier` wrote, frozen, and its classes; ValueError for another kind of file."""
     content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or content.keys() != {"classes", "state_dict"}:
+    if not isinstance(content, dict) or content.keys() != {"classes", "side", "state_dict"}:
         raise ValueError(f"{path} is not a classifier.pt that `measure` wrote")
-    model = build_on_meta(CropClassifier, len(content["classes"]))
+    model = build_on_meta(partial(CropClassifier, side=content["side"]), len(content["classes"]))
     model.load_state_dict(content["state_dict"], assign=True)
     return model.eval().requires_grad_(False), content["classes"]

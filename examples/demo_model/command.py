@@ -26,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--train", type=Path, required=True, help="manifest of the photos that were trained on")
     measure.add_argument("--config", default="configs/demo/unet.yaml", help="whose data.recipe makes windows and masks")
     measure.add_argument("--out", type=Path, required=True, help="folder for the figures, tables and grids")
-    measure.add_argument("--classifier", type=Path, help="classifier.pt of an earlier run; without it one is trained")
+    measure.add_argument("--classifier", type=Path, help="file of the classifier, made where it does not exist")
+    measure.add_argument("--vae", help="checkpoint whose encoder compares crops (default: that of --ckpt)")
     add_flags(measure, FIELDS)
 
     grid = commands.add_parser("grid", help="edits with consecutive seeds as one picture")

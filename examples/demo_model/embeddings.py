@@ -45,7 +45,7 @@ def pixels(crops: Tensor, side: int = 32) -> Tensor:
 
 
 class VAEEmbedding:
-    """The autoencoder's latents of the crops, place by place, less their mean over some training crops."""
+    """An autoencoder's latents of the crops, 8 x 8, place by place, less their mean over some training crops."""
 
     def __init__(self, vae: AutoencoderKL, crops: Tensor):
         self.vae = vae
@@ -57,5 +57,6 @@ class VAEEmbedding:
     @torch.no_grad()
     def _latents(self, crops: Tensor) -> Tensor:
         parameter = next(self.vae.parameters())
-        parts = (resized(part, 32).to(parameter) * 2 - 1 for part in crops.split(128))
+        side = 8 * self.vae.config.downsampling
+        parts = (resized(part, side).to(parameter) * 2 - 1 for part in crops.split(128))
         return torch.cat([self.vae.encode(part).mean.float().flatten(1).cpu() for part in parts])

@@ -15,7 +15,17 @@ from torch import Tensor
 
 import pbe
 from examples.demo_model import report, tables
-from examples.demo_model.cases import Cases, composite, foreign, paint, paste, read_cases, reconstruct, region_crops
+from examples.demo_model.cases import (
+    Cases,
+    composite,
+    foreign,
+    paint,
+    paste,
+    read_cases,
+    read_crops,
+    reconstruct,
+    region_crops,
+)
 from examples.demo_model.classifier import CropClassifier, load_classifier, save_classifier, train_classifier
 from examples.demo_model.embeddings import Embedding, VAEEmbedding, colour_histogram, pixels, resized
 from examples.demo_model.measures import nearest
@@ -27,7 +37,9 @@ from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.sources import SourceConfig, open_source
 from pbe.models.paint_by_example import PaintByExample
+from pbe.models.vae import AutoencoderKL
 from pbe.training.config import load_config
+from pbe.training.initialization import loaded_vae
 
 AUGMENTATIONS = 8  # of each exemplar, for the copy figure
 ROWS = 12  # of a grid
@@ -37,10 +49,12 @@ ROWS = 12  # of a grid
 class Painted:
     """The cases, and the model's pictures (N, 3, R, R) of them by guidance, by seed and by exemplar.
 
-    own: long (N,), the case that each case's exemplar is taken from; in by_exemplar, those after the first are others.
+    seen: the cases in the model's own size, of which the pictures are resized. own: long (N,), the case that each
+    case's exemplar is taken from; in by_exemplar, those after the first are others.
     """
 
     cases: Cases
+    seen: Cases
     own: Tensor
     by_guidance: dict[float, Tensor]
     by_seed: list[Tensor]
@@ -48,7 +62,7 @@ class Painted:
 
 
 def measure(args: argparse.Namespace, settings: Settings, command: str) -> None:
-    """The command `measure`: writes figures.json, figures.md, classifier.pt and the grids guidance, seeds and
+    """The command `measure`: writes figures.json, figures.md, the classifier and the grids guidance, seeds and
     nearest.png into --out, and says on stderr what it does. ValueError or OSError for what cannot be measured."""
     start = time.perf_counter()
 
@@ -57,24 +71,32 @@ def measure(args: argparse.Namespace, settings: Settings, command: str) -> None:
 
     model = load(args)
     data = load_config([args.config]).data
-    resolution, exemplar_size = model.config.resolution, model.config.exemplar.vision.image_size
-    recipe = replace(data.recipe_for_validation(), resolution=resolution, exemplar_size=exemplar_size)
-    cases = read_cases(open_photos(args.held_out, recipe), settings.cases)
+    recipe = replace(data.recipe_for_validation(), resolution=settings.side, exemplar_size=settings.side)
+    own_sizes = {"resolution": model.config.resolution, "exemplar_size": model.config.exemplar.vision.image_size}
+    # the same photos, boxes and windows, whatever the sizes
+    cases, seen = (
+        read_cases(open_photos(args.held_out, r), settings.cases) for r in (recipe, replace(recipe, **own_sizes))
+    )
     photos = open_photos(args.train, replace(recipe, max_area=1.0))
     say(f"{len(cases)} held-out photos; reading {len(photos)} training photos")
-    training = read_cases(photos, len(photos))
+    training, labels = read_crops(photos)
 
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
-    if args.classifier is None:
+    if args.classifier is None or not args.classifier.exists():
         say("training the classifier")
-        classifier, classes = new_classifier(training, settings.classifier_epochs)
-        save_classifier(classifier, classes, out / "classifier.pt")
+        classes = sorted(set(labels))
+        numbers, epochs = torch.tensor([classes.index(label) for label in labels]), settings.classifier_epochs
+        classifier = train_classifier(training, numbers, len(classes), epochs=epochs, side=settings.side)
+        save_classifier(classifier, classes, args.classifier or out / "classifier.pt")
     else:
         classifier, classes = load_classifier(args.classifier)
+        if classifier.side != settings.side:
+            raise ValueError(f"{args.classifier} sees crops of {classifier.side} pixels, not of --side {settings.side}")
+    encoder = loaded_vae(args.vae) if args.vae else model.vae
 
     generator = torch.Generator().manual_seed(settings.seed)
-    painted = paint_all(model, cases, settings, generator, say)
+    painted = paint_all(model, cases, seen, settings, generator, say)
     augmented = [tables.augment_all(cases.exemplar, data.recipe, generator) for _ in range(AUGMENTATIONS)]
     about = {
         "command": command,
@@ -87,16 +109,16 @@ def measure(args: argparse.Namespace, settings: Settings, command: str) -> None:
         **asdict(settings),
     }
     say("figures")
-    made = likeness_tables(model, painted, classifier, augmented, training.exemplar, settings)
-    write_grids(out, painted, settings, classifier, training.exemplar)
+    made = likeness_tables(model, painted, classifier, encoder, augmented, training, settings)
+    write_grids(out, painted, settings, classifier, training)
     report.write_tables(out, about, made)  # already: the samplers take as long as all before
     say(f"samplers, on {settings.sampler_cases} edits")
     first = slice(settings.sampler_cases)
     made.append(
         tables.sampler_table(
             model,
-            cases[first],
-            cases.exemplar[painted.own[first]],
+            seen[first],
+            seen.exemplar[painted.own[first]],
             guidance=settings.guidance,
             steps=settings.sampler_steps,
             reference_steps=settings.reference_steps,
@@ -112,20 +134,18 @@ def open_photos(manifest: Path, recipe: RecipeConfig) -> ExampleDataset:
     return ExampleDataset(open_source(SourceConfig(path=str(manifest)), (recipe.min_area, recipe.max_area)), recipe)
 
 
-def new_classifier(training: Cases, epochs: int) -> tuple[CropClassifier, list[str]]:
-    """A classifier of the objects of the training photos, and its classes."""
-    classes = sorted(set(training.label))
-    labels = torch.tensor([classes.index(label) for label in training.label])
-    return train_classifier(training.exemplar, labels, len(classes), epochs=epochs), classes
-
-
 def accuracy(classifier: CropClassifier, classes: list[str], cases: Cases) -> float:
     guesses = classifier(cases.exemplar).argmax(dim=1).tolist()
     return sum(classes[guess] == label for guess, label in zip(guesses, cases.label, strict=True)) / len(cases)
 
 
 def paint_all(
-    model: PaintByExample, cases: Cases, settings: Settings, generator: torch.Generator, say: Callable[[str], None]
+    model: PaintByExample,
+    cases: Cases,
+    seen: Cases,
+    settings: Settings,
+    generator: torch.Generator,
+    say: Callable[[str], None],
 ) -> Painted:
     """All edits that the first five tables need; the generator chooses the exemplars."""
     groups = cases.kind if settings.exemplars == "kind" else [""] * len(cases)
@@ -134,16 +154,17 @@ def paint_all(
 
     def results(count: int, exemplars: Tensor, guidance: float, shift: int = 0) -> Tensor:
         """The first `count` cases; each `shift` has seeds of its own."""
-        return paint(
+        pictures = paint(
             model,
-            cases[:count],
-            cases.exemplar[exemplars[:count]],
+            seen[:count],
+            seen.exemplar[exemplars[:count]],
             [settings.seed + len(cases) * shift + i for i in range(count)],
             guidance=guidance,
             steps=settings.steps,
             sampler=settings.sampler,
             batch_size=settings.batch_size,
         )
+        return resized(pictures, settings.side)
 
     by_guidance = {}
     for guidance in sorted({*settings.guidance_values, settings.guidance}):
@@ -153,13 +174,14 @@ def paint_all(
     first, more = by_guidance[settings.guidance][:n], range(1, settings.seeds)
     by_seed = [first, *(results(n, own, settings.guidance, shift=k) for k in more)]
     by_exemplar = [first, *(results(n, others[:, k], settings.guidance) for k in more)]
-    return Painted(cases, own, by_guidance, by_seed, by_exemplar)
+    return Painted(cases, seen, own, by_guidance, by_seed, by_exemplar)
 
 
 def likeness_tables(
     model: PaintByExample,
     painted: Painted,
     classifier: CropClassifier,
+    encoder: AutoencoderKL,
     augmented: list[Tensor],
     training: Tensor,
     settings: Settings,
@@ -179,14 +201,14 @@ def likeness_tables(
     }
     pictures = {
         "real photo": cases.image,
-        "real photo through the autoencoder": reconstruct(model, cases, settings.batch_size),
+        "real photo through the autoencoder": resized(reconstruct(model, painted.seen, settings.batch_size), side),
         "exemplar pasted": paste(cases, exemplars[own]),
         "result, raw": raw,
         "result, composited": composite(cases, raw),
         "result, composited with feather alone": composite(cases, raw, seam="feather"),
     }
     features: dict[str, Embedding] = {"classifier": classifier.features}
-    latents = VAEEmbedding(model.vae, training[:1024])
+    latents = VAEEmbedding(encoder, training[:1024])
     embeddings: dict[str, Embedding] = {"colour histogram": colour_histogram, **features, "VAE": latents}
     by_guidance = {guidance: crops[guidance] for guidance in settings.guidance_values}
     first = cases.mask[: settings.seed_cases]
@@ -214,8 +236,8 @@ def write_grids(out: Path, painted: Painted, settings: Settings, classifier: Cro
     report.save_grid(out / "seeds.png", {**begin, **seeds, **others})
 
     regions = region_crops(composite(cases, raw), cases.mask, side)
-    both_ways = torch.cat([training, training.flip(-1)])
-    distances, rows = nearest(classifier.features(regions), classifier.features(both_ways))
-    found = resized(both_ways[rows], side) * 2 - 1
-    columns = {"exemplar": exemplar, "result": regions * 2 - 1, "nearest training crop": found}
+    both_ways = torch.cat([classifier.features(training), classifier.features(training.flip(-1))])
+    distances, rows = nearest(classifier.features(regions), both_ways)
+    found = torch.stack([training[k] if k < len(training) else training[k - len(training)].flip(-1) for k in rows])
+    columns = {"exemplar": exemplar, "result": regions * 2 - 1, "nearest training crop": found * 2 - 1}
     report.save_grid(out / "nearest.png", columns, [f"{distance:.2f}" for distance in distances])

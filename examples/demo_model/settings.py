@@ -16,6 +16,8 @@ AtLeastTwo = Annotated[int, Range(2)]
 class Settings:
     """What `measure` does; ValueError for what cannot be measured."""
 
+    side: Annotated[int, Range(32)] = 64
+    """Pixels of the windows and crops that are judged, whatever the model's own are."""
     cases: AtLeastTwo = 128
     """Photos of the retrieval, seam, guidance and copy figures."""
     exemplars: Literal["any", "kind"] = "any"

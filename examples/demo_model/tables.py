@@ -164,12 +164,13 @@ def seeds_table(
     embeddings: Mapping[str, Embedding], by_seed: Sequence[Tensor], by_exemplar: Sequence[Tensor], masks: Tensor
 ) -> Table:
     """How far results (N, 3, R, R) of different seeds are apart, against those of different exemplars."""
+    side = masks.shape[-1]
 
     def in_pixels(a: Tensor, b: Tensor) -> np.ndarray:
         return region_distances(a, b, masks)
 
     def in_features(embed: Embedding, a: Tensor, b: Tensor) -> np.ndarray:
-        return (embed(region_crops(a, masks, 64)) - embed(region_crops(b, masks, 64))).norm(dim=1).numpy()
+        return (embed(region_crops(a, masks, side)) - embed(region_crops(b, masks, side))).norm(dim=1).numpy()
 
     measures: dict[str, Callable[[Tensor, Tensor], np.ndarray]] = {"pixels": in_pixels}
     measures |= {name: partial(in_features, embed) for name, embed in embeddings.items()}

@@ -403,6 +403,20 @@ def test_measure_writes_all_figures_and_grids(toy, tmp_path, one_thread):
     again = tmp_path / "again"
     assert main(arguments(toy, again, classifier=tmp_path / "classifier.pt")) == 0
     assert json.loads((again / "figures.json").read_text())["figures"] == content["figures"]
+    assert not (again / "classifier.pt").exists()
+
+
+def test_measure_judges_at_other_pixels_than_the_model_s(toy, tmp_path, one_thread, capsys):
+    """A model of 32 pixels, judged at 64, in the latents of an autoencoder that is named; the classifier is kept."""
+    kept = tmp_path / "kept.pt"
+    assert main(arguments(toy, tmp_path / "a", side=32, classifier=kept, vae="demo")) == 0
+    assert classifiers.load_classifier(kept)[0].side == 32
+    _, seams, *_ = json.loads((tmp_path / "a" / "figures.json").read_text())["figures"]
+    assert seams["rows"][0]["across the border"]["value"] == pytest.approx(1)
+    with Image.open(tmp_path / "a" / "guidance.png") as picture:
+        assert min(picture.size) > 100
+    assert main(arguments(toy, tmp_path / "b", side=64, classifier=kept)) == 2
+    assert "kept.pt sees crops of 32 pixels, not of --side 64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""Where the model of 128 pixels starts: the weights of the model in the box, for another autoencoder's latents.
+
+python -m examples.demo_model.warm_start runs/demo_vae_128/checkpoints/step-00006000.ckpt --out runs/demo_start_128.ckpt
+
+The UNet of both sees 16 x 16 latents: all is taken but its first and last convolution, whose channels are others and
+which are seeded. The exemplar's encoder sees 128 x 128 pixels in patches of 16 as the old one saw each 2 x 2 of them as
+one: on such an exemplar it gives the same, to rounding.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import pbe
+from pbe.checkpoints.infer_config import pbe_entry
+from pbe.checkpoints.original_layouts import VAE_PREFIX
+from pbe.checkpoints.writing import save_checkpoint
+from pbe.training.config import PaintByExampleRun, load_config
+from pbe.training.initialization import starting_model
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vae", help="checkpoint of the new autoencoder")
+    parser.add_argument("--out", type=Path, required=True, help="the .ckpt to write")
+    parser.add_argument("--ckpt", default="demo", help="the trained model (default demo)")
+    parser.add_argument("--config", default="configs/demo/unet_128.yaml", help="whose model.size is that of --out")
+    args = parser.parse_args(argv)
+    try:
+        run = load_config([args.config, f"model.vae={args.vae}"])
+        assert isinstance(run, PaintByExampleRun)
+        model = starting_model(run.model, run.seed)
+        tensors, old = model.state_dict(), pbe.load_model(args.ckpt, "cpu", torch.float32).state_dict()
+        taken = {name: fitted(old[name], x) for name, x in tensors.items() if not name.startswith(VAE_PREFIX)}
+        kept = {name: x for name, x in taken.items() if x.shape == tensors[name].shape}
+        save_checkpoint(tensors | kept, args.out, pbe_entry(model.config), overwrite=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: seeded are {', '.join(sorted(taken.keys() - kept.keys()))}")
+    return 0
+
+
+def fitted(old: Tensor, new: Tensor) -> Tensor:
+    """The kernel of patches (C, 3, p, p) for ones of k p pixels, which it averages; any other weight as it is."""
+    k = new.shape[-1] // old.shape[-1] if old.ndim == 4 and old.shape[:2] == new.shape[:2] else 1
+    return old.repeat_interleave(k, 2).repeat_interleave(k, 3) / k**2 if k > 1 else old
+
+
+if __name__ == "__main__":
+    sys.exit(main())
