@@ -28,7 +28,7 @@ photos=(data.batch_size=64 data.workers=16 trainer.limit_val_batches=4)
 latents=(data.batch_size=256 data.workers=16 encodings.crops=8 samples.every_n_steps=400 trainer.val_check_interval=400
     trainer.limit_val_batches=1)
 if [[ -n ${STEPS:-} ]]; then
-    limit=7200
+    limit=7200 often+=(trainer.log_every_n_steps=1)
     photos=(data.batch_size=2 data.workers=0 trainer.limit_val_batches=1)
     latents=(data.batch_size=2 data.workers=0 encodings.crops=1 samples.count=2 samples.edit.steps=2
         "samples.every_n_steps=$STEPS" trainer.limit_val_batches=1 "trainer.val_check_interval=$STEPS")
