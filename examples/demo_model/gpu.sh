@@ -64,7 +64,7 @@ publish() { # RUN: what is there of it, in $OUT
     [[ -n $from ]] && checkpoint extract-ema "$from" "$work/model.ckpt" || return
     split --bytes=15000000 --numeric-suffixes "$work/model.ckpt" "$out/model.ckpt."
     cat "$work"/unet*/metrics.jsonl >"$out/unet.jsonl"
-    cp "$(find "$work/$1/samples" -name 'step-*.png' | sort | tail -n 1)" "$out/samples.png" 2>/dev/null
+    cp "$(find "$work/$1/samples" -name 'step-*.png' | sort | tail -n 1)" "$out/samples.png" || true # none as yet
 }
 
 publishing() { # RUN: as it goes
