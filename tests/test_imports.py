@@ -39,7 +39,7 @@ ARROWS = {
     "export": {"acceleration", "checkpoints", "models", "io"},
     "editing": {"export", *EDITING},
     "batch": {"editing", *EDITING},
-    "training": {"batch", "data", "editing", *EDITING},
+    "training": {"evaluation", "batch", "data", "editing", *EDITING},
     "evaluation": {"batch", "data", "editing", *EDITING},
     "baselines": {"evaluation", "batch", "data", "editing", *EDITING},
     "serve": {"batch", "editing", *EDITING},

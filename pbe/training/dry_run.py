@@ -17,6 +17,7 @@ from pbe.training.distillation import ConsistencyDistillation
 from pbe.training.module import PaintByExampleTraining
 from pbe.training.optimizer import KINDS, parameter_groups, part_of
 from pbe.training.task import TrainingTask
+from pbe.training.vae import VAETraining
 
 GIB = 2**30
 
@@ -28,7 +29,7 @@ def describe(config: Run, module: TrainingTask, data: ExampleDataModule) -> list
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             parts[part_of(name) or name.removeprefix("model.").partition(".")[0]] += parameter.numel()
-    model = getattr(module, "model", module)
+    model = module.vae if isinstance(module, VAETraining) else getattr(module, "model", module)
     lines = [f"model: {sum(p.numel() for p in model.parameters()):,} parameters"]
     if isinstance(module, PaintByExampleTraining):
         size = module.model.config

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import lightning
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
+# What can have settings of its own, by how its parameters' names begin.
+NETWORKS = {**PARTS, "discriminator": "discriminator."}
+
 
 class Kind(NamedTuple):
     """An optimiser."""
@@ -70,13 +73,13 @@ class OptimizerConfig:
     """Steps after the warm-up in which the rate falls to 0 along a cosine; None: it stays."""
     parts: dict[str, PartOptimizerConfig] = field(default_factory=dict)
     """What is different for parts of the model, by their names in `training.train`: `{clip: {lr: 1e-6}, null_context:
-    {weight_decay: 0}}`."""
+    {weight_decay: 0}}`; an autoencoder's `training.adversarial` trains a `discriminator`."""
 
     def __post_init__(self) -> None:
         check_fields(self, "optimizer")
         for part, config in self.parts.items():
-            if part not in PARTS:
-                raise ValueError(f"optimizer.parts.{part}: the model has no such part{did_you_mean(part, PARTS)}")
+            if part not in NETWORKS:
+                raise ValueError(f"optimizer.parts.{part}: the model has no such part{did_you_mean(part, NETWORKS)}")
             check_fields(config, f"optimizer.parts.{part}")
             if self.name == "prodigy" and config.lr is not None:
                 raise ValueError(f"optimizer.parts.{part}.lr: prodigy finds one learning rate for all parts")
@@ -96,8 +99,8 @@ def lr_factor(step: int, config: OptimizerConfig) -> float:
 
 
 def part_of(name: str) -> str | None:
-    """The part of Paint by Example that a parameter of its training module belongs to."""
-    return next((part for part, prefix in PARTS.items() if name.removeprefix("model.").startswith(prefix)), None)
+    """The part of a model that a parameter of its training module belongs to."""
+    return next((part for part, prefix in NETWORKS.items() if name.removeprefix("model.").startswith(prefix)), None)
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -17,8 +18,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from pbe.batch.provenance import crc_of
 from pbe.checkpoints.formats.opening import find_checkpoint
 from pbe.data.datamodule import ExampleDataModule, check_sizes
+from pbe.evaluation.lpips import LPIPS, load_perceptual
 from pbe.io.atomic import locked
 from pbe.io.suggest import did_you_mean
+from pbe.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from pbe.models.tiny_autoencoder import TinyDecoder
 from pbe.models.vae import AutoencoderKL
 from pbe.training.callbacks.checkpoints import (
@@ -204,7 +207,7 @@ def matters(key: str) -> bool:
     if key.startswith("trainer."):
         return key in ("trainer.accumulate_grad_batches", "trainer.precision", "trainer.gradient_clip_val")
     # Files may have moved, and batches are smaller with more devices; the checkpoint knows what must stay.
-    files = (".path", ".images", "encodings.folder", "model.init", "model.vae")
+    files = (".path", ".images", "encodings.folder", "model.init", "model.vae", "perceptual.network")
     return not key.endswith((*files, "data.workers", "data.batch_size", "training.gradient_checkpointing"))
 
 
@@ -279,11 +282,28 @@ def make_module(config: Run) -> TrainingTask:
                 vae = seeded(AutoencoderKL, config.size, config.seed)
             else:  # where the encoder trains, the latents are measured again
                 vae = loaded_vae(config.init, latent_scale=1.0 if config.training.train == "all" else None)
-            return VAETraining(vae, config.training, config.optimizer, about)
+            return VAETraining(vae, config.training, config.optimizer, about, *critics(config))
         case TinyDecoderRun():
             vae = loaded_vae(config.vae)
             decoder = seeded(TinyDecoder, config.training.size(vae.config), config.seed)
             return TinyDecoderTraining(decoder, vae, config.training, config.optimizer, about)
+
+
+def critics(config: VAERun) -> tuple[LPIPS | None, PatchDiscriminator | None]:
+    """The networks beside an autoencoder that are part of its loss. ValueError where pictures do not fit them."""
+    perceptual, adversarial = config.training.perceptual, config.training.adversarial
+    # in training mode, in which none of its layers differs: Lightning warns of others
+    lpips = load_perceptual(perceptual.network).train() if perceptual else None
+    sizes = DiscriminatorConfig(adversarial.channels, adversarial.num_layers) if adversarial else None
+    discriminator = seeded(PatchDiscriminator, sizes, config.seed) if sizes else None
+    side = config.data.recipe.resolution
+    image = torch.zeros(1, 3, side, side)
+    try:
+        _ = lpips and lpips(image, image), discriminator and discriminator(image)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"training.perceptual or .adversarial: data.recipe.resolution={side}: {reason}") from None
+    return lpips, discriminator
 
 
 def make_trainer(config: Run, folder: Path, metrics: TrainingMetrics, stop: StopSignals) -> Trainer:

@@ -9,9 +9,11 @@ from golden_file import noise
 
 from pbe.checkpoints.seeding import seeded_state
 from pbe.models.clip import CLIPTextConfig, CLIPTextTower, CLIPVisionConfig, CLIPVisionTower
+from pbe.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from pbe.models.exemplar import ExemplarConfig
 from pbe.models.paint_by_example import PaintByExample, latent_mask
 from pbe.models.unet import UNet, UNetConfig, timestep_embedding
+from pbe.training.initialization import seeded
 
 THREE_LEVELS = UNetConfig(model_channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, context_dim=64)
 
@@ -160,3 +162,23 @@ def test_building_draws_nothing_on_meta():
     assert torch.equal(torch.get_rng_state(), before)
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     assert not list(model.buffers())
+
+
+# --- the discriminator -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_layers", "side"), [(2, 34), (3, 70)])
+def test_a_logit_s_patch(num_layers, side):
+    """The pixels that the convolutions of one logit see; their norms see the whole of the picture, and no other."""
+    discriminator = seeded(PatchDiscriminator, DiscriminatorConfig(8, num_layers), seed=0)
+    pictures = noise("x", 2, 3, 96, 96)
+    logits = discriminator(pictures)
+    torch.testing.assert_close(discriminator(pictures[:1]), logits[:1])
+    for i, layer in enumerate(discriminator):
+        if isinstance(layer, torch.nn.GroupNorm):
+            discriminator[i] = torch.nn.Identity()
+    x = pictures[:1].requires_grad_()
+    middle = logits.shape[-1] // 2
+    discriminator(x)[0, 0, middle, middle].backward()
+    rows = x.grad.abs().sum(dim=(0, 1, 3)).nonzero()
+    assert rows.max() - rows.min() + 1 == side
