@@ -1,7 +1,4 @@
-"""LPIPS (Zhang et al. 2018, arXiv 1801.03924), on the features of a network in a file the user names.
-
-As a metric it is AlexNet's, with torchvision's weights; as a loss also a surrogate's.
-"""
+"""LPIPS (Zhang et al. 2018, arXiv 1801.03924) from files the user names: on AlexNet, or as a loss on a surrogate."""
 
 from __future__ import annotations
 

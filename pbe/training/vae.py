@@ -127,7 +127,7 @@ class VAETraining(DecodingTask):
 
     Its checkpoints have the autoencoder's keys as they are in Paint by Example, and an entry `pbe` with `about` and
     with the `latent_scale` that brings its latents to unit variance, measured on the validation pictures where the
-    encoder trains.
+    encoder trains. A discriminator lies beside them, in the entry `discriminator`.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from pbe.checkpoints.formats.opening import CheckpointError
 from pbe.evaluation.bootstrap import Bootstrap, Moments, frechet_distance
-from pbe.evaluation.lpips import load_lpips
+from pbe.evaluation.lpips import load_lpips, load_perceptual
 from pbe.evaluation.metrics import (
     BackgroundLPIPS,
     BackgroundMSE,
@@ -27,6 +27,8 @@ from pbe.evaluation.quality_score import (
     load_mixture,
     save_mixture,
 )
+from pbe.evaluation.surrogate import Surrogate, SurrogateConfig, save_surrogate
+from pbe.training.initialization import seeded
 
 C = 6
 
@@ -386,11 +388,30 @@ def test_lpips_is_torchmetrics(tmp_path):
     assert metric.compute().value.item() == 0
 
 
+def test_lpips_on_a_surrogate_s_levels(tmp_path):
+    """Without learned weights: 2 - 2 cos of the features at a pixel."""
+    network = seeded(Surrogate, SurrogateConfig(num_classes=2, width=8, num_levels=2), seed=0)
+    save_surrogate(network, tmp_path / "judge.ckpt", ["a", "b"], {})
+    lpips = load_perceptual(tmp_path / "judge.ckpt")
+    a, b = (2 * x.float() - 1 for x in pictures(size=(32, 32))[:2])
+    x, y, expected = a, b, torch.zeros(len(a))
+    for stage in (network.stem, *network.levels):
+        x, y = stage(x), stage(y)
+        expected = expected + (2 - 2 * torch.cosine_similarity(x, y, dim=1)).mean(dim=(1, 2))
+    torch.testing.assert_close(lpips(a, b), expected, rtol=1e-4, atol=0)  # float32
+    assert lpips(a, a).abs().max() == 0
+    lpips(a.requires_grad_(), b).sum().backward()
+    assert a.grad.abs().max() > 0
+    assert all(not parameter.requires_grad for parameter in lpips.parameters())
+
+
 def test_a_file_without_alexnet_is_refused_in_one_line(tmp_path):
     torch.save({"features.0.bias": torch.zeros(64), "other": torch.zeros(1)}, tmp_path / "alexnet.pth")
     message = r"alexnet\.pth does not fit AlexNet: it lacks 15: .*; has no place for 1: other$"
     with pytest.raises(CheckpointError, match=message):
         load_lpips(tmp_path / "alexnet.pth")
+    with pytest.raises(CheckpointError, match=r"does not fit AlexNet: .*, or what `pbe evaluate surrogate` writes$"):
+        load_perceptual(tmp_path / "alexnet.pth")
 
 
 def test_metrics_refuse_bad_settings():
