@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 # What can have settings of its own, by how its parameters' names begin.
-NETWORKS = {**PARTS, "discriminator": "discriminator."}
+NETWORKS = dict[str, str]([*PARTS.items(), ("discriminator", "discriminator.")])
 
 
 class Kind(NamedTuple):
