@@ -16,7 +16,7 @@ from pbe.training.module import TrainingConfig
 from pbe.training.optimizer import OptimizerConfig, PartOptimizerConfig
 from pbe.training.run import check_trainer
 from pbe.training.tiny_decoder import TinyDecoderConfig
-from pbe.training.vae import VAETrainingConfig
+from pbe.training.vae import AdversarialConfig, PerceptualConfig, VAETrainingConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
@@ -80,6 +80,8 @@ def test_ablation_ends_in_the_paper_s_recipe():
     [
         TrainingConfig,
         VAETrainingConfig,
+        PerceptualConfig,
+        AdversarialConfig,
         TinyDecoderConfig,
         OptimizerConfig,
         PartOptimizerConfig,
