@@ -15,6 +15,7 @@ COMMANDS = {
     "export": ("pbe.cli.export", "write a model's networks for ONNX Runtime or torch.export"),
     "verify": ("pbe.cli.verify", "compare what a checkpoint computes here and in diffusers"),
     "train": ("pbe.cli.train", "train or fine-tune, as a YAML file says"),
+    "personalize": ("pbe.cli.personalize", "teach a model one object, from a few pictures of it"),
     "index-boxes": ("pbe.cli.index_boxes", "make the boxes of OpenImages quick to look up"),
     "evaluate": ("pbe.cli.evaluate", "score a checkpoint, or any results, on COCOEE or a test set like it"),
     "cut-out": ("pbe.cli.cut_out", "draw masks around objects, so that training can put them into other photos"),

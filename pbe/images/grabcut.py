@@ -25,6 +25,8 @@ NEARLY_MOST = 0.8
 NEARLY_ALL = 0.95  # of the picture
 HOLE = 0.02  # of the object's area: smaller holes are noise
 FILL = (0.3, 0.95)  # share of its box that an object takes; less is a piece of it, more is the whole scene
+BORDER = 0.04  # share of a picture's sides that is surely around the one object that it shows
+AROUND = 0.05  # what a box found around an object is grown by, as a share of its sides
 REACH = 0.85  # least share of the box's width and height that an object takes, since the box was drawn around it
 
 
@@ -99,6 +101,23 @@ def select_object(
         raise ValueError(f"no object is found in the {name} at {shown(box or point)}: {advice}")
     large = Image.fromarray(found).convert("L").resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(large) >= 128
+
+
+def whole_object(picture: np.ndarray) -> np.ndarray | None:
+    """The mask, bool (H, W), of the one object that a picture uint8 (H, W, 3) shows; None where none is found whole.
+
+    What differs from the picture's border is segmented again in a box around it, which, as `is_whole` asks, it fills.
+    """
+    height, width = picture.shape[:2]
+    dx, dy = BORDER * width, BORDER * height
+    found = segment(picture, inner_box(picture, dx, dy, width - dx, height - dy))
+    if not found.any():
+        return None
+    x0, y0, x1, y1 = mask_bounding_box(found)
+    dx, dy = AROUND * (x1 - x0), AROUND * (y1 - y0)
+    box = inner_box(picture, x0 - dx, y0 - dy, x1 + dx, y1 + dy)
+    found = segment(picture, box)
+    return found if is_whole(found, box) else None
 
 
 def at_point(picture: np.ndarray, x: int, y: int) -> np.ndarray:

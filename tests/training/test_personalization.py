@@ -1,0 +1,197 @@
+"""`pbe personalize`: what it makes of a folder of pictures, the run, its result, and one line where it cannot be."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import toy_run
+from PIL import Image
+
+import pbe
+from pbe.checkpoints.adapters import read_adapter
+from pbe.cli import main
+from pbe.data.manifest import Manifest
+from pbe.training.personalization import View, find_mask, read_views, run_settings, write_object
+
+pytest.importorskip("safetensors")
+
+
+def picture(number, side=80):
+    """A square of two colours somewhere before a plain ground, and its mask."""
+    photo, mask = np.full((side, side + 10, 3), 40 * number, np.uint8), np.zeros((side, side + 10), bool)
+    y, x = 10 + 3 * number, 20 - 4 * number
+    mask[y : y + 40, x : x + 36] = True
+    photo[mask] = (200, 30, 30)
+    photo[y : y + 40, x : x + 18] = (30, 30, 200)
+    return Image.fromarray(photo), mask
+
+
+def fill(folder, count=3, with_masks=True):
+    (folder / "bag").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    for number in range(count):
+        photo, mask = picture(number)
+        photo.save(folder / "bag" / f"{number}.png")
+        if with_masks:
+            Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(toy):
+    return toy_run.write_model(toy.parent)
+
+
+@pytest.fixture
+def bag(tmp_path):
+    return fill(tmp_path)
+
+
+def personalize(model, bag, *arguments, out="bag.safetensors"):
+    paths = ["--pictures", bag / "bag", "--masks", bag / "masks", "--run", bag / "run", "--out", bag / out]
+    quick = ["data.workers=0", "log=none", "trainer.accelerator=cpu", "samples.edit.steps=1"]
+    return main(["personalize", *map(str, [model, *paths, "--device", "cpu", *quick, *arguments])])
+
+
+# --- the pictures ---------------------------------------------------------------------------------------------
+
+
+def test_masks_are_given_or_the_alpha(bag):
+    photo, mask = picture(1)
+    (bag / "masks" / "1.png").unlink()
+    photo.putalpha(Image.fromarray(mask).convert("L"))
+    photo.save(bag / "bag" / "1.png")
+    views = list(read_views(bag / "bag", bag / "masks"))
+    assert len(views) == 3
+    for number, view in enumerate(views):
+        assert np.array_equal(view.mask, picture(number)[1])
+        assert view.photo.mode == "RGB"
+
+
+def test_large_pictures_are_made_smaller_with_their_masks(tmp_path):
+    photo, mask = picture(1, side=1200)
+    for number in range(2):
+        photo.save(tmp_path / f"{number}.png")
+    (tmp_path / "masks").mkdir()
+    for number in range(2):
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
+    mask[:700, :700] = True
+    Image.fromarray(mask).save(tmp_path / "masks" / "1.png")
+    view = list(read_views(tmp_path, tmp_path / "masks"))[1]
+    assert view.photo.size == (1024, 1016)
+    assert view.mask.shape == (1016, 1024)
+    assert view.mask.mean() == pytest.approx(mask.mean(), abs=0.005)
+
+
+def test_masks_are_found(tmp_path):
+    pytest.importorskip("cv2")
+    rng = np.random.default_rng(0)
+    photo, mask = picture(1)
+    noisy = (np.asarray(photo).astype(int) + rng.integers(0, 40, (*mask.shape, 3))).clip(0, 255).astype(np.uint8)
+    read = pbe.images.reading.read_picture(noisy)
+    found = find_mask(read, read.to_rgb8(), tmp_path / "1.png", None)
+    assert (found & mask).sum() / (found | mask).sum() > 0.95
+    plain = pbe.images.reading.read_picture(np.full((40, 40, 3), 90, np.uint8))
+    with pytest.raises(ValueError, match=r"1\.png: no whole object .* --masks DIR as 1\.png"):
+        find_mask(plain, plain.to_rgb8(), tmp_path / "1.png", None)
+
+
+def test_each_region_is_painted_as_each_picture_s_object(tmp_path):
+    write_object([View(f"{number:02}", *picture(number)) for number in range(3)], tmp_path / "object")
+    pairs = Manifest(tmp_path / "object" / "pairs.jsonl")
+    records = [pairs[i] for i in range(len(pairs))]
+    names = {(record.image.stem, record.exemplar.stem) for record in records}
+    assert names == {(f"0{a}", f"0{b}_{kind}") for a in range(3) for b in range(3) for kind in ("crop", "cut_out")}
+    crop, cut_out = (np.asarray(Image.open(tmp_path / "object" / f"01_{kind}.png")) for kind in ("crop", "cut_out"))
+    assert cut_out.shape == (40, 36, 3)
+    assert crop.shape == (44, 40, 3)  # 2 % of the picture's sides more
+    assert (crop[0] == 40).all()
+    donors = Manifest(tmp_path / "object" / "donors.jsonl")
+    assert np.array_equal(donors[2].masks[0].draw((80, 90)), picture(2)[1])
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_an_adapter_and_the_run_resumes(model, bag, capsys):
+    assert personalize(model, bag, "--steps", "4", "--rank", "2", "checkpoint.every_n_steps=2") == 0
+    run = bag / "run"
+    assert "adapters of 3 pictures" in capsys.readouterr().out
+    assert [path.name for path in sorted((run / "samples").iterdir())] == [
+        f"edits-0000000{i}.png" for i in (1, 2, 3, 4)
+    ]
+    loaded = pbe.load_model(model, "cpu", torch.float32)
+    found = read_adapter(bag / "bag.safetensors", loaded)
+    assert {update.rank for update in found.updates.values()} == {2}
+    assert found.metadata["pbe"]["base"]["checkpoint"] == "model.ckpt"
+    photo, mask = picture(0)
+    before = pbe.edit(loaded, photo, mask, picture(1)[0], steps=2)[0]
+    adapted = pbe.edit(pbe.add_adapters(loaded, bag / "bag.safetensors"), photo, mask, picture(1)[0], steps=2)[0]
+    assert np.asarray(before).tobytes() != np.asarray(adapted).tobytes()
+
+    # a run that ended gives its result again; one with a later checkpoint gone goes on to the same
+    assert (
+        personalize(model, bag, "--steps", "4", "--rank", "2", "checkpoint.every_n_steps=2", out="again.safetensors")
+        == 2
+    )
+    assert "--resume continues it" in capsys.readouterr().err
+    arguments = ("--steps", "4", "--rank", "2", "--resume", "checkpoint.every_n_steps=2")
+    assert personalize(model, bag, *arguments, out="again.safetensors") == 0
+    assert (bag / "again.safetensors").read_bytes() == (bag / "bag.safetensors").read_bytes()
+
+
+def test_ordinary_photos_get_the_object_too(toy, model, bag):
+    prior = toy.parent / "boxes.csv"
+    assert personalize(model, bag, "--prior", prior, "--steps", "1", "training.lora.targets=all-linear") == 0
+    assert not (bag / "run" / "prior").exists()
+    config = json.loads((bag / "run" / "personalize.yaml").read_text())
+    assert config["data"]["sources"][1]["path"] == str(prior)
+    assert config["data"]["recipe"]["transplant"] > 0
+    assert config["data"]["donors"]["path"] == f"{bag}/run/object/donors.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda bag: [path.unlink() for path in (bag / "bag").iterdir()], "has 0 pictures; give at least 2"),
+        (lambda bag: [(bag / "bag" / f"{i}.png").unlink() for i in (0, 1)], "has 1 pictures; give at least 2"),
+        (lambda bag: (bag / "bag" / "1.png").write_bytes(b"text"), "1.png"),
+        (lambda bag: (bag / "masks" / "7.png").write_bytes(b""), "7.png is the mask of no picture"),
+        (lambda bag: picture(1)[0].save(bag / "bag" / "1.jpg"), "have one stem"),
+        (lambda bag: (bag / "bag.safetensors").write_bytes(b""), "bag.safetensors exists; --force replaces it"),
+        (lambda bag: Image.new("L", (90, 80)).save(bag / "masks" / "1.png"), "masks/1.png is empty"),
+        (lambda bag: Image.fromarray(np.eye(80, 90) > 2).save(bag / "masks" / "2.png"), "masks/2.png is empty"),
+    ],
+)
+def test_wrong_pictures_are_one_line(model, bag, capsys, spoil, message):
+    spoil(bag)
+    assert personalize(model, bag) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (bag / "run" / "checkpoints").exists()
+
+
+def test_wrong_arguments_are_one_line(toy, model, bag, capsys):
+    vae = toy.parent / "vae.ckpt"
+    for arguments, message in (
+        ((bag / "lost.ckpt",), "lost.ckpt"),
+        ((vae,), "vae.ckpt"),
+        ((model, "--pictures", bag / "nowhere"), "nowhere is not a folder"),
+        ((model, "--steps", "0"), "--steps must be at least 1, got 0"),
+        ((model, "--rank", "0"), "rank must be a whole number of at least 1, got 0"),
+        ((model, "optimizer.rl=1"), "optimizer.rl"),
+    ):
+        assert personalize(arguments[0], bag, *arguments[1:]) == 2, arguments
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert personalize(model, bag, out="bag.ckpt") == 2
+    assert "bag.ckpt: a file of adapters in diffusers names must end in .safetensors" in capsys.readouterr().err
+    assert not (bag / "bag.safetensors").exists()
+
+
+def test_settings_without_prior_use_own_results(tmp_path):
+    settings = run_settings("demo", tmp_path, pbe.EditSettings(), steps=20, rank=3, seed=5, prior=None)
+    assert settings["data"]["sources"][1]["path"] == f"{tmp_path}/prior/results.jsonl"
+    assert "donors" not in settings["data"]
+    assert (settings["seed"], settings["data"]["seed"], settings["samples"]["edit"]["seed"]) == (5, 5, 5)
