@@ -1,4 +1,4 @@
-"""`pbe personalize`: adapters that know one object, from three to ten pictures of it."""
+"""`pbe personalize`: teach a model one object, from three to ten pictures of it, as adapters."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ examples:
   %(prog)s model.ckpt --pictures my_bag --masks my_bag_masks --prior photos.csv --out my_bag.safetensors
   pbe edit --ckpt model.ckpt --adapter my_bag.safetensors --exemplar my_bag/1.jpg …
 
-It is a training run, as `pbe train` makes them: its folder gets metrics.jsonl, samples/ and checkpoints/.
+It is a training run as those of `pbe train`: its folder gets metrics.jsonl, samples/ and checkpoints/.
 Finding masks needs OpenCV: pip install -e .[masks]
 """
+HELP = {
+    "pictures": "the pictures of the object",
+    "out": "the adapters, ending in .safetensors",
+    "masks": "masks of the object (white), named as its pictures; where there is none, alpha is, or it is found",
+    "prior": "photos with boxes, as training reads them: the object is put into them too, and they keep other objects "
+    "as they are (default: results of the model itself do)",
+    "steps": "of training (default: 100, and 50 for each picture)",
+    "rank": "of the adapters (default 16)",
+    "seed": "of all that is random (default 0)",
+    "run": "the run's folder (default: runs/ and the name of --out)",
+}
 
 
 def parser(prog: str | None = None) -> Parser:
     p = Parser(prog=prog, description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("ckpt", metavar="CKPT", help="the checkpoint to adapt, or demo, the small model of this package")
-    p.add_argument(
-        "settings", nargs="*", metavar="SETTING", help="other settings of the run, key=value, as `pbe train` has them"
-    )
-    p.add_argument("--pictures", type=Path, required=True, metavar="DIR", help="the pictures of the object")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the adapters, ending in .safetensors")
-    p.add_argument(
-        "--masks",
-        type=Path,
-        metavar="DIR",
-        help="masks of the object (white), named as its pictures; others' are their alpha, or found by their colours",
-    )
-    p.add_argument(
-        "--prior",
-        type=Path,
-        metavar="MANIFEST",
-        help="ordinary photos with boxes, as training reads them: the object is put into them too, and they keep "
-        "other objects as they are (default: results of the model itself do)",
-    )
-    p.add_argument("--steps", type=int, metavar="N", help="of training (default: 100, and 50 for each picture)")
-    p.add_argument("--rank", type=int, default=16, metavar="N", help="of the adapters (default 16)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default 0)")
-    p.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: runs/ and the name of --out)")
+    p.add_argument("settings", nargs="*", metavar="SETTING", help="of the run, key=value, as `pbe train` has them")
+    for name, metavar in (
+        ("pictures", "DIR"),
+        ("out", "FILE"),
+        ("masks", "DIR"),
+        ("prior", "MANIFEST"),
+        ("run", "DIR"),
+    ):
+        required = name in ("pictures", "out")
+        p.add_argument(f"--{name}", type=Path, required=required, metavar=metavar, help=HELP[name])
+    for name, default in (("steps", None), ("rank", 16), ("seed", 0)):
+        p.add_argument(f"--{name}", type=int, default=default, metavar="N", help=HELP[name])
     p.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint, if it has one")
     add_device(p)
     add_force(p)

@@ -8,10 +8,9 @@ arXiv 2208.12242).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -30,27 +29,28 @@ from pbe.models.paint_by_example import PaintByExample
 LEAST = 2  # pictures: the exemplar is from one, the region to paint from another
 SIDE = 1024  # long side of the copies that training reads
 GRABCUT_SIDE = 512  # as of `pbe cut-out`
-MARGIN = 0.02  # of the crops around the object, as a share of the picture's sides: about the recipe's
-SMALLEST = 0.02  # share of its picture that the object's box takes, as the recipe has it
+MARGIN = 10  # of crops around the object, in pixels of the copies, as the recipe's
 PREVIEWS = 4
 RESULTS = 4  # of the model's own, for each picture
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """A picture of the object."""
 
-    name: str
     photo: Image.Image  # RGB
     mask: np.ndarray  # bool (H, W), True = object
 
-    @property
-    def box(self) -> Box:
-        return mask_bounding_box(self.mask)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The pictures
+def picture_files(folder: Path) -> dict[str, Path]:
+    """The pictures in a folder by stem, in order. FileNotFoundError where it is none, ValueError for equal stems."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder of pictures")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    files = {path.stem: path for path in paths}
+    for path in paths:
+        if files[path.stem] != path:
+            raise ValueError(f"{path} and {files[path.stem].name} have one stem, by which masks are found")
+    return files
 
 
 def read_views(folder: Path, masks: Path | None = None) -> Iterator[View]:
@@ -63,54 +63,33 @@ def read_views(folder: Path, masks: Path | None = None) -> Iterator[View]:
     files, given = picture_files(folder), picture_files(masks) if masks else {}
     if len(files) < LEAST:
         raise ValueError(f"{folder} has {len(files)} pictures; give at least {LEAST} of one object, better 3 to 10")
-    if lost := sorted(given.keys() - files.keys()):
-        raise ValueError(f"{given[lost[0]]} is the mask of no picture in {folder}; its stem must be a picture's")
-    for number, (stem, file) in enumerate(files.items()):
+    for stem in given.keys() - files.keys():
+        raise ValueError(f"{given[stem]} is the mask of no picture in {folder}; a mask has its picture's name")
+    for stem, file in files.items():
         picture = read_picture(file, "picture")
         photo = picture.to_rgb8()
         photo.thumbnail((SIDE, SIDE))
-        mask = find_mask(picture, photo, file, given.get(stem))
-        view = View(f"{number:02}", photo, mask)
-        if (share := view.box.area / mask.size) < SMALLEST:
-            raise ValueError(f"{file}: the object takes {share:.1%} of the picture; cut out a part with {SMALLEST:.0%}")
-        yield view
+        mask = find_mask(picture, photo, given.get(stem))
+        if mask is None or not mask.any():
+            raise ValueError(
+                f"{file}: no whole object is found; put its mask, white = object, into --masks as {stem}.png"
+            )
+        resized = Image.fromarray(mask).convert("L").resize(photo.size, Image.Resampling.BILINEAR)
+        yield View(photo, np.asarray(resized) >= 128)
 
 
-def picture_files(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder by stem, in order. FileNotFoundError where it is none, ValueError for a stem that two
-    have."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder of pictures")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            if files.setdefault(path.stem, path) != path:
-                raise ValueError(f"{files[path.stem]} and {path.name} have one stem, by which masks are found")
-    return files
-
-
-def find_mask(picture: Picture, photo: Image.Image, file: Path, given: Path | None) -> np.ndarray:
-    """Where the object is in a picture, at the size of `photo`: bool (H, W)."""
-    found: np.ndarray | None
+def find_mask(picture: Picture, photo: Image.Image, given: Path | None) -> np.ndarray | None:
+    """Where the object is in a picture, of which `photo` is a smaller copy: bool (H, W) of any size, None: nowhere."""
     if given:
-        found = read_mask(given, picture.size)
-    elif picture.pixels.shape[2] in (2, 4) and picture.pixels[..., -1].min() < white_level(picture.pixels.dtype):
-        found = picture.pixels[..., -1] >= white_level(picture.pixels.dtype) / 2
-    else:
-        from pbe.images.grabcut import whole_object  # which needs OpenCV
+        return read_mask(given, picture.size)
+    channels, white = picture.pixels.shape[2], white_level(picture.pixels.dtype)
+    if channels in (2, 4) and picture.pixels[..., -1].min() < white:
+        return picture.pixels[..., -1] >= white / 2
+    from pbe.images.grabcut import whole_object  # which needs OpenCV
 
-        small = photo.copy()
-        small.thumbnail((GRABCUT_SIDE, GRABCUT_SIDE))
-        found = whole_object(np.asarray(small))
-    if found is None or not found.any():
-        raise ValueError(f"{file}: no whole object is found in it; put its mask, white = object, into --masks DIR as "
-                         f"{file.stem}.png")  # fmt: skip
-    resized = Image.fromarray(found).convert("L").resize(photo.size, Image.Resampling.BILINEAR)
-    return np.asarray(resized) >= 128
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The data
+    small = photo.copy()
+    small.thumbnail((GRABCUT_SIDE, GRABCUT_SIDE))
+    return whole_object(np.asarray(small))
 
 
 def write_object(views: Sequence[View], folder: Path) -> None:
@@ -119,58 +98,44 @@ def write_object(views: Sequence[View], folder: Path) -> None:
     Each picture is a region to paint as each other picture's object, and as its own; exemplars are shown with what
     surrounds them and without, as people give both.
     """
+    regions = {f"{i:02}": {"image": f"{i:02}.png", "mask": f"{i:02}_mask.png"} for i in range(len(views))}
     with replacing(folder, overwrite=True) as part:
-        for view in views:
-            dx, dy = (round(MARGIN * side) for side in view.photo.size)
-            box = view.box
-            crop = Box(box.x0 - dx, box.y0 - dy, box.x1 + dx, box.y1 + dy)
-            crop = Box(
-                max(crop.x0, 0), max(crop.y0, 0), min(crop.x1, view.photo.width), min(crop.y1, view.photo.height)
-            )
-            save_picture(view.photo, part / f"{view.name}.png")
-            save_picture(Image.fromarray(view.mask).convert("L"), part / f"{view.name}_mask.png")
-            save_picture(view.photo.crop(crop), part / f"{view.name}_crop.png")
-            save_picture(read_exemplar(view.photo, view.mask), part / f"{view.name}_cut_out.png")
-        names = [view.name for view in views]
-        regions = {name: {"image": f"{name}.png", "mask": f"{name}_mask.png"} for name in names}
-        pairs = [
-            {**regions[a], "exemplar": f"{b}_{kind}.png"} for a in names for b in names for kind in ("crop", "cut_out")
-        ]
-        shown = zip(names, [*names[1:], names[0]], strict=True)
-        previews = [{**regions[a], "exemplar": f"{b}_crop.png"} for a, b in shown][:PREVIEWS]
-        write_rows(part / "pairs.jsonl", pairs)
+        for name, (photo, mask) in zip(regions, views, strict=True):
+            crop = photo.crop(mask_bounding_box(mask).grown(MARGIN, mask.shape))
+            pictures = {"": photo, "_mask": Image.fromarray(mask).convert("L"), "_crop": crop}
+            for kind, picture in {**pictures, "_cut_out": read_exemplar(photo, mask)}.items():
+                save_picture(picture, part / f"{name}{kind}.png")
+        shown = [f"{name}_{kind}.png" for name in regions for kind in ("crop", "cut_out")]
+        write_rows(part / "pairs.jsonl", ({**region, "exemplar": x} for region in regions.values() for x in shown))
         write_rows(part / "donors.jsonl", regions.values())
-        write_rows(part / "previews.jsonl", previews)
+        others = zip(regions.values(), [*regions][1:] + [*regions][:1], strict=True)
+        write_rows(part / "previews.jsonl", [{**a, "exemplar": f"{b}_crop.png"} for a, b in others][:PREVIEWS])
 
 
 def write_results(model: PaintByExample, folder: Path, out: Path, settings: EditSettings, seed: int) -> Iterator[None]:
-    """Writes the model's own results as examples, `out`/results.jsonl: the pictures in a folder of `write_object`, each
-    repainted with objects of other colours; yields after each."""
+    """Writes results of the model as examples, `out`/results.jsonl: the pictures that `write_object` wrote into a
+    folder, each repainted as objects of other colours; yields after each."""
     names = [path.stem.removesuffix("_mask") for path in sorted(folder.glob("*_mask.png"))]
     generator, rows = make_generator(seed), []
     told = {name: getattr(settings, name) for name in ("sampler", "spacing", "steps", "guidance")}
     with replacing(out, overwrite=True) as part:
-        for number in range(RESULTS * len(names)):
-            name, other = names[number % len(names)], names[(number + number // len(names)) % len(names)]
+        for i in range(RESULTS * len(names)):
+            name, other = names[i % len(names)], names[(i + i // len(names)) % len(names)]
             crop = T.to_dtype(T.pil_to_tensor(read_exemplar(folder / f"{other}_crop.png")), scale=True)
             whole = Box(0, 0, crop.shape[2], crop.shape[1])
             exemplar = T.to_pil_image(draw_recoloring(generator)(crop, whole, whole))
-            mask = f"{folder}/{name}_mask.png"
-            (result,) = edit(model, f"{folder}/{name}.png", mask, exemplar, seed=seed + number, **told)
-            save_picture(result, part / f"{number:03}.png")
-            save_picture(exemplar, part / f"{number:03}_exemplar.png")
-            rows.append({"image": f"{number:03}.png", "mask": f"../{folder.name}/{name}_mask.png",
-                         "exemplar": f"{number:03}_exemplar.png"})  # fmt: skip
+            mask = folder / f"{name}_mask.png"
+            (result,) = edit(model, folder / f"{name}.png", mask, exemplar, seed=seed + i, **told)
+            row = {"image": f"{i:03}.png", "mask": f"../{folder.name}/{mask.name}", "exemplar": f"{i:03}_exemplar.png"}
+            save_picture(result, part / row["image"])
+            save_picture(exemplar, part / row["exemplar"])
+            rows.append(row)
             yield
         write_rows(part / "results.jsonl", rows)
 
 
-def write_rows(path: Path, rows: Any) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
 
 
 def steps_for(pictures: int) -> int:
@@ -186,41 +151,34 @@ def run_settings(
 
     With `prior` the object is also put into the photos of that manifest, in place of what its rows show.
     """
-    warmup, mine = max(1, steps // 10), {"kind": "manifest", "path": f"{run}/object/pairs.jsonl"}
-    data: dict[str, Any] = {"batch_size": 4, "workers": 2, "seed": seed}
+    warmup = max(1, steps // 10)
+    sources: list[dict[str, Any]] = [{"path": f"{run}/object/pairs.jsonl"}]
     recipe = {"antialias": True, "fit": "letterbox", "max_area": 1.0, "object_mask": 0.3, "flip": 0.0}
+    data = {"batch_size": 4, "workers": 2, "seed": seed, "sources": sources, "recipe": recipe}
     if prior is None:
-        others = {"kind": "manifest", "path": f"{run}/prior/results.jsonl"}
+        sources.append({"path": f"{run}/prior/results.jsonl"})
     else:
-        others = {"kind": "manifest", "path": str(prior), "weight": 2.0}
+        sources.append({"path": str(prior), "weight": 2.0})
         recipe["transplant"] = 0.5
-        data["donors"] = {"kind": "manifest", "path": f"{run}/object/donors.jsonl"}
+        data["donors"] = {"path": f"{run}/object/donors.jsonl"}
+    shown = {name: getattr(edits, name) for name in ("sampler", "spacing", "steps", "guidance")} | {"seed": seed}
+    # noise draws: the photos are few, and seen many times
+    precision = {"noise_draws": 4, "frozen": "bfloat16", "norms": "half"}
     return {
-        "task": "paint_by_example",
         "run": str(run),
         "seed": seed,
         "model": {"init": str(ckpt)},
-        "training": {
-            "train": [],
-            "lora": {"rank": rank, "alpha": float(rank)},
-            "noise_draws": 4,  # the photos are few, and seen many times
-            "frozen": "bfloat16",
-            "norms": "half",
-        },
+        "training": {"train": [], "lora": {"rank": rank, "alpha": float(rank)}, **precision},
         "optimizer": {"lr": 5e-4, "warmup_steps": warmup, "decay_steps": max(1, steps - warmup)},
-        "data": {**data, "sources": [mine, others], "recipe": recipe},
+        "data": data,
         "checkpoint": {"every_n_steps": 100, "keep": 1, "best": False},
-        "samples": {
-            "every_n_steps": max(1, steps // 4),
-            "edits": f"{run}/object/previews.jsonl",
-            "edit": {"seed": seed, "steps": edits.steps, "guidance": edits.guidance, "sampler": edits.sampler},
-        },
+        "samples": {"every_n_steps": max(1, steps // 4), "edits": f"{run}/object/previews.jsonl", "edit": shown},
         "trainer": {
             "max_steps": steps,
             "devices": 1,
             "precision": "bf16-mixed",
             "gradient_clip_val": 1.0,
-            "log_every_n_steps": 10,
+            "log_every_n_steps": 1,
             "enable_model_summary": False,
         },
     }

@@ -12,7 +12,7 @@ import pbe
 from pbe.checkpoints.adapters import read_adapter
 from pbe.cli import main
 from pbe.data.manifest import Manifest
-from pbe.training.personalization import View, find_mask, read_views, run_settings, write_object
+from pbe.training.personalization import View, read_views, run_settings, write_object
 
 pytest.importorskip("safetensors")
 
@@ -87,25 +87,27 @@ def test_large_pictures_are_made_smaller_with_their_masks(tmp_path):
 def test_masks_are_found(tmp_path):
     pytest.importorskip("cv2")
     rng = np.random.default_rng(0)
-    photo, mask = picture(1)
-    noisy = (np.asarray(photo).astype(int) + rng.integers(0, 40, (*mask.shape, 3))).clip(0, 255).astype(np.uint8)
-    read = pbe.images.reading.read_picture(noisy)
-    found = find_mask(read, read.to_rgb8(), tmp_path / "1.png", None)
-    assert (found & mask).sum() / (found | mask).sum() > 0.95
-    plain = pbe.images.reading.read_picture(np.full((40, 40, 3), 90, np.uint8))
-    with pytest.raises(ValueError, match=r"1\.png: no whole object .* --masks DIR as 1\.png"):
-        find_mask(plain, plain.to_rgb8(), tmp_path / "1.png", None)
+    for number in range(2):
+        noise = rng.integers(0, 40, (80, 90, 3))
+        pixels = (np.asarray(picture(number)[0]).astype(int) + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    for number, view in enumerate(read_views(tmp_path)):
+        mask = picture(number)[1]
+        assert (view.mask & mask).sum() / (view.mask | mask).sum() > 0.95
+    Image.new("RGB", (40, 40), (90, 90, 90)).save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png: no whole object is found; .* into --masks as 1\.png"):
+        list(read_views(tmp_path))
 
 
 def test_each_region_is_painted_as_each_picture_s_object(tmp_path):
-    write_object([View(f"{number:02}", *picture(number)) for number in range(3)], tmp_path / "object")
+    write_object([View(*picture(number)) for number in range(3)], tmp_path / "object")
     pairs = Manifest(tmp_path / "object" / "pairs.jsonl")
     records = [pairs[i] for i in range(len(pairs))]
     names = {(record.image.stem, record.exemplar.stem) for record in records}
     assert names == {(f"0{a}", f"0{b}_{kind}") for a in range(3) for b in range(3) for kind in ("crop", "cut_out")}
     crop, cut_out = (np.asarray(Image.open(tmp_path / "object" / f"01_{kind}.png")) for kind in ("crop", "cut_out"))
     assert cut_out.shape == (40, 36, 3)
-    assert crop.shape == (44, 40, 3)  # 2 % of the picture's sides more
+    assert crop.shape == (60, 56, 3)  # 10 pixels more, as far as there are
     assert (crop[0] == 40).all()
     donors = Manifest(tmp_path / "object" / "donors.jsonl")
     assert np.array_equal(donors[2].masks[0].draw((80, 90)), picture(2)[1])
