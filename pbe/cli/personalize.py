@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pbe.cli.errors import one_line_errors
-from pbe.cli.flags import Parser, add_device, add_force, check_output
+from pbe.cli.flags import Parser, add_force, check_output
 
 EPILOG = """\
 examples:
@@ -50,7 +50,6 @@ def parser(prog: str | None = None) -> Parser:
     for name, default in (("steps", None), ("rank", 16), ("seed", 0)):
         p.add_argument(f"--{name}", type=int, default=default, metavar="N", help=HELP[name])
     p.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint, if it has one")
-    add_device(p)
     add_force(p)
     return p
 
@@ -58,10 +57,11 @@ def parser(prog: str | None = None) -> Parser:
 @one_line_errors
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Trains the adapters; returns the exit code."""
+    args = parser(prog).parse_intermixed_args(argv)
     from pbe.training.callbacks.stopping import Terminated
 
     try:
-        return run(parser(prog).parse_intermixed_args(argv))
+        return run(args)
     except Terminated as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from pbe.editing.settings import quick_settings
     from pbe.io.atomic import replacing, write_text
     from pbe.training.config import load_config
-    from pbe.training.personalization import picture_files, run_settings, steps_for
+    from pbe.training.personalization import picture_files, run_settings
     from pbe.training.resuming import newest_checkpoint
     from pbe.training.run import train
     from pbe.training.task import beside
@@ -85,14 +85,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.resume and newest_checkpoint(folder):
         raise FileExistsError(f"{folder} has a run with checkpoints: --resume continues it, --run DIR begins another")
     count = len(picture_files(args.pictures))
-    steps = steps_for(count) if args.steps is None else args.steps
+    steps = 100 + 50 * count if args.steps is None else args.steps
     if steps < 1:
         raise ValueError(f"--steps must be at least 1, got {steps}")
     numbers = {"steps": steps, "rank": args.rank, "seed": args.seed}
     settings = run_settings(args.ckpt, folder, quick_settings(args.ckpt), **numbers, prior=args.prior)
     write_text(folder / "personalize.yaml", json.dumps(settings, indent=2))  # JSON is YAML
     config = load_config([str(folder / "personalize.yaml"), *args.settings])
-    prepare(args, folder)
+    prepare(args, folder, "cpu" if config.trainer.get("accelerator") == "cpu" else "auto")
     train(config, args.resume)
     last = newest_checkpoint(Path(config.run))
     assert last is not None
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def prepare(args: argparse.Namespace, folder: Path) -> None:
+def prepare(args: argparse.Namespace, folder: Path, device: str) -> None:
     """Writes the run's data, where they are not there to go on with."""
     from tqdm import tqdm
 
@@ -115,11 +115,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
         starting_model(model, args.seed)  # says what is wrong
     mine, prior = folder / "object", folder / "prior"
     if not (args.resume and mine.is_dir()):
-        views = list(tqdm(read_views(args.pictures, args.masks), desc="masks", unit=" pictures"))
-        write_object(views, mine)
+        write_object(list(tqdm(read_views(args.pictures, args.masks), desc="masks", unit=" pictures")), mine)
     if args.prior is None and not (args.resume and prior.is_dir()):
-        editor = load_editor(Path(args.ckpt), args.device)
+        editor, total = load_editor(Path(args.ckpt), device), RESULTS * len(list(mine.glob("*_mask.png")))
         results = write_results(editor, mine, prior, quick_settings(args.ckpt), args.seed)
-        total = RESULTS * len(list(mine.glob("*_mask.png")))
-        for _ in tqdm(results, total=total, desc="own results", unit=" pictures"):
-            pass
+        list(tqdm(results, total=total, desc="own results", unit=" pictures"))

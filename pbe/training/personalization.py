@@ -29,8 +29,10 @@ from pbe.models.paint_by_example import PaintByExample
 LEAST = 2  # pictures: the exemplar is from one, the region to paint from another
 SIDE = 1024  # long side of the copies that training reads
 GRABCUT_SIDE = 512  # as of `pbe cut-out`
+SMALLEST = 0.005  # share of its picture that an object takes
 MARGIN = 10  # of crops around the object, in pixels of the copies, as the recipe's
 PREVIEWS = 4
+SAMPLING = ("sampler", "spacing", "steps", "guidance")
 RESULTS = 4  # of the model's own, for each picture
 
 
@@ -41,16 +43,11 @@ class View(NamedTuple):
     mask: np.ndarray  # bool (H, W), True = object
 
 
-def picture_files(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder by stem, in order. FileNotFoundError where it is none, ValueError for equal stems."""
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder, in order. FileNotFoundError where it is none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder of pictures")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    files = {path.stem: path for path in paths}
-    for path in paths:
-        if files[path.stem] != path:
-            raise ValueError(f"{path} and {files[path.stem].name} have one stem, by which masks are found")
-    return files
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
 
 
 def read_views(folder: Path, masks: Path | None = None) -> Iterator[View]:
@@ -60,20 +57,20 @@ def read_views(folder: Path, masks: Path | None = None) -> Iterator[View]:
     FileNotFoundError or ValueError for fewer than two pictures, for one that cannot be read, and for one in which no
     whole object is found.
     """
-    files, given = picture_files(folder), picture_files(masks) if masks else {}
+    files = picture_files(folder)
+    given = {path.stem: path for path in picture_files(masks)} if masks else {}
     if len(files) < LEAST:
         raise ValueError(f"{folder} has {len(files)} pictures; give at least {LEAST} of one object, better 3 to 10")
-    for stem in given.keys() - files.keys():
+    for stem in given.keys() - {file.stem for file in files}:
         raise ValueError(f"{given[stem]} is the mask of no picture in {folder}; a mask has its picture's name")
-    for stem, file in files.items():
+    for file in files:
         picture = read_picture(file, "picture")
         photo = picture.to_rgb8()
         photo.thumbnail((SIDE, SIDE))
-        mask = find_mask(picture, photo, given.get(stem))
-        if mask is None or not mask.any():
-            raise ValueError(
-                f"{file}: no whole object is found; put its mask, white = object, into --masks as {stem}.png"
-            )
+        mask = find_mask(picture, photo, given.get(file.stem))
+        if mask is None or mask.mean() < SMALLEST:
+            advice = f"put its mask, white = object, into --masks as {file.stem}.png, or cut out the part around it"
+            raise ValueError(f"{file}: no whole object of at least {SMALLEST:.1%} of it is found; {advice}")
         resized = Image.fromarray(mask).convert("L").resize(photo.size, Image.Resampling.BILINEAR)
         yield View(photo, np.asarray(resized) >= 128)
 
@@ -117,7 +114,7 @@ def write_results(model: PaintByExample, folder: Path, out: Path, settings: Edit
     folder, each repainted as objects of other colours; yields after each."""
     names = [path.stem.removesuffix("_mask") for path in sorted(folder.glob("*_mask.png"))]
     generator, rows = make_generator(seed), []
-    told = {name: getattr(settings, name) for name in ("sampler", "spacing", "steps", "guidance")}
+    told = {name: getattr(settings, name) for name in SAMPLING}
     with replacing(out, overwrite=True) as part:
         for i in range(RESULTS * len(names)):
             name, other = names[i % len(names)], names[(i + i // len(names)) % len(names)]
@@ -138,11 +135,6 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def steps_for(pictures: int) -> int:
-    """How many optimiser steps suit this many pictures."""
-    return 100 + 50 * pictures
-
-
 def run_settings(
     ckpt: str | Path, run: Path, edits: EditSettings, *, steps: int, rank: int, seed: int, prior: Path | None
 ) -> dict[str, Any]:
@@ -153,32 +145,26 @@ def run_settings(
     """
     warmup = max(1, steps // 10)
     sources: list[dict[str, Any]] = [{"path": f"{run}/object/pairs.jsonl"}]
-    recipe = {"antialias": True, "fit": "letterbox", "max_area": 1.0, "object_mask": 0.3, "flip": 0.0}
+    recipe = {"min_area": SMALLEST, "max_area": 1.0, "coverage": [0.1, 0.7], "object_mask": 0.3, "flip": 0.0}
+    recipe |= {"antialias": True, "fit": "letterbox", "transplant": 0.5 if prior else 0.0}
     data = {"batch_size": 4, "workers": 2, "seed": seed, "sources": sources, "recipe": recipe}
     if prior is None:
         sources.append({"path": f"{run}/prior/results.jsonl"})
     else:
         sources.append({"path": str(prior), "weight": 2.0})
-        recipe["transplant"] = 0.5
         data["donors"] = {"path": f"{run}/object/donors.jsonl"}
-    shown = {name: getattr(edits, name) for name in ("sampler", "spacing", "steps", "guidance")} | {"seed": seed}
-    # noise draws: the photos are few, and seen many times
-    precision = {"noise_draws": 4, "frozen": "bfloat16", "norms": "half"}
+    told = {name: getattr(edits, name) for name in SAMPLING} | {"seed": seed}
+    # the photos are few, and seen many times: several noise draws of each
+    training = {"train": [], "noise_draws": 4, "frozen": "bfloat16", "norms": "half"}
+    trainer = {"max_steps": steps, "devices": 1, "precision": "bf16-mixed", "gradient_clip_val": 1.0}
     return {
         "run": str(run),
         "seed": seed,
         "model": {"init": str(ckpt)},
-        "training": {"train": [], "lora": {"rank": rank, "alpha": float(rank)}, **precision},
+        "training": {**training, "lora": {"rank": rank, "alpha": float(rank)}},
         "optimizer": {"lr": 5e-4, "warmup_steps": warmup, "decay_steps": max(1, steps - warmup)},
         "data": data,
         "checkpoint": {"every_n_steps": 100, "keep": 1, "best": False},
-        "samples": {"every_n_steps": max(1, steps // 4), "edits": f"{run}/object/previews.jsonl", "edit": shown},
-        "trainer": {
-            "max_steps": steps,
-            "devices": 1,
-            "precision": "bf16-mixed",
-            "gradient_clip_val": 1.0,
-            "log_every_n_steps": 1,
-            "enable_model_summary": False,
-        },
+        "samples": {"every_n_steps": max(1, steps // 4), "edits": f"{run}/object/previews.jsonl", "edit": told},
+        "trainer": {**trainer, "log_every_n_steps": 1, "enable_model_summary": False},
     }
