@@ -50,15 +50,21 @@ def parser(prog: str | None = None) -> Parser:
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Trains; returns the exit code."""
     args = parser(prog).parse_intermixed_args(separate(sys.argv[1:] if argv is None else argv))
-    from pbe.training.callbacks.stopping import Terminated
     from pbe.training.config import load_config
-    from pbe.training.run import train
 
     config = load_config(args.settings)
     if args.dry_run:
         return show(config)
+    return run(config, args.resume if isinstance(args.resume, bool) else Path(args.resume))
+
+
+def run(config: Run, resume: bool | Path) -> int:
+    """Trains, and prints what was left out; returns the exit code."""
+    from pbe.training.callbacks.stopping import Terminated
+    from pbe.training.run import train
+
     try:
-        skipped = train(config, args.resume if isinstance(args.resume, bool) else Path(args.resume))
+        skipped = train(config, resume)
     except Terminated as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum

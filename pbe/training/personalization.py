@@ -8,9 +8,9 @@ arXiv 2208.12242).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,6 @@ from pbe.images.windows import Box, mask_bounding_box, white_level
 from pbe.io.atomic import replacing
 from pbe.models.paint_by_example import PaintByExample
 
-LEAST = 2  # pictures: the exemplar is from one, the region to paint from another
 SIDE = 1024  # long side of the copies that training reads
 GRABCUT_SIDE = 512  # as of `pbe cut-out`
 SMALLEST = 0.005  # share of its picture that an object takes
@@ -36,13 +35,6 @@ SAMPLING = ("sampler", "spacing", "steps", "guidance")
 RESULTS = 4  # of the model's own, for each picture
 
 
-class View(NamedTuple):
-    """A picture of the object."""
-
-    photo: Image.Image  # RGB
-    mask: np.ndarray  # bool (H, W), True = object
-
-
 def picture_files(folder: Path) -> list[Path]:
     """The pictures in a folder, in order. FileNotFoundError where it is none."""
     if not folder.is_dir():
@@ -50,63 +42,58 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
 
 
-def read_views(folder: Path, masks: Path | None = None) -> Iterator[View]:
-    """The pictures in a folder, with the object's mask: of the same stem in `masks`, else the picture's own alpha,
-    else found by GrabCut.
+def write_object(pictures: Path, masks: Path | None, folder: Path) -> Iterator[None]:
+    """Writes what training reads of the object: `pairs.jsonl`, `donors.jsonl`, `previews.jsonl` and their pictures;
+    yields after each picture.
+
+    The object's mask is that of the picture's stem in `masks`, else its own alpha, else found by GrabCut. Each picture
+    is a region to paint as each picture's object, shown with what surrounds it and without, as people give both.
 
     FileNotFoundError or ValueError for fewer than two pictures, for one that cannot be read, and for one in which no
     whole object is found.
     """
-    files = picture_files(folder)
+    files = picture_files(pictures)
     given = {path.stem: path for path in picture_files(masks)} if masks else {}
-    if len(files) < LEAST:
-        raise ValueError(f"{folder} has {len(files)} pictures; give at least {LEAST} of one object, better 3 to 10")
+    if len(files) < 2:  # the exemplar is from one, the region to paint from another
+        raise ValueError(f"{pictures} has {len(files)} pictures; give at least 2 of one object, better 3 to 10")
     for stem in given.keys() - {file.stem for file in files}:
-        raise ValueError(f"{given[stem]} is the mask of no picture in {folder}; a mask has its picture's name")
-    for file in files:
-        picture = read_picture(file, "picture")
-        photo = picture.to_rgb8()
-        photo.thumbnail((SIDE, SIDE))
-        mask = find_mask(picture, photo, given.get(file.stem))
-        if mask is None or mask.mean() < SMALLEST:
-            advice = f"put its mask, white = object, into --masks as {file.stem}.png, or cut out the part around it"
-            raise ValueError(f"{file}: no whole object of at least {SMALLEST:.1%} of it is found; {advice}")
-        resized = Image.fromarray(mask).convert("L").resize(photo.size, Image.Resampling.BILINEAR)
-        yield View(photo, np.asarray(resized) >= 128)
+        raise ValueError(f"{given[stem]} is the mask of no picture in {pictures}; a mask has its picture's name")
+    regions = [{"image": f"{i:02}.png", "mask": f"{i:02}_mask.png"} for i in range(len(files))]
+    shown = [[f"{i:02}_{kind}.png" for kind in ("crop", "cut_out")] for i in range(len(files))]
+    with replacing(folder, overwrite=True) as part:
+        for file, region, exemplars in zip(files, regions, shown, strict=True):
+            picture = read_picture(file, "picture")
+            photo = picture.to_rgb8()
+            photo.thumbnail((SIDE, SIDE))
+            mask = find_mask(picture, photo, given.get(file.stem))
+            if mask is None or mask.mean() < SMALLEST:
+                advice = f"put its mask, white = object, into --masks as {file.stem}.png, or cut out the part around it"
+                raise ValueError(f"{file}: no whole object of at least {SMALLEST:.1%} of it is found; {advice}")
+            drawn = Image.fromarray(mask).convert("L").resize(photo.size, Image.Resampling.BILINEAR)
+            box = mask_bounding_box(np.asarray(drawn) >= 128).grown(MARGIN, (photo.height, photo.width))
+            crops = photo.crop(box), read_exemplar(photo, drawn)
+            for name, image in zip([*region.values(), *exemplars], [photo, drawn, *crops], strict=True):
+                save_picture(image, part / name)
+            yield
+        pairs = [{**region, "exemplar": name} for region in regions for names in shown for name in names]
+        others = zip(regions, [*shown[1:], shown[0]], strict=True)
+        write_rows(part / "pairs.jsonl", pairs)
+        write_rows(part / "donors.jsonl", regions)
+        write_rows(part / "previews.jsonl", [{**a, "exemplar": b[0]} for a, b in others][:PREVIEWS])
 
 
 def find_mask(picture: Picture, photo: Image.Image, given: Path | None) -> np.ndarray | None:
-    """Where the object is in a picture, of which `photo` is a smaller copy: bool (H, W) of any size, None: nowhere."""
+    """Where the object is in a picture, of which `photo` is a smaller copy: bool (H, W) of any size; None: nowhere."""
     if given:
         return read_mask(given, picture.size)
-    channels, white = picture.pixels.shape[2], white_level(picture.pixels.dtype)
-    if channels in (2, 4) and picture.pixels[..., -1].min() < white:
-        return picture.pixels[..., -1] >= white / 2
+    alpha, white = picture.pixels[..., -1], white_level(picture.pixels.dtype)
+    if picture.pixels.shape[2] in (2, 4) and alpha.min() < white:
+        return alpha >= white / 2
     from pbe.images.grabcut import whole_object  # which needs OpenCV
 
     small = photo.copy()
     small.thumbnail((GRABCUT_SIDE, GRABCUT_SIDE))
     return whole_object(np.asarray(small))
-
-
-def write_object(views: Sequence[View], folder: Path) -> None:
-    """Writes what training reads of the object: `pairs.jsonl`, `donors.jsonl`, `previews.jsonl` and their pictures.
-
-    Each picture is a region to paint as each other picture's object, and as its own; exemplars are shown with what
-    surrounds them and without, as people give both.
-    """
-    regions = {f"{i:02}": {"image": f"{i:02}.png", "mask": f"{i:02}_mask.png"} for i in range(len(views))}
-    with replacing(folder, overwrite=True) as part:
-        for name, (photo, mask) in zip(regions, views, strict=True):
-            crop = photo.crop(mask_bounding_box(mask).grown(MARGIN, mask.shape))
-            pictures = {"": photo, "_mask": Image.fromarray(mask).convert("L"), "_crop": crop}
-            for kind, picture in {**pictures, "_cut_out": read_exemplar(photo, mask)}.items():
-                save_picture(picture, part / f"{name}{kind}.png")
-        shown = [f"{name}_{kind}.png" for name in regions for kind in ("crop", "cut_out")]
-        write_rows(part / "pairs.jsonl", ({**region, "exemplar": x} for region in regions.values() for x in shown))
-        write_rows(part / "donors.jsonl", regions.values())
-        others = zip(regions.values(), [*regions][1:] + [*regions][:1], strict=True)
-        write_rows(part / "previews.jsonl", [{**a, "exemplar": f"{b}_crop.png"} for a, b in others][:PREVIEWS])
 
 
 def write_results(model: PaintByExample, folder: Path, out: Path, settings: EditSettings, seed: int) -> Iterator[None]:
@@ -124,6 +111,7 @@ def write_results(model: PaintByExample, folder: Path, out: Path, settings: Edit
             mask = folder / f"{name}_mask.png"
             (result,) = edit(model, folder / f"{name}.png", mask, exemplar, seed=seed + i, **told)
             row = {"image": f"{i:03}.png", "mask": f"../{folder.name}/{mask.name}", "exemplar": f"{i:03}_exemplar.png"}
+            assert isinstance(result, Image.Image)  # since a path was given
             save_picture(result, part / row["image"])
             save_picture(exemplar, part / row["exemplar"])
             rows.append(row)
@@ -144,15 +132,11 @@ def run_settings(
     With `prior` the object is also put into the photos of that manifest, in place of what its rows show.
     """
     warmup = max(1, steps // 10)
-    sources: list[dict[str, Any]] = [{"path": f"{run}/object/pairs.jsonl"}]
+    mine = f"{run}/object"
+    others = {"path": str(prior), "weight": 2.0} if prior else {"path": f"{run}/prior/results.jsonl"}
     recipe = {"min_area": SMALLEST, "max_area": 1.0, "coverage": [0.1, 0.7], "object_mask": 0.3, "flip": 0.0}
     recipe |= {"antialias": True, "fit": "letterbox", "transplant": 0.5 if prior else 0.0}
-    data = {"batch_size": 4, "workers": 2, "seed": seed, "sources": sources, "recipe": recipe}
-    if prior is None:
-        sources.append({"path": f"{run}/prior/results.jsonl"})
-    else:
-        sources.append({"path": str(prior), "weight": 2.0})
-        data["donors"] = {"path": f"{run}/object/donors.jsonl"}
+    sources = {"sources": [{"path": f"{mine}/pairs.jsonl"}, others], "donors": {"path": f"{mine}/donors.jsonl"}}
     told = {name: getattr(edits, name) for name in SAMPLING} | {"seed": seed}
     # the photos are few, and seen many times: several noise draws of each
     training = {"train": [], "noise_draws": 4, "frozen": "bfloat16", "norms": "half"}
@@ -163,8 +147,8 @@ def run_settings(
         "model": {"init": str(ckpt)},
         "training": {**training, "lora": {"rank": rank, "alpha": float(rank)}},
         "optimizer": {"lr": 5e-4, "warmup_steps": warmup, "decay_steps": max(1, steps - warmup)},
-        "data": data,
+        "data": {"batch_size": 4, "workers": 2, "seed": seed, "recipe": recipe, **sources},
         "checkpoint": {"every_n_steps": 100, "keep": 1, "best": False},
-        "samples": {"every_n_steps": max(1, steps // 4), "edits": f"{run}/object/previews.jsonl", "edit": told},
+        "samples": {"every_n_steps": max(1, steps // 4), "edits": f"{mine}/previews.jsonl", "edit": told},
         "trainer": {**trainer, "log_every_n_steps": 1, "enable_model_summary": False},
     }

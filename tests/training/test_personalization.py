@@ -12,7 +12,7 @@ import pbe
 from pbe.checkpoints.adapters import read_adapter
 from pbe.cli import main
 from pbe.data.manifest import Manifest
-from pbe.training.personalization import View, read_views, run_settings, write_object
+from pbe.training.personalization import run_settings, write_object
 
 pytest.importorskip("safetensors")
 
@@ -57,61 +57,64 @@ def personalize(model, bag, *arguments, out="bag.safetensors"):
 # --- the pictures ---------------------------------------------------------------------------------------------
 
 
+def written(pictures, masks=None):
+    """The files of `write_object` as arrays, by name."""
+    folder = pictures.parent / "object"
+    list(write_object(pictures, masks, folder))
+    return folder, {path.stem: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
+
+
 def test_masks_are_given_or_the_alpha(bag):
     photo, mask = picture(1)
     (bag / "masks" / "1.png").unlink()
     photo.putalpha(Image.fromarray(mask).convert("L"))
     photo.save(bag / "bag" / "1.png")
-    views = list(read_views(bag / "bag", bag / "masks"))
-    assert len(views) == 3
-    for number, view in enumerate(views):
-        assert np.array_equal(view.mask, picture(number)[1])
-        assert view.photo.mode == "RGB"
+    _, files = written(bag / "bag", bag / "masks")
+    for number in range(3):
+        photo, mask = picture(number)
+        assert np.array_equal(files[f"{number:02}_mask"] > 0, mask)
+        assert np.array_equal(files[f"{number:02}"], np.asarray(photo))
 
 
 def test_large_pictures_are_made_smaller_with_their_masks(tmp_path):
     photo, mask = picture(1, side=1200)
-    for number in range(2):
-        photo.save(tmp_path / f"{number}.png")
-    (tmp_path / "masks").mkdir()
-    for number in range(2):
-        Image.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
+    fill(tmp_path, count=0)
     mask[:700, :700] = True
-    Image.fromarray(mask).save(tmp_path / "masks" / "1.png")
-    view = list(read_views(tmp_path, tmp_path / "masks"))[1]
-    assert view.photo.size == (1024, 1016)
-    assert view.mask.shape == (1016, 1024)
-    assert view.mask.mean() == pytest.approx(mask.mean(), abs=0.005)
+    for number in range(2):
+        photo.save(tmp_path / "bag" / f"{number}.png")
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
+    _, files = written(tmp_path / "bag", tmp_path / "masks")
+    assert files["01"].shape == (1016, 1024, 3)
+    assert files["01_mask"].shape == (1016, 1024)
+    assert (files["01_mask"] >= 128).mean() == pytest.approx(mask.mean(), abs=0.005)
 
 
 def test_masks_are_found(tmp_path):
     pytest.importorskip("cv2")
-    rng = np.random.default_rng(0)
+    rng, folder = np.random.default_rng(0), tmp_path / "bag"
+    folder.mkdir()
     for number in range(2):
         noise = rng.integers(0, 40, (80, 90, 3))
         pixels = (np.asarray(picture(number)[0]).astype(int) + noise).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    for number, view in enumerate(read_views(tmp_path)):
-        mask = picture(number)[1]
-        assert (view.mask & mask).sum() / (view.mask | mask).sum() > 0.95
-    Image.new("RGB", (40, 40), (90, 90, 90)).save(tmp_path / "1.png")
-    with pytest.raises(
-        ValueError, match=r"1\.png: no whole object of at least 0.5% of it is found; .* into --masks as 1\.png"
-    ):
-        list(read_views(tmp_path))
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    _, files = written(folder)
+    for number in range(2):
+        found, mask = files[f"{number:02}_mask"] > 0, picture(number)[1]
+        assert (found & mask).sum() / (found | mask).sum() > 0.95
+    Image.new("RGB", (40, 40), (90, 90, 90)).save(folder / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png: no whole object of at least 0\.5% .* into --masks as 1\.png"):
+        written(folder)
 
 
-def test_each_region_is_painted_as_each_picture_s_object(tmp_path):
-    write_object([View(*picture(number)) for number in range(3)], tmp_path / "object")
-    pairs = Manifest(tmp_path / "object" / "pairs.jsonl")
+def test_each_region_is_painted_as_each_picture_s_object(bag):
+    folder, files = written(bag / "bag", bag / "masks")
+    pairs, donors = (Manifest(folder / f"{name}.jsonl") for name in ("pairs", "donors"))
     records = [pairs[i] for i in range(len(pairs))]
     names = {(record.image.stem, record.exemplar.stem) for record in records}
     assert names == {(f"0{a}", f"0{b}_{kind}") for a in range(3) for b in range(3) for kind in ("crop", "cut_out")}
-    crop, cut_out = (np.asarray(Image.open(tmp_path / "object" / f"01_{kind}.png")) for kind in ("crop", "cut_out"))
-    assert cut_out.shape == (40, 36, 3)
-    assert crop.shape == (60, 56, 3)  # 10 pixels more, as far as there are
-    assert (crop[0] == 40).all()
-    donors = Manifest(tmp_path / "object" / "donors.jsonl")
+    assert files["01_cut_out"].shape == (40, 36, 3)
+    assert files["01_crop"].shape == (60, 56, 3)  # 10 pixels more, as far as there are
+    assert (files["01_crop"][0] == 40).all()
     assert np.array_equal(donors[2].masks[0].draw((80, 90)), picture(2)[1])
 
 
@@ -196,5 +199,5 @@ def test_wrong_arguments_are_one_line(toy, model, bag, capsys):
 def test_settings_without_prior_use_own_results(tmp_path):
     settings = run_settings("demo", tmp_path, pbe.EditSettings(), steps=20, rank=3, seed=5, prior=None)
     assert settings["data"]["sources"][1]["path"] == f"{tmp_path}/prior/results.jsonl"
-    assert "donors" not in settings["data"]
+    assert settings["data"]["recipe"]["transplant"] == 0
     assert (settings["seed"], settings["data"]["seed"], settings["samples"]["edit"]["seed"]) == (5, 5, 5)
