@@ -73,6 +73,7 @@ UNTRUE_HERE = (
     ".*dataloader is not resumable",  # its sampler is
     ".*overridden `on_before_batch_transfer` in `LightningModule`",
     ".*does not have many workers",  # their number is the user's choice
+    "Total length of `list` across ranks is zero",  # of validation, where there is none
 )
 
 
