@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Serves until it is interrupted; returns the exit code."""
     args = parser(prog).parse_args(argv)
     from pbe.batch.provenance import identify
+    from pbe.checkpoints.formats.opening import open_checkpoint
     from pbe.editing.settings import quick_settings
     from pbe.serve.api import build_api  # first: without the extra it says so
     from pbe.serve.guard import is_loopback
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     given = {name: (getattr(args, name), kind) for name, kind in field_types(Limits).items() if getattr(args, name)}
     limits = Limits(**{name: read(flag(name), *values) for name, values in given.items()})
     token = token_of(args.token_file, not is_loopback(args.host))
+    open_checkpoint(args.ckpt)  # what cannot be opened leaves no folder
     args.files.mkdir(parents=True, exist_ok=True)
     with one_line_warnings(), locked(args.files / ".lock", f"another server has its jobs in {args.files}"):
         model = load_for(args)

@@ -110,6 +110,15 @@ def test_what_was_changed_or_lies_elsewhere_is_not_released(small):
     assert torch.equal(own, torch.arange(1 << 16))
 
 
+def test_a_model_is_loaded_within_inference_mode_too(tiny_checkpoint):
+    with torch.inference_mode():
+        model = load_editor(tiny_checkpoint, "cpu")
+        inputs = noise("x", 1, 9, 8, 8), torch.tensor([500]), noise("c", 1, 1, 64)
+        assert torch.equal(model.unet(*inputs), load_editor(tiny_checkpoint, "cpu").unet(*inputs))
+    with torch.no_grad():
+        assert torch.equal(model.unet(*inputs), load_editor(tiny_checkpoint, "cpu").unet(*inputs))
+
+
 def test_a_model_in_memory_of_its_own_is_given_up_layer_by_layer():
     """No list of the weights lives on: each is freed with the layer that it was packed from."""
     import weakref

@@ -562,6 +562,8 @@ def test_warnings_are_one_line(cli, edits, folder, capsys):
         ({"feather": "10000000"}, "feather must be a whole number from 0 to 1000000"),
         ({"steps": ""}, "--steps is empty"),
         ({"image": " "}, "--image is empty"),
+        ({"mask": ["mask.png", "--mask=photo.png"]}, "--mask is given twice; expected once ("),
+        ({"negative": ["dog.png", "--negative", "cat.png"]}, "--negative is given twice; expected once, before all"),
         ({"device": "meta"}, "device='meta' holds no values"),
         ({"guidance": "-1"}, "guidance must be a number of at least 0, got '-1'"),
         ({"eta": "0.5"}, "eta=0.5 is for the samplers 'ddim' and 'tcd' alone, not for 'plms'"),

@@ -499,3 +499,4 @@ def test_wrong_flags_are_one_line(flags, message, monkeypatch, capsys, tmp_path)
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

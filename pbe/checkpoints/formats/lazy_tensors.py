@@ -70,9 +70,10 @@ def release_pages(memory: mmap.mmap, start: int, end: int) -> None:
 def release_mapped(tensor: Tensor) -> None:
     """Give the pages under a contiguous tensor that was mapped from a file, and is as it was there, back to the system.
 
-    It stays valid, and is read again when it is used. One that lies elsewhere or was changed in place is left alone.
+    It stays valid, and is read again when it is used. One that lies elsewhere or was changed in place is left alone, as
+    is one from within `torch.inference_mode`, which does not tell whether it was changed.
     """
-    if tensor.device.type != "cpu" or tensor._version:
+    if tensor.device.type != "cpu" or tensor.is_inference() or tensor._version:
         return
     for address, memory in _mapped.items():
         start = tensor.data_ptr() - address
