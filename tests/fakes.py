@@ -25,3 +25,13 @@ def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
 def sent(pictures: dict[str, Path], *names: str) -> list[tuple[str, tuple[str, bytes]]]:
     """Pictures as a form's files."""
     return [(name, (f"{name}.png", pictures[name].read_bytes())) for name in names or ("image", "mask", "exemplar")]
+
+
+def instead(arguments: list[str], *given: str) -> list[str]:
+    """A command's arguments with the given flags, in the place of the same flags with other values."""
+    flags: dict[str, list[str]] = {}
+    for text in arguments:
+        name = text if text.startswith("--") else next(reversed(flags), "")
+        flags.setdefault(name, []).append(text)
+    kept = [text for name, texts in flags.items() if name not in given for text in texts]
+    return [*kept, *given]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import instead
 from PIL import Image, ImageFont
 
 from pbe.baselines import BASELINES, Task, WeightFiles, open_baseline, running
@@ -262,7 +263,7 @@ def test_what_follows_from_something_else_is_made_anew(change, made, small, caps
 
 @pytest.mark.parametrize("options", [["--seed", "1"], ["--steps", "2"], ["--guidance", "2"], ["--redo"]])
 def test_other_settings_make_results_anew(options, small, capsys):
-    assert main([*small[1], *options, "--system", "stable-diffusion-image", "--limit", "2"]) == 0
+    assert main(instead(small[1], *options, "--system", "stable-diffusion-image", "--limit", "2")) == 0
     assert "stable-diffusion-image, 2 items: 2 generated, 0 were there" in capsys.readouterr().out
 
 
@@ -290,7 +291,7 @@ def test_an_item_that_fails_is_named_and_the_others_are_made(small, capsys):
 def test_blended_diffusion_may_have_a_clip_of_its_own(small, weights):
     folder, arguments = small
     system = ["--system", "blended-diffusion-image", "--adm", str(weights.adm), "--blended-clip", str(weights.clip)]
-    assert main([*arguments, *system, "--clip", "not-there.pt", "--limit", "2"]) == 0
+    assert main(instead(arguments, *system, "--clip", "not-there.pt", "--limit", "2")) == 0
     found = json.loads((folder / "out/report.json").read_text())["settings"]["systems"]["blended-diffusion-image"]
     assert found["weights"]["clip"]["file"] == Path(weights.clip).name
 
@@ -367,7 +368,7 @@ def test_run_refuses(systems, options, message, weights, tmp_path, capsys):
         str(tmp_path / "out"),
         *QUIET,
     ]
-    assert main([*arguments, *given]) == 2
+    assert main(instead(arguments, *given)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -481,7 +482,7 @@ def test_the_figure_shows_each_text_s_result_beside_the_exemplar_s(figure_argume
     ],
 )
 def test_the_figure_refuses(options, message, figure_arguments, tmp_path, capsys):
-    assert main([*figure_arguments, *options]) == 2
+    assert main(instead(figure_arguments, *options)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "figure.png").exists()
 

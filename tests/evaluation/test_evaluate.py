@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes import instead
 from PIL import Image
 
 from pbe.baselines.running import settings_in
@@ -431,7 +432,8 @@ def test_results_made_in_different_ways_are_not_said_to_be_of_one(test_set, scor
 
 def test_score_refuses(test_set, scored, judge, tmp_path, capsys):
     def message(*arguments):
-        assert main(["score", "--test-set", str(test_set), "--out", str(tmp_path / "o"), "--quiet", *arguments]) == 2
+        usual = ["score", "--test-set", str(test_set), "--out", str(tmp_path / "o"), "--quiet"]
+        assert main(instead(usual, *arguments)) == 2
         return capsys.readouterr().err
 
     raw = scored[0] / SYSTEM / "raw"
@@ -482,7 +484,7 @@ def test_run_on_two_processes(scored, tmp_path):
     """A program of its own, since Lightning starts it again for the second process."""
     out, arguments = scored
     arguments = [str(tmp_path / "two") if value == str(out) else value for value in arguments]
-    arguments += ["--devices", "2", "--limit", "5", "--system", "copy-paste", SYSTEM]
+    arguments = instead(arguments, "--devices", "2", "--limit", "5", "--system", "copy-paste", SYSTEM)
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools/evaluate.py"), *arguments],
         capture_output=True,

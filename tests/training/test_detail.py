@@ -121,7 +121,7 @@ def settings_of(start, **training):
     return [
         f"model={{init: {start}, size: null, vae: null}}",
         f"training={{train: [], detail: {detail}, {given}}}",
-        "trainer.val_check_interval=5",
+        "trainer={max_steps: 4, val_check_interval: 2}",
     ]
 
 
@@ -129,15 +129,15 @@ def test_a_run_goes_on_where_it_stopped_and_its_file_edits(toy, tmp_path):
     start = toy_run.write_model(toy.parent)
     settings = settings_of(start, noise_draws=2)
     toy_run.run(toy, *settings, f"run={tmp_path / 'whole'}")
-    toy_run.run(toy, *settings, f"run={tmp_path / 'parts'}", "trainer.max_steps=5")
+    toy_run.run(toy, *settings, f"run={tmp_path / 'parts'}", "trainer.max_steps=2")
     toy_run.run(toy, *settings, f"run={tmp_path / 'parts'}", "--resume")
-    toy_run.assert_same_run(tmp_path / "parts", tmp_path / "whole", 10)
-    saved = toy_run.checkpoint(tmp_path / "whole", 10)
+    toy_run.assert_same_run(tmp_path / "parts", tmp_path / "whole", 4)
+    saved = toy_run.checkpoint(tmp_path / "whole", 4)
     assert saved["pbe"]["detail"] == {"tokens": 3, "layers": 1, "width": 64}
     assert all(is_detail(name) or name.startswith("model_ema.") for name in saved["state_dict"])
     assert saved["state_dict"]["detail.null_tokens"].abs().max() > 0
 
-    last = tmp_path / "whole" / "checkpoints" / "step-00000010"
+    last = tmp_path / "whole" / "checkpoints" / "step-00000004"
     plain, *adapted = (
         pbe.load_model(start, "cpu", adapters=[f"{last}.{x}"] if x else []) for x in ("", "ckpt", "safetensors")
     )
@@ -156,8 +156,8 @@ def test_a_run_goes_on_where_it_stopped_and_its_file_edits(toy, tmp_path):
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(toy, tmp_path, capsys):
     settings = [*settings_of(toy_run.write_model(toy.parent)), f"run={tmp_path / 'run'}"]
-    toy_run.run(toy, *settings, "trainer.max_steps=5")
-    path = tmp_path / "run" / "checkpoints" / "step-00000005.ckpt"
+    toy_run.run(toy, *settings, "trainer.max_steps=2")
+    path = tmp_path / "run" / "checkpoints" / "step-00000002.ckpt"
     saved = torch.load(path, weights_only=True)
     del saved["state_dict"]["detail.queries"]
     torch.save(saved, path)

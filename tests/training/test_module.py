@@ -2,10 +2,8 @@
 
 import math
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial, partialmethod
 from types import SimpleNamespace
 
@@ -565,17 +563,17 @@ def test_adapters_alone_are_trained_and_saved(toy, tmp_path):
     settings = [
         f"model={{init: {start}, size: null, vae: null}}",
         "training={train: [], lora: {rank: 2}, ema_decay: null}",
-        "trainer.val_check_interval=5",
+        "trainer={max_steps: 4, val_check_interval: 2}",
     ]
     toy_run.run(toy, *settings, f"run={tmp_path / 'whole'}")
-    toy_run.run(toy, *settings, f"run={tmp_path / 'parts'}", "trainer.max_steps=5")
+    toy_run.run(toy, *settings, f"run={tmp_path / 'parts'}", "trainer.max_steps=2")
     toy_run.run(toy, *settings, f"run={tmp_path / 'parts'}", "--resume")
-    whole, parts = (toy_run.checkpoint(tmp_path / name, 10)["state_dict"] for name in ("whole", "parts"))
+    whole, parts = (toy_run.checkpoint(tmp_path / name, 4)["state_dict"] for name in ("whole", "parts"))
     assert all(map(is_adapter, whole))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(x, parts[name]) for name, x in whole.items())
 
-    path = tmp_path / "whole" / "checkpoints" / "step-00000010.ckpt"
+    path = tmp_path / "whole" / "checkpoints" / "step-00000004.ckpt"
     with pytest.raises(CheckpointError, match="adapters alone"):
         pbe.load_model(path, "cpu")
     model, plain = pbe.load_model(start, "cpu"), pbe.load_model(start, "cpu")
@@ -951,21 +949,6 @@ def test_errors_of_data_workers_are_one_line(toy, tmp_path, capsys):
     assert main([str(toy), *settings]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "100 pictures in a row cannot be used; the first: " in line
-
-
-def test_sigterm_is_no_success(toy):
-    """Who queues runs must see that it did not come to its end."""
-    run = toy.parent / "terminated"
-    process = toy_run.start(toy, f"run={run}", "trainer.max_steps=100000")
-    while not (run / "checkpoints" / "step-00000005.ckpt").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    (line,) = [line for line in output.splitlines() if "SIGTERM" in line]
-    step = int(line.split("after step ")[1].split(",")[0])
-    assert (run / "checkpoints" / f"step-{step:08}.ckpt").exists()
 
 
 def test_a_trial_run_leaves_no_checkpoint(toy):

@@ -23,7 +23,31 @@ def wait_for(process, path, lines):
         time.sleep(0.01)
 
 
+def signalled_after_three_steps(monkeypatch, signum):
+    """Sends this process a signal at the end of a training's third step."""
+    step = PaintByExampleTraining.optimizer_step
+
+    def signalled(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        if self.global_step == 2:  # Lightning counts it afterwards
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(PaintByExampleTraining, "optimizer_step", signalled)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl+C"])
+def test_a_stopped_run_is_no_success(toy, monkeypatch, capsys, signum):
+    """Who queues runs must see that it did not come to its end."""
+    run = toy.parent / f"no_success_{signum}"
+    signalled_after_three_steps(monkeypatch, signum)
+    assert main([str(toy), f"run={run}"]) == 128 + signum
+    assert f"{signum.name} after step 3, which is saved; --resume" in capsys.readouterr().err
+    assert toy_run.checkpoint_steps(run) == [3]
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "Ctrl+C"]
+)
 def test_a_signal_to_the_whole_group_saves_the_last_step_first(toy, signum):
     """As timeout, systemd, SLURM and a terminal send it: to the data workers too."""
     run = toy.parent / f"stopped_by_{signum}"
@@ -119,15 +143,12 @@ def slurm(monkeypatch, tmp_path):
     return tmp_path / "asked"
 
 
-def test_slurm_s_requeue(toy, slurm):
+def test_slurm_s_requeue(toy, slurm, monkeypatch):
     run = toy.parent / "requeued"
-    process = toy_run.start(toy, f"run={run}", *LONG)
-    wait_for(process, run / "metrics.jsonl", 3)
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGUSR1, output
+    signalled_after_three_steps(monkeypatch, signal.SIGUSR1)
+    assert main([str(toy), f"run={run}", "data.workers=2"]) == 128 + signal.SIGUSR1
     assert slurm.read_text() == "requeue 42\n"
-    assert len(list((run / "checkpoints").glob("step-*.ckpt"))) == 1
+    assert toy_run.checkpoint_steps(run) == [3]
 
 
 def test_lightning_s_own_requeue_checkpoint_is_the_newest_and_is_not_restored_unasked(toy, slurm, capsys):
