@@ -1,5 +1,7 @@
 """A tiny model with a detail adapter that has learnt something, and its file."""
 
+from functools import cache
+
 import torch
 from conftest import TINY
 
@@ -12,9 +14,14 @@ from pbe.training.detail import start_detail
 CONFIG = DetailConfig(tokens=3, layers=2, width=64)
 
 
+@cache
+def state_of(config):
+    return seeded_state(config, 0)
+
+
 def make_model(config=TINY):
     model = PaintByExample(config)
-    model.load_state_dict(seeded_state(config, 0))
+    model.load_state_dict(state_of(config))  # copies it
     return model.eval()
 
 

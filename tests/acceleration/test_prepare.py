@@ -3,6 +3,7 @@
 import copy
 import gc
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -38,9 +39,14 @@ def _no_grad():
         yield
 
 
+@cache
+def state_of(config):
+    return seeded_state(config, 0)
+
+
 def make_model(config=CONFIG, dtype=torch.float32):
     model = PaintByExample(config)
-    model.load_state_dict(seeded_state(config, 0))
+    model.load_state_dict(state_of(config))  # copies it
     return model.to(dtype).eval()
 
 
