@@ -28,15 +28,17 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         args = sys.argv[1:] if args is None else list(args)
-        name, given = "an argument", set()
+        name = "an argument"
+        given: set[argparse.Action] = set()
         for argument in args:
             if argument.startswith("--"):
                 name, is_given, argument = argument.partition("=")
                 argument = argument if is_given else name
                 action = self._option_string_actions.get(name)
-                if action in given:  # argparse would take the last
-                    self.error(f"{name} is given twice; expected once" + ", before all its values" * bool(action.nargs))
                 if isinstance(action, argparse._StoreAction):
+                    if action in given:  # argparse would take the last
+                        several = ", before all its values" if action.nargs else ""
+                        self.error(f"{name} is given twice; expected once{several}")
                     given.add(action)
             if not argument.strip():
                 self.error(f"{name} is empty; expected a value (is a shell variable unset?)")
