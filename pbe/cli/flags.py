@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
                 action = self._option_string_actions.get(name)
                 if isinstance(action, argparse._StoreAction):
                     if action in given:  # argparse would take the last
-                        several = ", before all its values" if action.nargs else ""
+                        several = ", before all its values" if action.nargs not in (None, "?") else ""
                         self.error(f"{name} is given twice; expected once{several}")
                     given.add(action)
             if not argument.strip():
