@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     from pbe.editing.settings import quick_settings
     from pbe.io.atomic import replacing, write_text
     from pbe.training.config import load_config
-    from pbe.training.personalization import picture_files, run_settings
+    from pbe.training.personalization import pictures_of, run_settings
     from pbe.training.resuming import newest_checkpoint
     from pbe.training.task import beside
 
@@ -63,26 +64,26 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     folder = args.run or Path("runs", args.out.stem)
     if not args.resume and newest_checkpoint(folder):
         raise FileExistsError(f"{folder} has a run with checkpoints: --resume continues it, --run DIR begins another")
-    count = len(picture_files(args.pictures))
-    steps = 100 + 50 * count if args.steps is None else args.steps
+    pictures = pictures_of(args.pictures, args.masks)
+    steps = 100 + 50 * len(pictures) if args.steps is None else args.steps
     if steps < 1:
         raise ValueError(f"--steps must be at least 1, got {steps}")
     numbers = {"steps": steps, "rank": args.rank, "seed": args.seed}
     settings = run_settings(args.ckpt, folder, quick_settings(args.ckpt), **numbers, prior=args.prior)
     write_text(folder / "personalize.yaml", json.dumps(settings, indent=2))  # JSON is YAML
     config = load_config([str(folder / "personalize.yaml"), *args.settings])
-    prepare(args, folder, count, "cpu" if config.trainer.get("accelerator") == "cpu" else "auto")
+    prepare(args, folder, pictures, "cpu" if config.trainer.get("accelerator") == "cpu" else "auto")
     if code := train.run(config, args.resume):
         return code
     last = newest_checkpoint(Path(config.run))
     assert last is not None
     with replacing(args.out, args.force) as part:
         shutil.copyfile(beside(last), part)
-    print(f"{args.out}: adapters of {count} pictures; use them with --adapter {args.out}")
+    print(f"{args.out}: adapters of {len(pictures)} pictures; use them with --adapter {args.out}")
     return 0
 
 
-def prepare(args: argparse.Namespace, folder: Path, count: int, device: str) -> None:
+def prepare(args: argparse.Namespace, folder: Path, pictures: Mapping[Path, Path | None], device: str) -> None:
     """Writes the run's data, where they are not there to go on with."""
     from tqdm import tqdm
 
@@ -95,7 +96,7 @@ def prepare(args: argparse.Namespace, folder: Path, count: int, device: str) -> 
         starting_model(model, args.seed)  # says what is wrong
     mine, prior = folder / "object", folder / "prior"
     if not (args.resume and mine.is_dir()):
-        list(tqdm(write_object(args.pictures, args.masks, mine), total=count, desc="pictures"))
+        list(tqdm(write_object(pictures, mine), total=len(pictures), desc="pictures"))
     if args.prior is None and not (args.resume and prior.is_dir()):
         results = write_results(load_editor(Path(args.ckpt), device), mine, prior, quick_settings(args.ckpt), args.seed)
-        list(tqdm(results, total=RESULTS * count, desc="own results"))
+        list(tqdm(results, total=RESULTS * len(pictures), desc="own results"))

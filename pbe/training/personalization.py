@@ -42,22 +42,30 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
 
 
-def write_object(pictures: Path, masks: Path | None, folder: Path) -> Iterator[None]:
-    """Writes what training reads of the object: `pairs.jsonl`, `donors.jsonl`, `previews.jsonl` and their pictures;
-    yields after each picture.
+def pictures_of(folder: Path, masks: Path | None) -> dict[Path, Path | None]:
+    """The pictures of an object in a folder, and their masks, which are named alike, in another.
 
-    The object's mask is that of the picture's stem in `masks`, else its own alpha, else found by GrabCut. Each picture
-    is a region to paint as each picture's object, shown with what surrounds it and without, as people give both.
-
-    FileNotFoundError or ValueError for fewer than two pictures, for one that cannot be read, and for one in which no
-    whole object is found.
+    FileNotFoundError for a folder that is not there, ValueError for fewer than two pictures, or a mask of none.
     """
-    files = picture_files(pictures)
+    files = picture_files(folder)
     given = {path.stem: path for path in picture_files(masks)} if masks else {}
     if len(files) < 2:  # the exemplar is from one, the region to paint from another
-        raise ValueError(f"{pictures} has {len(files)} pictures; give at least 2 of one object, better 3 to 10")
+        raise ValueError(f"{folder}: give at least 2 pictures of one object, better 3 to 10; it has {len(files)}")
     for stem in given.keys() - {file.stem for file in files}:
-        raise ValueError(f"{given[stem]} is the mask of no picture in {pictures}; a mask has its picture's name")
+        raise ValueError(f"{given[stem]} is the mask of no picture in {folder}; a mask has its picture's name")
+    return {file: given.get(file.stem) for file in files}
+
+
+def write_object(pictures: Mapping[Path, Path | None], folder: Path) -> Iterator[None]:
+    """Writes what training reads of an object, of which there are these pictures and masks: `pairs.jsonl`,
+    `donors.jsonl`, `previews.jsonl` and their pictures; yields after each picture.
+
+    A mask that is not given is the picture's own alpha, or found by GrabCut. Each picture is a region to paint as each
+    picture's object, shown with what surrounds it and without, as people give both.
+
+    ValueError for a picture that cannot be read, and for one in which no whole object is found.
+    """
+    files = list(pictures)
     regions = [{"image": f"{i:02}.png", "mask": f"{i:02}_mask.png"} for i in range(len(files))]
     shown = [[f"{i:02}_{kind}.png" for kind in ("crop", "cut_out")] for i in range(len(files))]
     with replacing(folder, overwrite=True) as part:
@@ -65,7 +73,7 @@ def write_object(pictures: Path, masks: Path | None, folder: Path) -> Iterator[N
             picture = read_picture(file, "picture")
             photo = picture.to_rgb8()
             photo.thumbnail((SIDE, SIDE))
-            mask = find_mask(picture, photo, given.get(file.stem))
+            mask = find_mask(picture, photo, pictures[file])
             if mask is None or mask.mean() < SMALLEST:
                 advice = f"put its mask, white = object, into --masks as {file.stem}.png, or cut out the part around it"
                 raise ValueError(f"{file}: no whole object of at least {SMALLEST:.1%} of it is found; {advice}")

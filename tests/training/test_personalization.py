@@ -12,7 +12,7 @@ import pbe
 from pbe.checkpoints.adapters import read_adapter
 from pbe.cli import main
 from pbe.data.manifest import Manifest
-from pbe.training.personalization import run_settings, write_object
+from pbe.training.personalization import pictures_of, run_settings, write_object
 
 pytest.importorskip("safetensors")
 
@@ -48,8 +48,8 @@ def bag(tmp_path):
     return fill(tmp_path)
 
 
-def personalize(model, bag, *arguments, out="bag.safetensors"):
-    paths = ["--pictures", bag / "bag", "--masks", bag / "masks", "--run", bag / "run", "--out", bag / out]
+def personalize(model, bag, *arguments, out="bag.safetensors", pictures="bag"):
+    paths = ["--pictures", bag / pictures, "--masks", bag / "masks", "--run", bag / "run", "--out", bag / out]
     quick = ["data.workers=0", "log=none", "trainer.accelerator=cpu", "samples.edit.steps=1"]
     return main(["personalize", *map(str, [model, *paths, *quick, *arguments])])
 
@@ -60,7 +60,7 @@ def personalize(model, bag, *arguments, out="bag.safetensors"):
 def written(pictures, masks=None):
     """The files of `write_object` as arrays, by name."""
     folder = pictures.parent / "object"
-    list(write_object(pictures, masks, folder))
+    list(write_object(pictures_of(pictures, masks), folder))
     return folder, {path.stem: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
 
 
@@ -161,8 +161,14 @@ def test_ordinary_photos_get_the_object_too(toy, model, bag):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda bag: [path.unlink() for path in (bag / "bag").iterdir()], "has 0 pictures; give at least 2"),
-        (lambda bag: [(bag / "bag" / f"{i}.png").unlink() for i in (0, 1)], "has 1 pictures; give at least 2"),
+        (
+            lambda bag: [path.unlink() for path in (bag / "bag").iterdir()],
+            "at least 2 pictures of one object, better 3 to 10; it has 0",
+        ),
+        (
+            lambda bag: [(bag / "bag" / f"{i}.png").unlink() for i in (0, 1)],
+            "at least 2 pictures of one object, better 3 to 10; it has 1",
+        ),
         (lambda bag: (bag / "bag" / "1.png").write_bytes(b"text"), "1.png"),
         (lambda bag: (bag / "masks" / "7.png").write_bytes(b""), "7.png is the mask of no picture"),
         (lambda bag: (bag / "bag.safetensors").write_bytes(b""), "bag.safetensors exists; --force replaces it"),
@@ -180,11 +186,13 @@ def test_wrong_pictures_are_one_line(model, bag, capsys, spoil, message):
 
 
 def test_wrong_arguments_are_one_line(toy, model, bag, capsys):
+    assert personalize(model, bag, pictures="nowhere") == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+    assert not (bag / "run").exists()
     vae = toy.parent / "vae.ckpt"
     for arguments, message in (
         ((bag / "lost.ckpt",), "lost.ckpt"),
         ((vae,), "vae.ckpt"),
-        ((model, "--pictures", bag / "nowhere"), "nowhere is not a folder"),
         ((model, "--steps", "0"), "--steps must be at least 1, got 0"),
         ((model, "--rank", "0"), "rank must be a whole number of at least 1, got 0"),
         ((model, "optimizer.rl=1"), "optimizer.rl"),
