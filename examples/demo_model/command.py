@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
     for command in (measure, grid):
         command.add_argument("--ckpt", type=Path, required=True)
+        command.add_argument("--adapter", action="append", default=[], metavar="FILE", help="adapters to use it with")
         command.add_argument("--device", default="auto")
     return p
 

@@ -25,8 +25,8 @@ from pbe.models.paint_by_example import PaintByExample
 
 
 def load(args: argparse.Namespace) -> PaintByExample:
-    """The model of --ckpt on --device, in float32; ValueError for another kind of model."""
-    model = pbe.load_model(args.ckpt, device=args.device, dtype="float32")
+    """The model of --ckpt with --adapter on --device, in float32; ValueError for another kind of model."""
+    model = pbe.load_model(args.ckpt, device=args.device, dtype="float32", adapters=args.adapter)
     if not isinstance(model, PaintByExample):
         raise ValueError(f"{args.ckpt} holds {type(model).__name__}, not Paint by Example")
     return model
