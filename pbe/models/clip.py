@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pbe.models.attention import attention
+
 # mean and standard deviation of the pictures CLIP was trained on, by channel, for values in [0, 1]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -92,7 +94,7 @@ class CLIPAttention(nn.Module):
             proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        y = attention(q, k, v, is_causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 

@@ -11,6 +11,7 @@ from typing import Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pbe.models.attention import attention
 from pbe.models.clip import CLIPVisionConfig, CLIPVisionTower, check_heads
 
 
@@ -53,7 +54,7 @@ class MapperAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # (B, T, 3 C) -> 3 of (B, heads, T, C / heads); the original interleaves q, k, v per head
         qkv = self.c_qkv(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        y = attention(*qkv.chunk(3, dim=-1))
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pbe.models.attention import attention
 from pbe.models.blocks import Context, Layers, ResBlock, UShaped, copies, timestep_embedding
 
 
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         """(B, N, C) of queries (B, N, C), and keys and values (B, T, C)."""
         # (B, N, C) -> (B, heads, N, C / heads)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class GEGLU(nn.Module):

@@ -209,7 +209,8 @@ def matters(key: str) -> bool:
         return key in ("trainer.accumulate_grad_batches", "trainer.precision", "trainer.gradient_clip_val")
     # Files may have moved, and batches are smaller with more devices; the checkpoint knows what must stay.
     files = (".path", ".images", "encodings.folder", "model.init", "model.vae", "perceptual.network")
-    return not key.endswith((*files, "data.workers", "data.batch_size", "training.gradient_checkpointing"))
+    costs = ("data.workers", "data.batch_size", "training.gradient_checkpointing", "training.compile")
+    return not key.endswith((*files, *costs))
 
 
 def flatten(value: Any, prefix: str) -> dict[str, Any]:

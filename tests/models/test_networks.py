@@ -8,6 +8,7 @@ from conftest import TINY
 from golden_file import noise
 
 from pbe.checkpoints.seeding import seeded_state
+from pbe.models.attention import MAX_SCORES, attention
 from pbe.models.clip import CLIPTextConfig, CLIPTextTower, CLIPVisionConfig, CLIPVisionTower
 from pbe.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from pbe.models.exemplar import ExemplarConfig
@@ -182,3 +183,20 @@ def test_a_logit_s_patch(num_layers, side):
     discriminator(x)[0, 0, middle, middle].backward()
     rows = x.grad.abs().sum(dim=(0, 1, 3)).nonzero()
     assert rows.max() - rows.min() + 1 == side
+
+
+@pytest.mark.parametrize("queries, keys", [(64, 65), (3, 7), (1025, 1024)])  # the last: too many scores to be held
+def test_attention_in_training_is_that_of_editing(queries, keys):
+    assert queries * keys <= MAX_SCORES or queries == 1025
+    leaves = [
+        noise(name, 2, 4, n, 16).bfloat16().requires_grad_()
+        for name, n in zip("qkv", (queries, keys, keys), strict=True)
+    ]
+    y = attention(*leaves)
+    gradients = torch.autograd.grad(y.square().sum(), leaves)
+    with torch.no_grad():
+        torch.testing.assert_close(y, attention(*leaves), rtol=0.02, atol=0.02)
+    exact = [x.detach().float().requires_grad_() for x in leaves]
+    wanted = torch.autograd.grad(attention(*exact).square().sum(), exact)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert (gradient.float() - want).norm() <= 0.02 * want.norm() + 1e-6

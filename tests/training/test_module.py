@@ -824,7 +824,7 @@ def test_a_run_is_not_overwritten(finished, toy, capsys):
 
 def test_a_resumed_run_keeps_its_settings(finished, toy, capsys):
     """Half of them would be applied, and the run's records would tell of the rest."""
-    settings = ("optimizer.lr=1e-5", "data.workers=1", "trainer.max_steps=11", "--resume")
+    settings = ("optimizer.lr=1e-5", "data.workers=1", "training.compile=true", "trainer.max_steps=11", "--resume")
     assert main([str(toy), f"run={finished}", *settings]) == 2
     assert "changed are optimizer.lr." in capsys.readouterr().err
     assert main([str(toy), f"run={finished}", "data.batch_size=4", "trainer.max_steps=11", "--resume"]) == 2
