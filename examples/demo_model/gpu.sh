@@ -87,7 +87,8 @@ fi
 checkpoint slim "$vae" "$out/vae.ckpt" || exit
 "$python" -m examples.demo_model.warm_start "$vae" --out "$work/start.ckpt" || exit
 
-latents+=(model.vae=null model.size=null "encodings.folder=$work/encodings" optimizer.lr=1.2e-3
+# each of the two runs would compile anew, and that takes minutes
+latents+=(model.vae=null model.size=null "encodings.folder=$work/encodings" optimizer.lr=1.2e-3 training.compile=false
     "data.donors.path=$work/data/objects.csv")
 first=$(($(left 110) * 2 / 3)) # the first files of encodings, another start and the edits take the rest
 publishing unet-1

@@ -1,4 +1,5 @@
-"""One manifest to train on and one held out, from folders with `boxes.csv`, `images/` and perhaps `masks/`.
+"""One manifest to train on and one held out, from folders with `boxes.csv`, `images/` and perhaps `masks/`; an animal's
+head, where its box is known, is an object of its own.
 
 python -m examples.demo_model.split_photos photos/clothing photos/flowers --out runs/data
 
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from pbe.io.atomic import replacing
 
-COLUMNS = ("file", "class", "width", "height", "x0", "y0", "x1", "y1")
+BOX = ("x0", "y0", "x1", "y1")
+COLUMNS = ("file", "class", "width", "height", *BOX)
 
 
 def photo_hash(name: str) -> int:
@@ -59,6 +61,8 @@ def split(folders: list[Path], out: Path, every: int, min_fill: float) -> None:
                 if mask.is_file():
                     kept["mask"] = os.path.relpath(mask, out)
                 rows[name].append(kept)
+                if row.get("head_x0"):  # an animal fills its photo, its head leaves context
+                    rows[name].append({**kept, **{side: row[f"head_{side}"] for side in BOX}, "mask": ""})
     for name, objects in rows.items():
         columns = [*COLUMNS, "mask"] if any("mask" in row for row in objects) else COLUMNS
         with replacing(out / name, overwrite=True) as part, part.open("w", newline="", encoding="utf-8") as file:

@@ -2,9 +2,10 @@
 
 python -m examples.demo_model.warm_start runs/demo_vae_128/checkpoints/step-00006000.ckpt --out runs/demo_start_128.ckpt
 
-The UNet of both sees 16 x 16 latents: all is taken but its first and last convolution, whose channels are others and
-which are seeded. The exemplar's encoder sees 128 x 128 pixels in patches of 16 as the old one saw each 2 x 2 of them as
-one: on such an exemplar it gives the same, to rounding.
+The UNet of both sees 16 x 16 latents: all is taken but its first and last convolution, whose channels are others, and
+what the old one lacks, attention at 16 x 16, which begins as nothing. These are seeded. The exemplar's encoder sees
+128 x 128 pixels in patches of 16 as the old one saw each 2 x 2 of them as one: on such an exemplar its transformer
+gives the same tokens, to rounding, of which all reach the UNet in place of one.
 """
 
 import argparse
@@ -34,13 +35,16 @@ def main(argv: list[str] | None = None) -> int:
         assert isinstance(run, PaintByExampleRun)
         model = starting_model(run.model, run.seed)
         tensors, old = model.state_dict(), pbe.load_model(args.ckpt, "cpu", torch.float32).state_dict()
-        taken = {name: fitted(old[name], x) for name, x in tensors.items() if not name.startswith(VAE_PREFIX)}
+        same = [name for name in tensors if name in old and not name.startswith(VAE_PREFIX)]
+        taken = {name: fitted(old[name], tensors[name]) for name in same}
         kept = {name: x for name, x in taken.items() if x.shape == tensors[name].shape}
         save_checkpoint(tensors | kept, args.out, pbe_entry(model.config), overwrite=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: seeded are {', '.join(sorted(taken.keys() - kept.keys()))}")
+    others = (name for name in tensors.keys() - kept.keys() if not name.startswith(VAE_PREFIX))
+    fresh = sorted({".".join(name.split(".")[1:5]) for name in others})  # by layers and blocks
+    print(f"{args.out}: seeded are {', '.join(fresh)}")
     return 0
 
 

@@ -86,9 +86,10 @@ def test_the_larger_model_starts_with_what_the_smaller_one_learned(tmp_path, cap
     state = {VAE_PREFIX + name: x for name, x in seeded(AutoencoderKL, size, seed=0).state_dict().items()}
     torch.save({"state_dict": state, "pbe": {"latent_scale": 0.5}}, tmp_path / "vae.ckpt")
     assert warm_start.main([str(tmp_path / "vae.ckpt"), "--out", str(tmp_path / "start.ckpt")]) == 0
-    unet = "model.diffusion_model"
-    seeds = f"{unet}.input_blocks.0.0.weight, {unet}.out.2.bias, {unet}.out.2.weight"
-    assert capsys.readouterr().out.strip().endswith(f"seeded are {seeds}")
+    first, attention, last = "input_blocks.0.0", ("input_blocks.1.1", "output_blocks.4.1", "output_blocks.5.1"), "out.2"
+    said = capsys.readouterr().out.split("seeded are ")[1]
+    for layers in (first, *attention, last):
+        assert f"diffusion_model.{layers}" in said
 
     old, new = (pbe.load_model(path, "cpu", torch.float32) for path in ("demo", tmp_path / "start.ckpt"))
     assert new.config.resolution == new.config.exemplar.vision.image_size == 128
@@ -97,10 +98,15 @@ def test_the_larger_model_starts_with_what_the_smaller_one_learned(tmp_path, cap
     exemplar = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     larger = exemplar.repeat_interleave(2, 2).repeat_interleave(2, 3)
     with torch.no_grad():
-        torch.testing.assert_close(new.encode_exemplar(larger), old.encode_exemplar(exemplar), atol=1e-4, rtol=1e-4)
+        tokens = [m.cond_stage_model.vision.tokens(x) for m, x in ((new, larger), (old, exemplar))]
+        torch.testing.assert_close(*tokens, atol=1e-4, rtol=1e-4)
+        assert new.encode_exemplar(larger).shape == (2, 65, 256)
     before, after = old.unet.state_dict(), new.unet.state_dict()
     same = {name for name, x in before.items() if x.shape == after[name].shape and torch.equal(x, after[name])}
     assert before.keys() - same == {"input_blocks.0.0.weight", "out.2.weight", "out.2.bias"}
+    unused = [x for name, x in after.items() if name.startswith(attention) and "proj_out" in name]
+    assert len(unused) == 6
+    assert not any(x.any() for x in unused)  # attention that the old one lacks begins as nothing
 
 
 # --- the script for a GPU ---------------------------------------------------------------------------------
