@@ -78,17 +78,16 @@ needs="torch torchvision lightning omegaconf ftfy regex tqdm"
 "$python" -m zipfile -e "$pack" "$work/data" || exit
 
 if [[ -z $vae ]]; then
-    train 80 vae-1 configs/demo/vae_128.yaml "${photos[@]}" optimizer.decay_steps=null
+    train 80 vae-1 configs/demo/vae_128.yaml "${photos[@]}" init=pbe/weights/demo.ckpt optimizer.decay_steps=null
     read -ra fall <<<"$(falling 80 40 vae-1)"
     train 40 vae configs/demo/vae_128.yaml "${photos[@]}" "init=$(newest vae-1)" "${fall[@]}"
     vae=$(newest vae)
     cat "$work"/vae*/metrics.jsonl >"$out/vae.jsonl"
 fi
 checkpoint slim "$vae" "$out/vae.ckpt" || exit
-"$python" -m examples.demo_model.warm_start "$vae" --out "$work/start.ckpt" || exit
+"$python" -m examples.demo_model.warm_start pbe/weights/demo.ckpt "$vae" --out "$work/start.ckpt" || exit
 
-# each of the two runs would compile anew, and that takes minutes
-latents+=(model.vae=null model.size=null "encodings.folder=$work/encodings" optimizer.lr=1.2e-3 training.compile=false
+latents+=(model.vae=null model.size=null "encodings.folder=$work/encodings" optimizer.lr=1.2e-3
     "data.donors.path=$work/data/objects.csv")
 first=$(($(left 110) * 2 / 3)) # the first files of encodings, another start and the edits take the rest
 publishing unet-1
