@@ -12,7 +12,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tenso
     """Of queries (B, heads, N, d) over keys and values (B, heads, T, d): (B, heads, N, d). Vaswani et al. 2017 (arXiv
     1706.03762), equation 1; `is_causal` hides later positions.
 
-    Training in bfloat16 on a CPU, PyTorch's fused kernel takes 2 to 15 times as long for its backward pass as the plain
+    Training in bfloat16 on a CPU, PyTorch's fused kernel takes 2 to 20 times as long for its backward pass as the plain
     products do, the more the fewer the channels of a head.
     """
     fused_is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
