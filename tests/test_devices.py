@@ -66,10 +66,10 @@ def condition_on_gpu(model: PaintByExample, batch: int) -> Condition:
 @pytest.mark.parametrize(
     ("form", "dtype"),
     [
-        ("ordinary", torch.float32),
-        ("shared", torch.float16),
+        pytest.param("ordinary", torch.float32, marks=pytest.mark.slow),
+        pytest.param("shared", torch.float16, marks=pytest.mark.slow),
         ("consumed", torch.float16),
-        ("consumed", torch.float32),
+        pytest.param("consumed", torch.float32, marks=pytest.mark.slow),
     ],
 )
 @torch.no_grad()

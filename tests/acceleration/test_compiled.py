@@ -66,6 +66,7 @@ def kinds(model) -> set[tuple]:
     return seen
 
 
+@pytest.mark.slow
 def test_regions_are_one_graph_for_each_kind_and_shape_of_block(model):
     """Also where there are more kinds than torch keeps graphs of one function."""
     plain, prepared = prepare_for_inference(model), prepare_for_inference(model)
@@ -79,6 +80,7 @@ def test_regions_are_one_graph_for_each_kind_and_shape_of_block(model):
     assert counter.frame_count == len(kinds(plain)) < len(blocks)
 
 
+@pytest.mark.slow
 def test_the_whole_is_one_graph_for_the_unet_and_one_for_the_decoder(model):
     plain, prepared = prepare_for_inference(model), prepare_for_inference(model)
     counter = testing.CompileCounter()

@@ -250,6 +250,7 @@ def test_several_tokens_are_refused_where_one_was_prepared_for():
         prepare_for_inference(make_model()).unet(unet_in, t, context)
 
 
+@pytest.mark.slow
 def test_traced_as_one_graph():
     """Traced only: what runs it is torch as usual."""
     prepared = prepare_for_inference(make_model(TINY))

@@ -196,6 +196,7 @@ def test_features_do_not_outlive_their_side_of_the_guidance_interval():
 # --- with the rest ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["regions", "whole"])
 def test_compiled_it_computes_the_same(monkeypatch, how):
     """As a whole there is one graph more, of the light call; regions need none beside those that there are."""

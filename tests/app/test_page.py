@@ -269,6 +269,7 @@ def test_the_page_shows_what_is_painted_and_then_the_results(model, files):
     assert loaded == Loaded(image, drawn["mask"], exemplar, "", {**controls, "num_images": 2, "negative": None})
 
 
+@pytest.mark.slow
 def test_adapters_have_a_strength_each_on_the_page(tiny_checkpoint, files, tmp_path):
     factors = {"lora_down": torch.ones(1, 64, 3, 3), "lora_up": torch.ones(64, 1, 1, 1)}
     name = "lora_unet_mid_block_resnets_0_conv1"

@@ -205,6 +205,7 @@ def right_data(http: httpx.Client, files: dict[str, Path]) -> dict:
     return {**defaults, **given, **SETTINGS}
 
 
+@pytest.mark.slow
 def test_wrong_types_are_answered_in_words(http, files, capfd):
     right = right_data(http, files)
     assert set(right) > {"strength", "fit_mask", "window", "placement", "grow", "negative"}
@@ -459,6 +460,7 @@ def start(checkpoint: Path, temporary: Path) -> tuple[subprocess.Popen, str, str
 SIGNALS = [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGHUP))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_page_cleans_up_before_and_behind_itself_and_asks_no_other_machine(tiny_checkpoint, files, tmp_path, number):
     """One process, since its start takes seconds: it removes what dead pages left, and at a signal, which also ends

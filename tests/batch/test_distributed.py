@@ -85,6 +85,7 @@ def flags(rows: Path, checkpoint: Path) -> list[str]:
     return ["--batch", str(rows), "--ckpt", str(checkpoint), *settings.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_run_every_row_once(rows, tiny_checkpoint, capsys):
     folder = rows.parent

@@ -444,6 +444,7 @@ class CutShort(Exception):
     """Stands for the end of the time."""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_processes")
 def test_what_is_measured_outlasts_what_cuts_a_run_short(tiny_checkpoint, tmp_path, monkeypatch):
     """Every figure that was made before, of each section."""
@@ -509,6 +510,7 @@ def test_what_is_measured_is_shown_when_a_run_is_stopped(tiny_checkpoint, monkey
     assert "| pbe, .ckpt, to float32 | 3 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_processes")
 def test_the_last_start_s_process_takes_the_rounds(tiny_checkpoint, monkeypatch):
     """So that no system loads more often than it is asked to start; the earlier ones end before the rounds."""
@@ -614,6 +616,7 @@ def test_curves(tmp_path, capsys):
 # --- loading and data -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_loading_is_measured_in_a_process_of_its_own(tiny_checkpoint):
     numbers = worker.run_once("benchmarks.load_worker", "pbe", str(tiny_checkpoint), "bfloat16")
     weights = sum(tensor.numel() for tensor in torch.load(tiny_checkpoint)["state_dict"].values())
@@ -778,6 +781,7 @@ def test_wrong_arguments_give_one_clear_line(section, arguments, reason, tiny_ch
     assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_what_ends_a_process_is_told(tmp_path, capsys):
     """A file that is no checkpoint, found out by the process that reads it."""
     file = tmp_path / "text.ckpt"

@@ -137,6 +137,7 @@ def test_a_gpu_has_room_for_one_system_at_a_time_and_not_for_all(task, monkeypat
     assert "| pictures a second | out of memory |" in tables({"runs": [numbers], "fits": [], "device": "a GPU"})
 
 
+@pytest.mark.slow
 def test_process_answers_and_tells_why_it_failed(task, tmp_path):
     with closing(worker.Worker("pbe", task, tmp_path / "worker")) as process:
         assert process.started["load s"] > 0
@@ -153,6 +154,7 @@ def test_largest_batch(most):
     assert max(asked) <= 16
 
 
+@pytest.mark.slow
 def test_room_is_what_a_step_finds_beside_the_optimiser_s_state(task, monkeypatch):
     system = SYSTEMS["pbe"](task)
     assert answer(system, "fits 1") == {"fits": True}

@@ -246,6 +246,7 @@ def test_mixtures_of_any_size(tmp_path):
         load_mixture(tmp_path / "zeros.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", "diag", "spherical"])
 def test_mixtures_whose_covariances_are_short(tmp_path, kind):
     mixture = pytest.importorskip("sklearn.mixture").GaussianMixture(covariance_type=kind)

@@ -109,6 +109,7 @@ def test_with_little_memory(model):
     assert np.abs(run(prepared, detail=0.5) - run(model, detail=0.5)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_used_as_it_is(model):
     compiled = with_detail()
     compiled.unet.compile(backend="eager")

@@ -272,6 +272,7 @@ def test_copy_figure_catches_a_copy_even_mirrored():
     assert new["real region to nearest training crop"] == new["result to nearest training crop"]
 
 
+@pytest.mark.slow
 def test_sampler_figure_of_more_steps_is_nearer_and_of_the_reference_itself_zero(cases, toy):
     model = pbe.load_model(toy[1], device="cpu")
     references = embeddings.resized(cases.exemplar[:2], 16)
@@ -378,6 +379,7 @@ def arguments(toy, out, **changes):
     return ["measure", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
 
 
+@pytest.mark.slow
 def test_measure_writes_all_figures_and_grids(toy, tmp_path, one_thread):
     assert main(arguments(toy, tmp_path)) == 0
     content = json.loads((tmp_path / "figures.json").read_text())
@@ -406,6 +408,7 @@ def test_measure_writes_all_figures_and_grids(toy, tmp_path, one_thread):
     assert not (again / "classifier.pt").exists()
 
 
+@pytest.mark.slow
 def test_measure_judges_at_other_pixels_than_the_model_s(toy, tmp_path, one_thread, capsys):
     """A model of 32 pixels, judged at 64, in the latents of an autoencoder that is named; the classifier is kept."""
     kept = tmp_path / "kept.pt"

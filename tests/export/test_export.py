@@ -44,7 +44,7 @@ SMALL = replace(
     distilled=Distilled("lcm", 4, 1.0),
 )
 pytestmark = pytest.mark.filterwarnings("ignore:the model was distilled")
-RUNTIMES = ("onnx", "torch-export")
+RUNTIMES = (pytest.param("onnx", marks=pytest.mark.slow), "torch-export")
 ORDINARY = {"sampler": "plms", "spacing": "leading", "steps": 4, "guidance": 5.0}
 
 
@@ -68,8 +68,8 @@ def model(checkpoint):
 
 @pytest.fixture(scope="module")
 def folders(checkpoint, tmp_path_factory):
-    """What the command writes for each runtime, of the same traces."""
-    traces, trace = {}, writing.trace
+    """What the command writes for a runtime, once it is asked for, of the same traces."""
+    base, traces, trace = tmp_path_factory.mktemp("exported"), {}, writing.trace
 
     def traced_once(network, config):
         key = tuple(network.inputs)
@@ -77,17 +77,19 @@ def folders(checkpoint, tmp_path_factory):
             traces[key] = trace(network, config)
         return traces[key]
 
-    base = tmp_path_factory.mktemp("exported")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "trace", traced_once)
-        for to in reversed(RUNTIMES):
+    @cache
+    def folder(to):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writing, "trace", traced_once)
             assert main(["export", str(checkpoint), "--to", to, "--out", str(base / to)]) == 0
-    return {to: base / to for to in RUNTIMES}
+        return base / to
+
+    return folder
 
 
 @pytest.fixture(scope="module")
 def exported(folders):
-    return cache(lambda to: load_exported(folders[to], "cpu"))
+    return cache(lambda to: load_exported(folders(to), "cpu"))
 
 
 def draw(*shape, seed=0):
@@ -144,16 +146,18 @@ def test_an_edit_is_the_same(model, exported, to, settings):
 
 
 def test_an_edit_begins_with_what_the_model_was_distilled_for(model, exported):
-    assert exported("onnx").config == model.config
+    assert exported("torch-export").config == model.config
     steps = []
     image = noise(44, 60)
-    pbe.edit(exported("onnx"), image, (10, 10, 30, 30), EXEMPLAR, callback=lambda step: steps.append(step.steps))
+    pbe.edit(
+        exported("torch-export"), image, (10, 10, 30, 30), EXEMPLAR, callback=lambda step: steps.append(step.steps)
+    )
     assert steps == [4] * 4
 
 
 def test_previews(model, exported):
     shown = []
-    for one in (model, exported("onnx")):
+    for one in (model, exported("torch-export")):
         preview = lambda pictures, _: shown.append(np.asarray(pictures[0], dtype=int))  # noqa: E731
         pbe.edit(one, noise(44, 60), (10, 10, 30, 30), EXEMPLAR, preview=preview, preview_every=5)
     ours, theirs = shown
@@ -184,11 +188,11 @@ def test_the_model_in_the_box(tmp_path, to):
 
 @pytest.mark.parametrize("to", RUNTIMES)
 def test_the_folder_explains_itself(folders, checkpoint, to):
-    about = json.loads((folders[to] / "export.json").read_text())
+    about = json.loads((folders(to) / "export.json").read_text())
     assert about["source"]["checkpoint"] == "small.ckpt"
     assert about["config"]["vae"]["latent_scale"] == SMALL.vae.latent_scale
     assert about["pbe"] == json.loads(json.dumps(pbe_entry(SMALL)))
-    readme = (folders[to] / "README.md").read_text()
+    readme = (folders(to) / "README.md").read_text()
     for words in (
         "(batch, 9, height, width)",
         "(batch, 3, 2*height, 2*width)",
@@ -198,14 +202,15 @@ def test_the_folder_explains_itself(folders, checkpoint, to):
     ):
         assert words in readme
     here = str(checkpoint.parents[2]).encode()
-    assert not any(path.stat().st_size and here in path.read_bytes() for path in folders[to].iterdir())
-    assert not any(b"site-packages" in path.read_bytes() for path in folders[to].iterdir())
+    assert not any(path.stat().st_size and here in path.read_bytes() for path in folders(to).iterdir())
+    assert not any(b"site-packages" in path.read_bytes() for path in folders(to).iterdir())
 
 
+@pytest.mark.slow
 def test_dimensions_have_names(folders):
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(folders["onnx"] / "vae_encoder.onnx")
+    session = onnxruntime.InferenceSession(folders("onnx") / "vae_encoder.onnx")
     assert [(one.name, one.shape) for one in (*session.get_inputs(), *session.get_outputs())] == [
         ("image", ["batch", 3, "2*height", "2*width"]),
         ("mean", ["batch", 4, "height", "width"]),
@@ -219,25 +224,25 @@ def test_the_command_edits_with_the_folder(folders, checkpoint, tmp_path, monkey
     Image.fromarray((noise(44, 60) * 255).astype(np.uint8)).save(tmp_path / "photo.png")
     EXEMPLAR.save(tmp_path / "exemplar.png")
     pictures = {}
-    for name, path, extra in (("ours", checkpoint, ["--dtype", "float32"]), ("onnx", folders["onnx"], [])):
+    for name, path, extra in (("ours", checkpoint, ["--dtype", "float32"]), ("exported", folders("torch-export"), [])):
         files = {"image": "photo.png", "exemplar": "exemplar.png", "out": f"{name}.png"}
         flags = [text for flag, file in files.items() for text in (f"--{flag}", str(tmp_path / file))]
         assert main(["edit", *flags, "--box", "10,10,30,30", "--ckpt", str(path), "--quiet", *extra]) == 0
         pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
-    assert np.abs(pictures["ours"] - pictures["onnx"]).max() <= 1
-    ours, onnx = (read_provenance(tmp_path / f"{name}.png") for name in pictures)
-    assert onnx["dtype"] == "float32"
-    assert onnx["sampler"] == "lcm"
-    assert onnx["checkpoint"] == "onnx"
-    assert onnx["checkpoint_crc32"] != ours["checkpoint_crc32"]
+    assert np.abs(pictures["ours"] - pictures["exported"]).max() <= 1
+    ours, exported = (read_provenance(tmp_path / f"{name}.png") for name in pictures)
+    assert exported["dtype"] == "float32"
+    assert exported["sampler"] == "lcm"
+    assert exported["checkpoint"] == "torch-export"
+    assert exported["checkpoint_crc32"] != ours["checkpoint_crc32"]
 
 
 def test_the_system_of_evaluations(folders, exported):
-    system = PaintByExampleSystem.load(WeightFiles(paint_by_example=folders["torch-export"], device="cpu"))
+    system = PaintByExampleSystem.load(WeightFiles(paint_by_example=folders("torch-export"), device="cpu"))
     assert system.settings.sampler == "lcm"
     assert type(system.model) is type(exported("torch-export"))
     with pytest.raises(ValueError, match="no adapters"):
-        PaintByExampleSystem.load(WeightFiles(paint_by_example=folders["onnx"], adapters=("a.safetensors",)))
+        PaintByExampleSystem.load(WeightFiles(paint_by_example=folders("torch-export"), adapters=("a.safetensors",)))
 
 
 # --- what is refused --------------------------------------------------------------------------------------
@@ -245,11 +250,16 @@ def test_the_system_of_evaluations(folders, exported):
 
 @pytest.fixture
 def copy(folders, tmp_path):
-    return lambda to: shutil.copytree(folders[to], tmp_path / to)
+    return lambda to: shutil.copytree(folders(to), tmp_path / to)
 
 
 @pytest.mark.parametrize(
-    ("to", "name"), [("onnx", "unet.onnx"), ("onnx", "unet.onnx.data"), ("torch-export", "vae_decoder.pt2")]
+    ("to", "name"),
+    [
+        pytest.param("onnx", "unet.onnx", marks=pytest.mark.slow),
+        pytest.param("onnx", "unet.onnx.data", marks=pytest.mark.slow),
+        ("torch-export", "vae_decoder.pt2"),
+    ],
 )
 def test_a_folder_that_is_not_whole(copy, to, name):
     folder = copy(to)
@@ -262,7 +272,9 @@ def test_a_folder_that_is_not_whole(copy, to, name):
         load_exported(folder)
 
 
-@pytest.mark.parametrize(("to", "name"), [("onnx", "unet.onnx"), ("torch-export", "unet.pt2")])
+@pytest.mark.parametrize(
+    ("to", "name"), [pytest.param("onnx", "unet.onnx", marks=pytest.mark.slow), ("torch-export", "unet.pt2")]
+)
 def test_a_file_of_other_bytes(copy, to, name):
     folder = copy(to)
     (folder / name).write_bytes(bytes(64) + (folder / name).read_bytes()[64:])
@@ -284,7 +296,7 @@ def test_a_file_of_other_bytes(copy, to, name):
     ],
 )
 def test_an_index_that_is_damaged(copy, change):
-    folder = copy("onnx")
+    folder = copy("torch-export")
     about = json.loads((folder / "export.json").read_text())
     change(about)
     (folder / "export.json").write_text(json.dumps(about))
@@ -294,15 +306,16 @@ def test_an_index_that_is_damaged(copy, change):
 
 def test_a_folder_of_an_older_release(copy):
     """It opens without the sizes that newer ones have, which take their defaults."""
-    folder = copy("onnx")
+    folder = copy("torch-export")
     about = json.loads((folder / "export.json").read_text())
     del about["config"]["vae"]["latent_scale"]
     (folder / "export.json").write_text(json.dumps(about))
     assert load_exported(folder).config == SMALL
 
 
+@pytest.mark.slow
 def test_what_exported_networks_cannot_do(folders, exported, checkpoint, capsys):
-    folder = folders["onnx"]
+    folder = folders("onnx")
     for options, words in (
         ({"dtype": "bfloat16"}, "computes in float32 alone, got dtype='bfloat16'"),
         ({"dtype": "int8"}, "dtype='int8' is not one of"),
@@ -339,7 +352,7 @@ def test_what_cannot_be_exported(model, checkpoint, folders, tmp_path, monkeypat
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="is not an exported folder"):
         export_model(model, tmp_path, overwrite=True)
-    assert main(["export", str(checkpoint), "--to", "onnx", "--out", str(folders["onnx"])]) == 2
+    assert main(["export", str(checkpoint), "--to", "torch-export", "--out", str(folders("torch-export"))]) == 2
     assert "--force replaces it" in capsys.readouterr().err
     monkeypatch.setattr(writing, "find_spec", lambda name: None)
     assert main(["export", str(checkpoint), "--to", "onnx", "--out", str(tmp_path / "out")]) == 2

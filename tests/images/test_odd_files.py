@@ -79,6 +79,7 @@ def test_the_orientation_is_found_wherever_it_is(tmp_path, where):
     assert upright_size(tmp_path / "b.png") == (24, 16)  # not turned again
 
 
+@pytest.mark.slow
 def test_every_tag_with_every_type(tmp_path):
     """The block may be dropped, but the picture is used, upright, and its result is saved."""
     path, wrong = tmp_path / "a.jpg", []

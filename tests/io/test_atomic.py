@@ -106,9 +106,9 @@ def test_a_full_disk_names_the_file(tmp_path, number):
     "arguments",
     [
         ["seed", "--out", "{}.ckpt"],
-        ["slim", "demo", "--out", "{}.ckpt"],
-        ["slim", "demo", "--out", "{}.safetensors"],
-        ["convert", "demo", "--out", "{}"],
+        pytest.param(["slim", "demo", "--out", "{}.ckpt"], marks=pytest.mark.slow),
+        pytest.param(["slim", "demo", "--out", "{}.safetensors"], marks=pytest.mark.slow),
+        pytest.param(["convert", "demo", "--out", "{}"], marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_is_one_line(tmp_path, arguments):

@@ -103,6 +103,7 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
         ADMConfig(**{"model_channels": 32, "channel_mult": (1, 2, 2), "attention_levels": (2,), **change})
 
 
+@pytest.mark.slow
 def test_half_precision_and_compiling(small):
     args = noise("x", 1, 3, 16, 16), torch.tensor([700]), torch.tensor([3])
     expected = small(*args)

@@ -243,6 +243,7 @@ def test_keys_and_values_are_computed_once_for_a_loop(reuse):
     assert relative(result, model.unet(unet_in, t, context)) < 1e-5
 
 
+@pytest.mark.slow
 def test_at_full_size_it_adds_less_than_a_hundredth_of_the_arithmetic():
     """Of a call with both halves of guidance at 512 pixels; nothing is computed."""
     flops = []
@@ -259,6 +260,7 @@ def test_at_full_size_it_adds_less_than_a_hundredth_of_the_arithmetic():
     assert 1.005 < flops[1] / flops[0] < 1.01
 
 
+@pytest.mark.slow
 def test_traced_as_one_graph():
     """Traced only: what runs it is torch as usual."""
     prepared = prepare_for_inference(with_detail())
@@ -268,6 +270,7 @@ def test_traced_as_one_graph():
     torch.testing.assert_close(compiled(*args), prepared.unet.predict(*args), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_once_for_each_shape():
     model = with_detail()
     prepared = prepare_for_inference(model)

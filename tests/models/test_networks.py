@@ -83,6 +83,7 @@ def test_channels_last(model):
         assert torch.allclose(network(*args), expected[name], atol=1e-4), name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["unet", "encode", "decode", "exemplar"])
 def test_compiles_without_graph_breaks(model, name):

@@ -77,6 +77,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_the_installed_diffusers_opens_the_folder(folder, tmp_path):
     """Without the two lines of help that the hub's folder needs; where a release needs a word, it says which."""
     command = [sys.executable, "-c", OPEN, str(folder), "DiffusionPipeline", "PaintByExamplePipeline"]

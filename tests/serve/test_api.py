@@ -444,6 +444,7 @@ def test_the_oldest_finished_jobs_make_room(serve, pictures, tmp_path):
         client.delete(running)
 
 
+@pytest.mark.slow
 def test_fifty_clients_at_once_lose_nothing(client, model, pictures):
     def ask(seed: int) -> np.ndarray:
         headers = {"Accept": "image/png"}

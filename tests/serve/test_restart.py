@@ -78,6 +78,7 @@ def test_jobs_of_a_killed_server_are_found_again(tiny_checkpoint, serve, picture
         wait_for(lambda: status(client, waiting) == "done")
 
 
+@pytest.mark.slow
 def test_a_stopped_server_finishes_what_runs_and_hands_back_what_waits(serve, pictures, tmp_path):
     answers = {}
 

@@ -1,5 +1,6 @@
 """A run on photos of several shapes: batches of one shape train, validate and draw samples, and resume bit for bit."""
 
+import pytest
 import toy_run
 from PIL import Image
 from toy_run import assert_same_run
@@ -13,6 +14,7 @@ SETTINGS = (
 )
 
 
+@pytest.mark.slow
 def test_photos_of_several_shapes(tmp_path):
     toy = toy_run.write(tmp_path)
     rows = ["file,x0,y0,x1,y1"]

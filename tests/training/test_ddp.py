@@ -17,6 +17,7 @@ def test_two_processes_are_one(tmp_path, task):
     assert_two_are_one(tmp_path, (toy, *task, *start), "loss")
 
 
+@pytest.mark.slow
 def test_two_processes_train_an_autoencoder_as_one(tmp_path):
     """And its discriminator."""
     toy_run.write(tmp_path)

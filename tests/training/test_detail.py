@@ -125,6 +125,7 @@ def settings_of(start, **training):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_and_its_file_edits(toy, tmp_path):
     start = toy_run.write_model(toy.parent)
     settings = settings_of(start, noise_draws=2)

@@ -78,6 +78,7 @@ def test_making_goes_on(toy, kept, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in others} == others
 
 
+@pytest.mark.slow
 def test_resumed_with_them(toy, kept, tmp_path):
     run = tmp_path / "run"
     with_them = (f"run={run}", f"encodings.folder={kept}", "encodings.crops=2", *SETTINGS)

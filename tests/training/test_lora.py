@@ -92,6 +92,7 @@ FILES = ("ckpt", "safetensors")
 LORA = "lora: {rank: 2, alpha: 3.0, targets: all, dora: true, rslora: true}"
 
 
+@pytest.mark.slow
 def test_a_file_lies_beside_each_checkpoint(toy, capsys):
     run, start = toy.parent / "run", toy_run.write_model(toy.parent)
     settings = [

@@ -802,6 +802,7 @@ def test_validation_does_not_depend_on_the_batch_size():
     assert "val/exemplar_gain" not in validate(module, example(1), 1)  # nothing to compare with
 
 
+@pytest.mark.slow
 def test_a_test_is_a_validation_of_other_pictures(finished, toy):
     source = f"{{kind: manifest, path: {toy.parent / 'boxes.csv'}}}"
     config = load_config([str(toy), f"data.val_source={source}", f"data.test_source={source}"])
@@ -957,6 +958,7 @@ def test_a_trial_run_leaves_no_checkpoint(toy):
     assert list_checkpoints(run / "checkpoints") == []
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_files_have_moved_but_not_with_others(finished, toy, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     shutil.copytree(toy.parent / "images", tmp_path / "images")

@@ -27,6 +27,7 @@ def need(name):
     pytest.importorskip(KINDS[name].package.partition(".")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SETTINGS)[1:])
 def test_stopped_and_resumed(toy, name):
     """Where the run that nothing stopped saves and validates at other steps."""

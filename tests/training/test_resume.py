@@ -25,6 +25,7 @@ def test_uninterrupted(whole):
     assert len(set(losses.values())) == END
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(toy, whole):
     run = toy.parent / "killed"
     process = toy_run.start(toy, f"run={run}", *SETTINGS)
@@ -56,6 +57,7 @@ def test_resumed_from(toy, whole, step):
     assert not list((run / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "length",
     [["trainer.max_steps=7"], ["trainer.max_steps=5"], ["trainer.max_steps=-1", "trainer.max_epochs=1"]],
@@ -68,6 +70,7 @@ def test_finished_and_made_longer(toy, whole, length, request):
     assert_same_run(run, whole, END)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -96,6 +99,7 @@ def test_resumed_runs_of_other_kinds(toy, settings, request):
     assert_same_run(run, whole, 6)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_may_change(toy, whole):
     """It trades memory for time, and one's card may be another when a run goes on."""
     run = toy.parent / "checkpointed"
@@ -175,6 +179,7 @@ def whole_run(toy, kind, settings, every):
     return whole, settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind, (_, step) in KINDS.items() if step])
 def test_resumed_at_an_epoch_s_end(toy, kind):
     settings, step = KINDS[kind]

@@ -144,6 +144,7 @@ def worse(monkeypatch):
     monkeypatch.setattr(kind, lambda self, split: {f"{split}/loss": losses[self.global_step]})
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_with_a_checkpoint(toy, worse, capsys):
     run = toy.parent / "patient"
     settings = (

@@ -41,6 +41,7 @@ def assert_close(one, other, tolerance):
     assert gap < tolerance * whole
 
 
+@pytest.mark.slow
 def test_a_sharded_step_is_one_of_whole_parameters(sharded, one):
     a, b = toy_run.checkpoint(one, 1), toy_run.checkpoint(sharded, 1)
     assert_close(a["state_dict"], b["state_dict"], 1e-5)
@@ -60,6 +61,7 @@ def test_its_checkpoint_loads(sharded):
     assert all(torch.equal(x, saved[name]) for name, x in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [("data.batch_size=4",), SHARDED], ids=["whole again", "sharded again"])
 def test_it_goes_on(toy, start, sharded, one, settings, request):
     run = toy.parent / request.node.callspec.id.replace(" ", "_")

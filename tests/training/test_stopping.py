@@ -45,9 +45,8 @@ def test_a_stopped_run_is_no_success(toy, monkeypatch, capsys, signum):
     assert toy_run.checkpoint_steps(run) == [3]
 
 
-@pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "Ctrl+C"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl+C"])
 def test_a_signal_to_the_whole_group_saves_the_last_step_first(toy, signum):
     """As timeout, systemd, SLURM and a terminal send it: to the data workers too."""
     run = toy.parent / f"stopped_by_{signum}"
@@ -151,6 +150,7 @@ def test_slurm_s_requeue(toy, slurm, monkeypatch):
     assert toy_run.checkpoint_steps(run) == [3]
 
 
+@pytest.mark.slow
 def test_lightning_s_own_requeue_checkpoint_is_the_newest_and_is_not_restored_unasked(toy, slurm, capsys):
     run = toy.parent / "hpc"
     settings = (toy, f"run={run}", "checkpoint.every_n_steps=2", "checkpoint.keep=9")
@@ -163,6 +163,7 @@ def test_lightning_s_own_requeue_checkpoint_is_the_newest_and_is_not_restored_un
     assert {path.name for path in (run / "checkpoints").glob("step-*")} == {"step-00000002.ckpt", "step-00000005.ckpt"}
 
 
+@pytest.mark.slow
 def test_the_log_has_no_noise(toy):
     process = toy_run.start(
         toy, f"run={toy.parent / 'quiet'}", "trainer.max_steps=3", "trainer.enable_progress_bar=true"
@@ -185,6 +186,7 @@ def test_the_same_manifest_in_another_order(toy, tmp_path, capsys):
     assert "in another order" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_counts_of_skipped_pictures_go_on(toy, tmp_path):
     """Each picture that cannot be used is counted once in an epoch, in one run as in two."""
     for name in ("boxes.csv", "images"):

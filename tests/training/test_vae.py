@@ -60,7 +60,7 @@ def test_each_network_learns_of_its_own_loss():
     assert all(parameter.grad.abs().max() > 0 for parameter in discriminator.parameters())
 
 
-@pytest.mark.parametrize("train", ["all", "decoder"])
+@pytest.mark.parametrize("train", [pytest.param("all", marks=pytest.mark.slow), "decoder"])
 def test_its_file_is_an_autoencoder_s_and_the_run_goes_on(toy, plain, perceptual, train):
     settings = [*plain, perceptual, ADVERSARIAL, f"training.train={train}", "trainer.accumulate_grad_batches=2"]
     if train == "all":
