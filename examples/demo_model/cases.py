@@ -17,6 +17,7 @@ from pbe.data.recipe import Stages, to_unit_range
 from pbe.editing.edit import check_finite
 from pbe.editing.settings import DEMO, settings_for
 from pbe.editing.window import feather_width
+from pbe.images.collage import collages
 from pbe.images.seams import poisson_blend
 from pbe.images.windows import Box, feather_weights, mask_bounding_box
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
@@ -29,13 +30,14 @@ class Cases:
     """N photos seen through their windows.
 
     image: (N, 3, R, R) in [-1, 1]. mask: (N, 1, R, R), 1 = keep. exemplar: (N, 3, S, S) in [0, 1], the photo's own
-    object. place: where the photo lies in each window; gray bars are around it. kind, label: the folder of the photo
-    and the name of its object.
+    object; aspect: height over width of what it was cut from. place: where the photo lies in each window; gray bars are
+    around it. kind, label: the folder of the photo and the name of its object.
     """
 
     image: Tensor
     mask: Tensor
     exemplar: Tensor
+    aspect: list[float]
     place: list[Box]
     kind: list[str]
     label: list[str]
@@ -47,9 +49,9 @@ class Cases:
         """Some of the cases."""
         numbers = range(len(self))[chosen] if isinstance(chosen, slice) else chosen
         image, mask, exemplar = (tensor[list(numbers)] for tensor in (self.image, self.mask, self.exemplar))
-        place = [self.place[i] for i in numbers]
+        aspect, place = [self.aspect[i] for i in numbers], [self.place[i] for i in numbers]
         kind, label = ([names[i] for i in numbers] for names in (self.kind, self.label))
-        return Cases(image, mask, exemplar, place, kind, label)
+        return Cases(image, mask, exemplar, aspect, place, kind, label)
 
 
 def read_cases(dataset: ExampleDataset, count: int) -> Cases:
@@ -61,6 +63,7 @@ def read_cases(dataset: ExampleDataset, count: int) -> Cases:
         image=torch.stack([s.example.image for s in stages]),
         mask=torch.stack([s.example.mask for s in stages]),
         exemplar=torch.stack([crop_of(s) for s in stages]),
+        aspect=[s.pixels.exemplar_aspect for s in stages],
         place=[s.geometry.content for s in stages],
         kind=[kind_of(s.record.image.parts) for s in stages],
         label=[label_of(s) for s in stages],
@@ -109,17 +112,20 @@ def foreign(groups: Sequence[str], number: int, generator: torch.Generator) -> T
 # --- the model's pictures ---------------------------------------------------------------------------------
 
 
-def condition_of(model: PaintByExample, cases: Cases, exemplars: Tensor) -> Condition:
-    """What the model is told when it is to repaint cases as the exemplars `exemplars` (N, 3, S, S) in [0, 1]."""
-    normalised = T.normalize(exemplars, list(CLIP_MEAN), list(CLIP_STD))
-    return model.condition(*(x.to(model.device, model.dtype) for x in (cases.image, cases.mask, normalised)))
+def condition_of(model: PaintByExample, cases: Cases, others: Cases) -> Condition:
+    """What the model is told when it is to repaint cases as the objects of as many others."""
+    exemplars = T.normalize(others.exemplar, list(CLIP_MEAN), list(CLIP_STD))
+    hole = collages(exemplars, others.aspect, cases.mask) if model.config.collage else None
+    given = [x if x is None else x.to(model.device, model.dtype) for x in (cases.image, cases.mask, exemplars, hole)]
+    image, mask, exemplars, hole = given
+    return model.condition(image, mask, exemplars, hole=hole)
 
 
 @torch.no_grad()
 def paint(
     model: PaintByExample,
     cases: Cases,
-    exemplars: Tensor,
+    others: Cases,
     seeds: Sequence[int],
     *,
     guidance: float,
@@ -127,7 +133,7 @@ def paint(
     sampler: str,
     batch_size: int = 32,
 ) -> Tensor:
-    """The model's pictures (N, 3, R, R) in [-1, 1] of the cases repainted as `exemplars` (N, 3, S, S) in [0, 1].
+    """The model's pictures (N, 3, R, R) in [-1, 1] of the cases repainted as the objects of as many others.
 
     Each picture follows from its own seed: the same one gives the same noise, whatever the exemplar.
     """
@@ -136,7 +142,7 @@ def paint(
     pictures = []
     for first in range(0, len(cases), batch_size):
         batch = slice(first, first + batch_size)
-        condition = condition_of(model, cases[batch], exemplars[batch])
+        condition = condition_of(model, cases[batch], others[batch])
         generators = [make_generators(seed, 1)[0] for seed in seeds[batch]]
         x_T = randn(condition.z_masked.shape[1:], generators, model.device)
         z_0 = sample(guided_eps(model, condition, guidance), x_T, grid, eta=settings.eta, generators=generators)

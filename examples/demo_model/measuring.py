@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace, settings: Settings, command: str) -> None:
         tables.sampler_table(
             model,
             seen[first],
-            seen.exemplar[painted.own[first]],
+            seen[painted.own[first].tolist()],
             guidance=settings.guidance,
             steps=settings.sampler_steps,
             reference_steps=settings.reference_steps,
@@ -152,12 +152,12 @@ def paint_all(
     others = foreign(groups, settings.seeds, generator)
     own, n = others[:, 0], settings.seed_cases
 
-    def results(count: int, exemplars: Tensor, guidance: float, shift: int = 0) -> Tensor:
+    def results(count: int, others: Tensor, guidance: float, shift: int = 0) -> Tensor:
         """The first `count` cases; each `shift` has seeds of its own."""
         pictures = paint(
             model,
             seen[:count],
-            seen.exemplar[exemplars[:count]],
+            seen[others[:count].tolist()],
             [settings.seed + len(cases) * shift + i for i in range(count)],
             guidance=guidance,
             steps=settings.steps,

@@ -248,7 +248,7 @@ def augment_all(exemplars: Tensor, recipe: RecipeConfig, generator: torch.Genera
 def sampler_table(
     model: PaintByExample,
     cases: Cases,
-    exemplars: Tensor,
+    others: Cases,
     *,
     guidance: float,
     samplers: Sequence[str] = ("ddim", "plms", "dpm_solver"),
@@ -257,7 +257,7 @@ def sampler_table(
     seed: int = 0,
 ) -> Table:
     """The error of each sampler, spacing and number of steps against DDIM of `reference_steps`, from the same noise."""
-    condition = condition_of(model, cases, exemplars)
+    condition = condition_of(model, cases, others)
     eps = guided_eps(model, condition, guidance)
     x_T = randn(condition.z_masked.shape[1:], make_generators(seed, len(cases)), model.device)
     schedule = NoiseSchedule.scaled_linear()

@@ -53,6 +53,7 @@ class Hints:
     latent_scale: Annotated[float, Range(0, MAX_HINT, above=True)] | None = None
     resolution: Count | None = None
     distilled: Distilled | None = None
+    collage: bool | None = None
 
     def __post_init__(self) -> None:
         for name, annotation in field_types(Hints).items():
@@ -227,6 +228,7 @@ def paint_by_example_config(shapes: Shapes, hints: Hints) -> PaintByExampleConfi
         if any(n.startswith(TINY_PREFIX) for n in shapes)
         else None,
         distilled=hints.distilled,
+        collage=hints.collage or False,
     )
 
 
@@ -320,4 +322,5 @@ def pbe_entry(config: ModelSizes) -> dict[str, Any]:
         "mapper_heads": exemplar.mapper_heads,
         "exemplar_tokens": exemplar.tokens,
         **({"distilled": asdict(config.distilled)} if config.distilled else {}),
+        **({"collage": True} if config.collage else {}),
     }

@@ -70,9 +70,12 @@ class DataConfig:
         return override_recipe(self.recipe, {"augment": False, "anneal_masks": 0, **self.val_recipe}, "data.val_recipe")
 
 
-def check_sizes(config: DataConfig, multiple: int, exemplar_size: int, resolution: int | None = None) -> None:
-    """ValueError unless all examples suit a model whose pictures have sides of a `multiple` of pixels, and whose
-    exemplars are of `exemplar_size`. Warns (DataWarning) where they are not of its `resolution`."""
+def check_sizes(
+    config: DataConfig, multiple: int, exemplar_size: int, resolution: int | None = None, collage: bool = False
+) -> None:
+    """ValueError unless all examples suit a model whose pictures have sides of a `multiple` of pixels, whose exemplars
+    are of `exemplar_size`, and whose holes show them or not. Warns (DataWarning) where they are not of its
+    `resolution`."""
     for key, recipe in config.recipes().items():
         step = multiple * 8 if recipe.fit == "buckets" else multiple  # sides are eighths
         if recipe.resolution % step:
@@ -81,6 +84,8 @@ def check_sizes(config: DataConfig, multiple: int, exemplar_size: int, resolutio
             )
         if recipe.exemplar_size != exemplar_size:
             raise ValueError(f"{key}.exemplar_size must be {exemplar_size} for this model, got {recipe.exemplar_size}")
+        if recipe.collage != collage:
+            raise ValueError(f"{key}.collage must be {str(collage).lower()} for this model: leave it out")
         if resolution is not None and recipe.resolution != resolution:
             warnings.warn(
                 f"{key}.resolution is {recipe.resolution}, but the model's is {resolution}: each example has "

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 NEVER = torch.zeros(())
+GRAY = torch.zeros(1, 1, 1)
 _64_BITS = (1 << 64) - 1
 
 
@@ -23,14 +24,15 @@ class Example(NamedTuple):
     seed: Tensor  # int64 (), of the training step's draws (timestep, noise, posterior, dropped exemplar)
     file: str | list[str]  # for messages; a list in a batch
     noisy: Tensor = NEVER  # float32 (), see `Record.noisy`
+    hole: Tensor = GRAY  # (3, H, W) in [-1, 1], or (1, 1, 1): what is shown where the source is repainted
 
     @property
     def masked_image(self) -> Tensor:
-        """What is kept of the source, (3, H, W) in [-1, 1], gray (0) where it is repainted.
+        """What is kept of the source, (3, H, W) in [-1, 1], and the hole where it is repainted.
 
         Computed and not stored: it need not travel from worker processes and to the device.
         """
-        return self.source * self.mask
+        return self.source * self.mask + self.hole
 
 
 class EncodedExample(NamedTuple):
@@ -53,12 +55,12 @@ def collate(examples: Sequence[Example] | Sequence[EncodedExample]) -> Example |
     if isinstance(examples[0], EncodedExample):
         *tensors, files, noisy = map(list, zip(*examples, strict=True))
         return EncodedExample._make([*map(default_collate, tensors), files, default_collate(noisy)])
-    images, sources, masks, exemplars, seeds, files, noisy = map(list, zip(*examples, strict=True))
+    images, sources, masks, exemplars, seeds, files, *last = map(list, zip(*examples, strict=True))
     image = default_collate(images)
     shared = all(a is b for a, b in zip(images, sources, strict=True))
     source = image if shared else default_collate(sources)
     others = map(default_collate, (masks, exemplars, seeds))
-    return Example._make([image, source, *others, files, default_collate(noisy)])
+    return Example._make([image, source, *others, files, *map(default_collate, last)])
 
 
 def hash64(*values: int) -> int:

@@ -34,11 +34,12 @@ from pbe.data.crop import (
     to_pixels,
     usable,
 )
-from pbe.data.example import Example, draw_bernoulli, draw_integers
+from pbe.data.example import GRAY, Example, draw_bernoulli, draw_integers
 from pbe.data.masks import bezier_outline, box_outline, grow_box
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import MaskSource, Record, Source, UnusablePicture, in_area
 from pbe.data.transplant import Donor, donor_box, draw_donor, paste, read_donor
+from pbe.images.collage import collage
 from pbe.images.reading import fill_polygon, read_exemplar
 from pbe.images.windows import Box, extract_repaint
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
@@ -71,6 +72,7 @@ class Pixels(NamedTuple):
     source: Tensor  # the photo to edit; the same tensor unless the record has a target
     repaint: Tensor  # bool (1, h, w)
     exemplar_crop: Tensor  # (3, S, S), what is augmented to the exemplar
+    exemplar_aspect: float  # height over width before it was squeezed into the square
     exemplar_shown: Tensor | None = None  # float (1, S, S) in [0, 1], the object in it, where the rest is to be filled
 
 
@@ -166,6 +168,7 @@ def choose_box(record: Record, config: RecipeConfig, generator: torch.Generator)
 def read_pixels(record: Record, geometry: Geometry, photo: Photo, config: RecipeConfig) -> Pixels:
     """Reads and resamples the window and the exemplar; the letterbox is not yet around it."""
     size, exemplar_size = geometry.size, (config.exemplar_size,) * 2
+    aspect = geometry.exemplar_box.height / geometry.exemplar_box.width
     options = {"antialias": config.antialias, "draft": config.draft}
     if geometry.donor is not None:
         (host,) = photo.read([geometry.window], [size], **options)
@@ -180,6 +183,7 @@ def read_pixels(record: Record, geometry: Geometry, photo: Photo, config: Recipe
         (source,) = photo.read([geometry.window], [size], **options)
         with usable(record.exemplar):
             picture = read_exemplar(record.exemplar)  # an alpha channel is its object's mask
+        aspect = picture.height / picture.width
         crop = T.resize(T.pil_to_tensor(picture), list(exemplar_size), antialias=config.antialias)
     image = source
     if record.target is not None:
@@ -198,7 +202,7 @@ def read_pixels(record: Record, geometry: Geometry, photo: Photo, config: Recipe
         assert record.masks is not None  # draw_geometry chose one of them
         repaint = draw_object(record.masks[geometry.object], record.image, geometry, photo.size, config)
     shown = draw_shown(record, geometry, photo.size, config) if config.fill_background else None
-    return Pixels(image, source, repaint, crop, shown)
+    return Pixels(image, source, repaint, crop, aspect, shown)
 
 
 def draw_shown(record: Record, geometry: Geometry, size: tuple[int, int], config: RecipeConfig) -> Tensor | None:
@@ -258,8 +262,10 @@ def finish(
         exemplar = 1 + (exemplar - 1) * pixels.exemplar_shown  # over white
     if config.augment:
         exemplar = augment_exemplar(exemplar, config, generator)
+    hole = collage(exemplar * 2 - 1, pixels.exemplar_aspect, mask) if config.collage else GRAY
     exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
-    return Example(image, source, mask, exemplar, torch.tensor(seed), str(record.image), torch.tensor(record.noisy))
+    noisy = torch.tensor(record.noisy)
+    return Example(image, source, mask, exemplar, torch.tensor(seed), str(record.image), noisy, hole)
 
 
 def recolored(pixels: Pixels, geometry: Geometry, recoloring: Recoloring) -> Pixels:

@@ -72,6 +72,9 @@ class RecipeConfig:
     fill_background: bool = False
     """Fill what surrounds an object in its exemplar with white, as editing does, where it has a mask, so that it cannot
     be copied; not the paper's."""
+    collage: bool = False
+    """Show the exemplar, as augmented, in the hole of the masked image (`pbe.images.collage`); in a config that leaves
+    it out, as the model does. Not the paper's."""
     flip: Probability = 0.5
     """Probability that the exemplar is flipped from left to right."""
     rotation: Probability = 0.5

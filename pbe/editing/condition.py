@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, cast
+from typing import Annotated, NamedTuple, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pbe.editing.settings import EditSettings
+from pbe.images.collage import collages
 from pbe.images.pillow import PictureWarning
 from pbe.images.reading import MaskLike, PictureLike, exemplar_tensor, read_exemplar
 from pbe.io.fields import Range, check
@@ -40,15 +41,34 @@ def read_exemplars(
     return [read_exemplar(*each, fit) for each in zip(exemplars, masks, names, strict=True)]
 
 
-def mixed_context(
+class Mixture(NamedTuple):
+    """Exemplars, and how much of the result each has a say in."""
+
+    pixels: Tensor  # (N, 3, S, S) as CLIP takes them
+    aspects: list[float]  # height over width of their pictures
+    shares: Tensor  # (N,), their sum is 1
+
+    def context(self, model: PaintByExample) -> Tensor:
+        """The condition (1, T, context_dim): of several exemplars the weighted mean, token by token."""
+        contexts = model.encode_exemplar(self.pixels.to(model.device, model.dtype)).float()  # (N, T, context_dim)
+        shares = self.shares.to(model.device)
+        return (shares[:, None, None] * contexts).sum(dim=0, keepdim=True).to(model.dtype)
+
+    def hole(self, keep: Tensor) -> Tensor:
+        """The hole (1, 3, H, W) of a window in which `keep` (1, 1, H, W) is kept: the weighted mean of collages."""
+        shown = collages(self.pixels, self.aspects, keep.float().cpu().expand(len(self.pixels), -1, -1, -1))
+        return (self.shares[:, None, None, None] * shown).sum(dim=0, keepdim=True)
+
+
+def read_mixture(
     model: PaintByExample,
     exemplar: PictureLike | Sequence[PictureLike],
     mask: MaskLike | Sequence[MaskLike | None] | None,
     weights: Sequence[float] | None,
     name: str = "exemplar",
     fit: bool = False,
-) -> Tensor:
-    """The condition (1, T, context_dim) of one exemplar, or the weighted mean of several exemplars', token by token."""
+) -> Mixture:
+    """One exemplar or several, for a model."""
     exemplars = read_exemplars(exemplar, mask, name, fit)
     shares = check(f"{name}_weights", [1.0] * len(exemplars) if weights is None else weights, Weights)
     if len(shares) != len(exemplars):
@@ -58,12 +78,18 @@ def mixed_context(
 
     size = model.config.exemplar.vision.image_size
     pixels = torch.cat([exemplar_tensor(one, size) for one in exemplars])
-    contexts = model.encode_exemplar(pixels.to(model.device, model.dtype))  # (N, T, context_dim)
-    w = torch.tensor(shares, dtype=torch.float32, device=model.device)[:, None, None] / sum(shares)
-    return (w * contexts.float()).sum(dim=0, keepdim=True).to(model.dtype)
+    return Mixture(pixels, [one.height / one.width for one in exemplars], torch.tensor(shares) / sum(shares))
 
 
-def contexts(
+class Told(NamedTuple):
+    """What the UNet is told about an edit, whatever its window."""
+
+    context: Tensor  # (1, T, context_dim)
+    null_context: Tensor | None  # in the place of the model's own
+    shown: Mixture | None  # in the hole of the masked image, if the model wants that
+
+
+def read_told(
     model: PaintByExample,
     settings: EditSettings,
     exemplar: PictureLike | Sequence[PictureLike],
@@ -72,21 +98,21 @@ def contexts(
     negative: PictureLike | Sequence[PictureLike] | None,
     negative_mask: MaskLike | Sequence[MaskLike | None] | None,
     negative_weights: Sequence[float] | None,
-) -> tuple[Tensor, Tensor | None]:
-    """`mixed_context` of the exemplars, and of the negative ones if there are any, with detail at its strength."""
+) -> Told:
+    """The contexts of the exemplars, and of the negative ones if there are any, with detail at its strength."""
     fit = settings.fit_mask
     if negative is None and not (negative_mask is None and negative_weights is None):
         raise ValueError("negative_mask and negative_weights are those of negative, which is not given")
-    context = mixed_context(model, exemplar, exemplar_mask, exemplar_weights, fit=fit)
-    null_context = None
+    mixture = read_mixture(model, exemplar, exemplar_mask, exemplar_weights, fit=fit)
+    context, null_context = mixture.context(model), None
+    shown = mixture if model.config.collage else None
     if negative is not None:
         warn_of_idle_negative(settings, model.config.distilled)
-        null_context = mixed_context(model, negative, negative_mask, negative_weights, "negative", fit)
-    if model.detail is None or settings.detail is None:
-        return context, null_context
-    both = context, model.null_context if null_context is None else null_context
-    context, null_context = (at_strength(x, model.detail.config.tokens, settings.detail) for x in both)
-    return context, null_context
+        null_context = read_mixture(model, negative, negative_mask, negative_weights, "negative", fit).context(model)
+    if model.detail is not None and settings.detail is not None:
+        both = context, model.null_context if null_context is None else null_context
+        context, null_context = (at_strength(x, model.detail.config.tokens, settings.detail) for x in both)
+    return Told(context, null_context, shown)
 
 
 def warn_of_idle_negative(settings: EditSettings, distilled: Distilled | None) -> None:
@@ -108,12 +134,13 @@ def placed_size(
     return read_exemplars(exemplar, exemplar_mask, fit=settings.fit_mask)[0].size[::-1]
 
 
-def window_condition(model: PaintByExample, pixels: Tensor, keep: Tensor, context: Tensor, batch: int) -> Condition:
+def window_condition(model: PaintByExample, pixels: Tensor, keep: Tensor, told: Told, batch: int) -> Condition:
     """What the UNet needs to know to repaint what `crop_window` gives, for `batch` results."""
+    hole = None if told.shown is None else told.shown.hole(keep).to(model.device, model.dtype)
     pixels, keep = pixels.to(model.device, model.dtype), keep.to(model.device, model.dtype)
-    z_masked, mask = model.encode_masked(pixels, keep.expand(len(pixels), -1, -1, -1))
+    z_masked, mask = model.encode_masked(pixels, keep.expand(len(pixels), -1, -1, -1), hole=hole)
     check_visible(mask)
-    return Condition(*(x.expand(batch, *x.shape[1:]) for x in (z_masked, mask, context)))
+    return Condition(*(x.expand(batch, *x.shape[1:]) for x in (z_masked, mask, told.context)))
 
 
 LARGER_MASK = "draw it wider, zoom in on it (window='auto') or work at a higher resolution"

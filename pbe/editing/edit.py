@@ -15,7 +15,7 @@ from torch import Tensor
 from pbe.acceleration import PreparedModel, is_compiled, prepare_for_inference
 from pbe.acceleration.offloading import on_device
 from pbe.editing.canvas import Canvas, read_canvas
-from pbe.editing.condition import contexts, placed_size, window_condition
+from pbe.editing.condition import Told, placed_size, read_told, window_condition
 from pbe.editing.preview import Preview, with_previews
 from pbe.editing.settings import BY_SAMPLER, COUNT, SETTINGS, EditKeywords, EditSettings, settings_for
 from pbe.editing.together import Sampling, Steps, sampled
@@ -88,7 +88,7 @@ def edit(
     """
     settings = choose_settings(model, keywords, num_images, batch_size, preview_every)
     check("output", output, Literal["pictures", "latents"])
-    told = exemplar, exemplar_mask, exemplar_weights, negative, negative_mask, negative_weights
+    given = exemplar, exemplar_mask, exemplar_weights, negative, negative_mask, negative_weights
     if isinstance(image, Canvas):
         canvas = image
     else:
@@ -98,12 +98,11 @@ def edit(
     noise = None if latents is None else check_latents(latents, num_images)
     model, callback = make_ready(model, callback, preview, preview_every)
     with on_device(model.cond_stage_model, model.device):
-        context, null_context = contexts(model, settings, *told)
+        told = read_told(model, settings, *given)
 
     results = [canvas.picture] * num_images
     for region in canvas.regions:
-        rest = (settings, batch_size, callback, null_context, noise)
-        painted = yield from paint_region(model, results, region, context, *rest)
+        painted = yield from paint_region(model, results, region, told, settings, batch_size, callback, noise)
         if output == "latents":
             return [z_0 for batch in painted for z_0 in batch.z_0.float().cpu().split(1)]
         results = edit_region(model, results, region, painted, settings)
@@ -154,17 +153,15 @@ def paint_region(
     model: PaintByExample,
     photos: list[Picture],
     repaint: np.ndarray,
-    context: Tensor,
+    told: Told,
     settings: EditSettings,
     batch_size: int,
     callback: Callback | None = None,
-    null_context: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Steps[list[Painted]]:
     """Latents for the region `repaint` (H, W) of the photos, one per seed, in one window: condition → sample.
 
-    `null_context` (1, 1, context_dim) and `noise` (as many as photos, or 1, 4, h, w) stand in the place of the model's
-    own and of the seeds'.
+    `noise` (as many as photos, or 1, 4, h, w) stands in the place of the seeds'.
     """
     device, resolution = model.device, settings.resolution or model.config.resolution
     box = place_window(repaint, settings.window, settings.margin, resolution)
@@ -174,11 +171,11 @@ def paint_region(
         batch = photos[first : first + batch_size]
         seen, keep = crop_window(batch, repaint, box, size)
         with on_device(model.vae, device):
-            condition = window_condition(model, seen, keep, context, len(batch))
+            condition = window_condition(model, seen, keep, told, len(batch))
             z_photo = model.vae.encode(seen.to(device, model.dtype)).mean if settings.strength < 1 else None
         own = noise if noise is None or len(noise) == 1 else noise[first : first + batch_size]
         seeds = range(settings.seed + first, settings.seed + first + len(batch))
-        z_0 = yield Sampling(model, condition, settings, seeds, callback, z_photo, null_context, own)
+        z_0 = yield Sampling(model, condition, settings, seeds, callback, z_photo, told.null_context, own)
         painted.append(Painted(box, seen, keep, z_0))
     return painted
 

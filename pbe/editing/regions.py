@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pbe.acceleration.offloading import on_device
 from pbe.editing.canvas import Canvas, read_canvas
-from pbe.editing.condition import contexts, placed_size
+from pbe.editing.condition import Told, placed_size, read_told
 from pbe.editing.edit import Painted, check_edit, choose_settings, edit_region, make_ready, paint_region, with_settings
 from pbe.editing.preview import Preview
 from pbe.editing.settings import EditKeywords, EditSettings
@@ -53,7 +52,7 @@ class Region:
 
     @property
     def told(self) -> tuple[Any, ...]:
-        """Its exemplars and negative exemplars, as `contexts` takes them."""
+        """Its exemplars and negative exemplars, as `read_told` takes them."""
         return tuple(getattr(self, field.name) for field in fields(self)[1:7])
 
 
@@ -118,15 +117,14 @@ def edit_regions(
                 box = place_window(repaint, own.window, own.margin, own.resolution or model.config.resolution)
                 areas.append(Area(i, own, repaint, box))
     model, callback = make_ready(model, callback, preview, preview_every)
-    told: list[tuple[Tensor, Tensor | None]] = []
+    told: list[Told] = []
     with on_device(model.cond_stage_model, model.device):
         for i, region in enumerate(regions):
             with naming(i):
-                told.append(contexts(model, region.settings(settings), *region.told))
+                told.append(read_told(model, region.settings(settings), *region.told))
 
     def begin(area: Area) -> Steps[list[Painted]]:
-        context, null_context = told[area.region]
-        return paint_region(model, results, area.repaint, context, area.settings, batch_size, callback, null_context)
+        return paint_region(model, results, area.repaint, told[area.region], area.settings, batch_size, callback)
 
     results = [picture] * num_images
     while areas:

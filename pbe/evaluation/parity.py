@@ -57,8 +57,9 @@ def compare_with_diffusers(path: Path) -> list[Comparison]:
         except ImportError as error:
             raise ImportError(f"verifying needs {package}, the extra verify: pip install pbe[verify]") from error
     model = load_model(path, "cpu", "float32")
-    if not isinstance(model, PaintByExample) or model.config.exemplar.tokens != "class":
-        raise ValueError(f"{path} holds {type(model).__name__}; diffusers has Paint by Example of one token")
+    if not isinstance(model, PaintByExample) or model.config.exemplar.tokens != "class" or model.config.collage:
+        kind = type(model).__name__
+        raise ValueError(f"{path} holds {kind}; diffusers has Paint by Example of one token and gray holes")
     config, inputs = model.config, seeded_inputs(model.config)
     ours = outputs_here(model, *inputs)
     with TemporaryDirectory() as temporary:

@@ -29,7 +29,8 @@ class PaintByExampleConfig:
     """Sizes of `PaintByExample`; the defaults are those of the released model.
 
     `resolution` is the side in pixels of the pictures it was trained on, `distilled` is None for an ordinary model. A
-    `tiny_decoder` stands beside the autoencoder, for drafts and previews.
+    `tiny_decoder` stands beside the autoencoder, for drafts and previews. With `collage` the hole of the masked image
+    shows the exemplar (`pbe.images.collage`), which the released model does not.
     """
 
     unet: UNetConfig = UNetConfig()
@@ -38,6 +39,7 @@ class PaintByExampleConfig:
     resolution: int = 512
     distilled: Distilled | None = None
     tiny_decoder: TinyConfig | None = None
+    collage: bool = False
 
     def __post_init__(self) -> None:
         kinds = [f"{c.latent_channels} channels at 1/{c.downsampling}" for c in (self.vae, self.tiny_decoder) if c]
@@ -109,26 +111,38 @@ class PaintByExample(nn.Module):
         return torch.cat([own, self.detail(early)], dim=1)
 
     def encode_masked(
-        self, image: Tensor, mask: Tensor, posterior_noise: Tensor | None = None
+        self, image: Tensor, mask: Tensor, posterior_noise: Tensor | None = None, hole: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The masked image's latent (B, 4, h, w) and the mask at latent size (B, 1, h, w).
 
         `image` (B, 3, H, W) in [-1, 1]; `mask` (B, 1, H, W) in {0, 1}, 1 = keep. The latent is the posterior's mean, or
-        its sample for `posterior_noise` (B, 4, h, w), as the original draws it.
+        its sample for `posterior_noise` (B, 4, h, w), as the original draws it. `hole` (B, 3, H, W), what `collages`
+        gives, is for a model with `collage`, which needs it.
+
+        Raises:
+            ValueError: for shapes that do not fit, and a hole that is missing or that the model does not know.
         """
         if mask.shape != (image.shape[0], 1, *image.shape[2:]):
             raise ValueError(
                 f"mask {tuple(mask.shape)} does not fit image {tuple(image.shape)}: (B, 1, H, W) is needed"
             )
-        posterior = self.vae.encode(image * mask)
+        if (hole is not None) != self.config.collage:
+            needs = "needs a hole: pbe.images.collage.collages" if hole is None else "was trained with gray holes"
+            raise ValueError(f"this model {needs}")
+        posterior = self.vae.encode(image * mask if hole is None else image * mask + hole)
         z_masked = posterior.mean if posterior_noise is None else posterior.sample(posterior_noise)
         return z_masked, latent_mask(mask, self.config.vae.downsampling)
 
     def condition(
-        self, image: Tensor, mask: Tensor, exemplar: Tensor, posterior_noise: Tensor | None = None
+        self,
+        image: Tensor,
+        mask: Tensor,
+        exemplar: Tensor,
+        posterior_noise: Tensor | None = None,
+        hole: Tensor | None = None,
     ) -> Condition:
         """What the UNet needs to know of an edit: `encode_masked` and `encode_exemplar` together."""
-        z_masked, mask = self.encode_masked(image, mask, posterior_noise)
+        z_masked, mask = self.encode_masked(image, mask, posterior_noise, hole)
         return Condition(z_masked, mask, self.encode_exemplar(exemplar))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -14,6 +14,7 @@ from pbe.data import recipe_config
 from pbe.data.datamodule import DataConfig
 from pbe.data.recipe_config import override_recipe
 from pbe.io.fields import Range, check, field_types
+from pbe.models.paint_by_example import PaintByExampleConfig
 from pbe.models.vae import VAEConfig
 from pbe.training.callbacks.checkpoints import CheckpointConfig
 from pbe.training.callbacks.loggers import Log
@@ -148,6 +149,12 @@ class TinyDecoderRun(RunConfig):
 
 
 Run = PaintByExampleRun | VAERun | TinyDecoderRun | DistillationRun
+# What a recipe has of the model, where a config leaves it out.
+RECIPE_OF_MODEL: dict[str, Callable[[PaintByExampleConfig], Any]] = {
+    "resolution": lambda size: size.resolution,
+    "exemplar_size": lambda size: size.exemplar.vision.image_size,
+    "collage": lambda size: size.collage,
+}
 TASKS: dict[str, type[Run]] = {
     "paint_by_example": PaintByExampleRun,
     "vae": VAERun,
@@ -160,7 +167,7 @@ def load_config(settings: Sequence[str]) -> Run:
     """The settings of YAML files and overrides such as `data.batch_size=8`; later ones win.
 
     A YAML file may name another in `base`, relative to itself, whose values it changes. `task` chooses the dataclass.
-    The recipe's resolution and exemplar_size, where none is given, are those of the model.
+    The recipe's resolution, exemplar_size and collage, where none is given, are those of the model.
     Raises `FileNotFoundError`, or `ValueError` that names the key which is unknown or has a value of another type.
     """
     merged = OmegaConf.create()
@@ -173,14 +180,13 @@ def load_config(settings: Sequence[str]) -> Run:
         raise ValueError(f"task={task} is not one of {', '.join(TASKS)}")
     origin = " ".join(settings)
     try:
-        open_sizes = [name for name in ("resolution", "exemplar_size") if not has_value(merged, f"data.recipe.{name}")]
+        open_sizes = [name for name in RECIPE_OF_MODEL if not has_value(merged, f"data.recipe.{name}")]
         config = cast(Run, OmegaConf.to_object(merge(OmegaConf.structured(TASKS[task]), merged, origin)))
     except OmegaConfBaseException as error:  # such as an interpolation that leads nowhere
         raise ValueError(f"{origin}: {explain(error)}") from None
     size = known_size(config.model) if isinstance(config, ModelRun) and open_sizes else None
     if size is not None:
-        sizes = {"resolution": size.resolution, "exemplar_size": size.exemplar.vision.image_size}
-        missing = {name: sizes[name] for name in open_sizes}
+        missing = {name: RECIPE_OF_MODEL[name](size) for name in open_sizes}
         config.data.recipe = override_recipe(config.data.recipe, missing, "data.recipe")
     return config
 

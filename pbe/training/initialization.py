@@ -52,9 +52,18 @@ class ModelConfig:
     """From scratch only: a trained autoencoder, of the task `vae`, in a file or folder of its own, or in a model's."""
     tokens: Literal["class", "all"] | None = None
     """What passes of the exemplar, see `ExemplarConfig`; None: as `init` or `size` has it."""
+    collage: bool | None = None
+    """Whether the hole of the masked image shows the exemplar, see `pbe.images.collage`; None: as `init` or `size` has
+    it."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
+
+    def changed(self, size: PaintByExampleConfig) -> PaintByExampleConfig:
+        """What `init` or `size` has, with this config's own `tokens` and `collage`."""
+        tokens = size.exemplar.tokens if self.tokens is None else self.tokens
+        collage = size.collage if self.collage is None else self.collage
+        return replace(size, exemplar=replace(size.exemplar, tokens=tokens), collage=collage)
 
 
 def trained_names(model: PaintByExample, parts: Sequence[Part]) -> set[str]:
@@ -104,10 +113,8 @@ def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
         # A float32 file is mapped into memory, and must not be what is trained.
         state = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
         size, seeded = loaded.config, tuple(PARTS[part] for part in config.reset)
-    size = replace(size, distilled=None)  # what it was distilled for, training unlearns
-    if config.tokens is not None:
-        size = replace(size, exemplar=replace(size.exemplar, tokens=config.tokens))
-    model = build_on_meta(PaintByExample, size)
+    # what it was distilled for, training unlearns
+    model = build_on_meta(PaintByExample, replace(config.changed(size), distilled=None))
     state |= initial_weights(model, generator, seeded)
     model.load_state_dict(state, assign=True)
     return model.train()
@@ -116,13 +123,13 @@ def starting_model(config: ModelConfig, seed: int) -> PaintByExample:
 def known_size(config: ModelConfig) -> PaintByExampleConfig | None:
     """The networks' sizes, of a checkpoint by its names and shapes alone; None where they cannot be known yet."""
     if config.init == "scratch":
-        return config.size
+        return config.size and config.changed(config.size)
     try:
         checkpoint = open_recognised(config.init)
         size = checkpoint.layout.infer(checkpoint.shapes, checkpoint.hints)
     except (OSError, ValueError, IndexError, ZeroDivisionError):  # `starting_model` says what is wrong
         return None
-    return size if isinstance(size, PaintByExampleConfig) else None
+    return config.changed(size) if isinstance(size, PaintByExampleConfig) else None
 
 
 def seeded(model_class: Callable[[Any], Network], size: Any, seed: int) -> Network:

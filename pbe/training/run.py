@@ -271,7 +271,8 @@ def make_module(config: Run) -> TrainingTask:
         case PaintByExampleRun() | DistillationRun():
             model = starting_model(config.model, config.seed)
             size = model.config
-            check_sizes(config.data, size.vae.downsampling, size.exemplar.vision.image_size, size.resolution)
+            exemplar_size = size.exemplar.vision.image_size
+            check_sizes(config.data, size.vae.downsampling, exemplar_size, size.resolution, size.collage)
             if config.training.adapts and config.model.init != "scratch":
                 base = find_checkpoint(config.model.init)
                 about["base"] = {"checkpoint": base.name, "crc32": crc_of(base)}

@@ -8,7 +8,7 @@ from detail_model import CONFIG, make_model, save, with_detail
 import pbe
 from pbe.acceleration.offloading import offload
 from pbe.batch.provenance import identify
-from pbe.editing.condition import contexts, mixed_context
+from pbe.editing.condition import read_mixture, read_told
 from pbe.editing.edit import edit
 from pbe.editing.settings import EditSettings
 from pbe.editing.together import run_together
@@ -76,22 +76,22 @@ def test_what_the_tokens_are(model):
         return model.encode_exemplar(exemplar_tensor(read_exemplar(one), 28))
 
     told = (EXEMPLAR, None, None, None, None, None)
-    context, null = contexts(model, EditSettings(), *told)
+    context, null, _ = read_told(model, EditSettings(), *told)
     assert torch.equal(context, encoded(EXEMPLAR))
     assert null is None  # the model's own
     assert torch.equal(model.null_context[:, :1], model.learnable_vector)
     assert torch.equal(model.null_context[:, 1:], model.detail.null_tokens)
 
-    mixed = mixed_context(model, [EXEMPLAR, OTHER], None, [3, 1])
+    mixed = read_mixture(model, [EXEMPLAR, OTHER], None, [3, 1]).context(model)
     expected = 0.75 * encoded(EXEMPLAR) + 0.25 * encoded(OTHER)
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
 
-    context, null = contexts(model, EditSettings(detail=0.5), EXEMPLAR, None, None, OTHER, None, None)
+    context, null, _ = read_told(model, EditSettings(detail=0.5), EXEMPLAR, None, None, OTHER, None, None)
     for found, one in ((context, EXEMPLAR), (null, OTHER)):
         assert found.shape[1] == 1 + 2 * D
         assert torch.equal(found[:, : 1 + D], encoded(one))
         assert torch.equal(found[:, 1 + D :], 0.5 * encoded(one)[:, 1:])
-    context, null = contexts(model, EditSettings(detail=0.5), *told)
+    context, null, _ = read_told(model, EditSettings(detail=0.5), *told)
     assert torch.equal(null[:, 1 + D :], 0.5 * model.detail.null_tokens)
 
 

@@ -14,7 +14,7 @@ import pbe
 from pbe.acceleration import prepare_for_inference
 from pbe.baselines.poisson import membrane
 from pbe.checkpoints.seeding import seeded_state
-from pbe.editing.condition import mixed_context
+from pbe.editing.condition import read_mixture
 from pbe.editing.edit import check_finite
 from pbe.images.pillow import PictureWarning
 from pbe.images.seams import interpolate_harmonically, poisson_blend
@@ -131,11 +131,13 @@ def test_the_exemplar_and_the_guidance_matter(model):
 
 @torch.no_grad()
 def test_mixing_exemplars(model):
-    first, second = (mixed_context(model, e, None, None) for e in (EXEMPLAR, OTHER))
-    assert torch.allclose(mixed_context(model, [EXEMPLAR, OTHER], None, [1, 0]), first, atol=1e-6)
-    mixed = mixed_context(model, [EXEMPLAR, OTHER], None, [3, 1])
+    first, second = (read_mixture(model, e, None, None).context(model) for e in (EXEMPLAR, OTHER))
+    assert torch.allclose(read_mixture(model, [EXEMPLAR, OTHER], None, [1, 0]).context(model), first, atol=1e-6)
+    mixed = read_mixture(model, [EXEMPLAR, OTHER], None, [3, 1]).context(model)
     assert torch.allclose(mixed, 0.75 * first + 0.25 * second, atol=1e-6)
-    assert torch.allclose(mixed_context(model, [EXEMPLAR, OTHER], None, None), (first + second) / 2, atol=1e-6)
+    assert torch.allclose(
+        read_mixture(model, [EXEMPLAR, OTHER], None, None).context(model), (first + second) / 2, atol=1e-6
+    )
 
 
 @torch.no_grad()
@@ -144,11 +146,11 @@ def test_exemplar_masks(model):
     pixels = photo(40, 30, seed=1)
     box = rectangle(40, 30, (5, 5, 25, 20))
     changed = np.where(box[..., None], pixels, 255 - pixels)
-    a, b = (mixed_context(model, x, box, None) for x in (pixels, changed))
+    a, b = (read_mixture(model, x, box, None).context(model) for x in (pixels, changed))
     cut_out = np.concatenate([changed, box[..., None].astype(np.uint8) * 255], axis=2)
     assert torch.equal(a, b)
-    assert torch.equal(a, mixed_context(model, cut_out, None, None))
-    assert not torch.equal(a, mixed_context(model, pixels, None, None))
+    assert torch.equal(a, read_mixture(model, cut_out, None, None).context(model))
+    assert not torch.equal(a, read_mixture(model, pixels, None, None).context(model))
 
 
 def test_two_regions_together_or_one_by_one(model):

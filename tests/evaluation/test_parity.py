@@ -99,7 +99,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys, monkeypatch):
         "cut.ckpt": cut,
         "there is no checkpoint": tmp_path / "none.ckpt",
         "mapper blocks": write(tmp_path / "shape.ckpt", seeded_state(TINY, 1), TINY),
-        "diffusers has Paint by Example of one token": write(
+        "diffusers has Paint by Example of one token and gray holes": write(
             tmp_path / "all.ckpt", seeded_state(CONFIG, 1), all_tokens
         ),
     }

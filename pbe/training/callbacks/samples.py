@@ -18,10 +18,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
 from pbe.batch.job import RENAMED, Inputs, Job, read_inputs
-from pbe.data.example import Example, collate
+from pbe.data.example import GRAY, Example, collate
 from pbe.editing.edit import sample_latents
 from pbe.editing.settings import EditSettings, settings_for
 from pbe.editing.window import crop_window, place_window
+from pbe.images.collage import collages
 from pbe.images.grids import grid
 from pbe.images.reading import exemplar_tensor
 from pbe.images.windows import model_size
@@ -139,7 +140,8 @@ def first_examples(loader: Iterable[Example], count: int) -> Example:
 def sample(model: PaintByExample, examples: Example, settings: EditSettings) -> Tensor:
     """The model's own pictures (B, 3, H, W) in [-1, 1] of examples on any device, before any compositing."""
     source, mask, exemplar = (x.to(model.device) for x in (examples.source, examples.mask, examples.exemplar))
-    condition = model.condition(source, mask, exemplar)
+    hole = examples.hole.to(model.device) if model.config.collage else None
+    condition = model.condition(source, mask, exemplar, hole=hole)
     condition = condition._replace(z_masked=condition.z_masked.float())  # whatever autocast chose
     z_0 = sample_latents(model, condition, settings, range(settings.seed, settings.seed + len(source)))
     H, W = source.shape[-2:]
@@ -207,8 +209,10 @@ def edit_example(edit: Inputs, model: PaintByExample) -> Example:
     box = place_window(repaint, settings.window, settings.margin, size.resolution)
     shape = model_size(box, size.resolution, multiple=size.vae.downsampling)
     source, mask = crop_window([edit.picture], repaint, box, shape)
-    exemplar = exemplar_tensor(edit.exemplars[0], size.exemplar.vision.image_size)
-    return Example(source, source, mask, exemplar, torch.zeros(1, dtype=torch.long), [""])
+    (picture,) = edit.exemplars
+    exemplar = exemplar_tensor(picture, size.exemplar.vision.image_size)
+    hole = collages(exemplar, [picture.height / picture.width], mask) if size.collage else GRAY[None]
+    return Example(source, source, mask, exemplar, torch.zeros(1, dtype=torch.long), [""], hole=hole)
 
 
 def to_picture(image: Tensor) -> Image.Image:
