@@ -1,0 +1,202 @@
+"""The exemplar in the hole of the masked image: where it lies, and that data, training and editing show the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import toy_run
+from conftest import TINY
+from PIL import Image
+
+import pbe
+from pbe.checkpoints.infer_config import pbe_entry
+from pbe.checkpoints.seeding import seeded_state
+from pbe.cli import main as pbe_main
+from pbe.cli.train import main
+from pbe.data.example import make_generator
+from pbe.data.recipe import make_example
+from pbe.data.recipe_config import RecipeConfig
+from pbe.data.records import Record
+from pbe.editing.regions import Region
+from pbe.images.collage import collage, collages
+from pbe.images.reading import exemplar_tensor
+from pbe.models.paint_by_example import PaintByExample
+from pbe.training.config import load_config
+from pbe.training.initialization import starting_model
+
+RED, GREEN = (
+    torch.tensor(colour)[:, None, None].expand(3, 16, 16) for colour in ([1.0, -1.0, -1.0], [-1.0, 1.0, -1.0])
+)
+PHOTO = np.full((64, 64, 3), 255, np.uint8)
+BOX = (16, 8, 48, 56)  # 32 wide, 48 high
+SETTINGS = {"steps": 2, "sampler": "ddim", "composite": False}
+
+
+def mask_of(x0, y0, x1, y1, side=64):
+    mask = torch.ones(1, side, side)
+    mask[:, y0:y1, x0:x1] = 0
+    return mask
+
+
+def picture(colour, width, height):
+    return Image.new("RGB", (width, height), colour)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = replace(TINY, collage=True)
+    model = PaintByExample(config)
+    model.load_state_dict(seeded_state(TINY, 0))
+    return model.eval()
+
+
+@pytest.fixture
+def masked_images(model, monkeypatch):
+    """What the autoencoder was given to make z_masked of, in order."""
+    seen, encode = [], model.vae.encode
+
+    def noted(pixels):
+        seen.append(pixels)
+        return encode(pixels)
+
+    monkeypatch.setattr(model.vae, "encode", noted)
+    monkeypatch.setattr("pbe.editing.edit.make_ready", lambda model, callback, *_: (model, callback))
+    return seen
+
+
+# --- where it lies ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("aspect", "inside"),
+    [
+        (1.5, (16, 8, 48, 56)),  # the region's own
+        (1.0, (16, 16, 48, 48)),
+        (0.5, (16, 24, 48, 40)),
+        (3.0, (24, 8, 40, 56)),
+        (1e-3, (16, 31, 48, 32)),  # a pixel at least
+    ],
+)
+def test_an_exemplar_is_in_the_middle_as_large_as_fits(aspect, inside):
+    hole = collage(RED, aspect, mask_of(*BOX))
+    expected = torch.where(mask_of(*inside) == 0, RED[:, :1, :1], 0.0)
+    assert torch.equal(hole, expected)
+
+
+def test_outside_of_the_region_nothing_is_shown():
+    mask = mask_of(*BOX)
+    mask[:, 20:30, 20:30] = 1  # a part that is kept
+    hole = collage(RED, 1.5, mask)
+    assert torch.equal(hole != 0, (mask == 0).expand(3, -1, -1))
+    assert not collage(RED, 1.0, torch.ones(1, 8, 8)).any()
+
+
+def test_a_batch_is_each_of_its_own():
+    exemplars = torch.cat([exemplar_tensor(picture(c, 16, 16), 16) for c in ("red", "lime")])
+    masks = torch.stack([mask_of(*BOX), mask_of(0, 0, 8, 8)])
+    holes = collages(exemplars, [1.0, 2.0], masks)
+    torch.testing.assert_close(holes[0], collage(RED, 1.0, masks[0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(holes[1], collage(GREEN, 2.0, masks[1]), atol=1e-5, rtol=0)
+
+
+# --- the model --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_hole_is_for_a_model_that_was_trained_with_it(model):
+    image, mask = torch.randn(1, 3, 64, 64).clamp(-1, 1), mask_of(*BOX)[None]
+    exemplar = torch.randn(1, 3, 28, 28)
+    hole = collages(exemplar, [1.0], mask)
+    z_masked, _ = model.encode_masked(image, mask, hole=hole)
+    assert torch.equal(z_masked, model.vae.encode(image * mask + hole).mean)
+    with pytest.raises(ValueError, match=r"needs a hole: pbe\.images\.collage\.collages"):
+        model.condition(image, mask, exemplar)
+    ordinary = PaintByExample(TINY)
+    with pytest.raises(ValueError, match="was trained with gray holes"):
+        ordinary.condition(image, mask, exemplar, hole=hole)
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "diffusers"])
+def test_a_file_says_that_its_model_has_it(tmp_path, kind):
+    vision = replace(TINY.exemplar.vision, num_layers=4)  # of which diffusers makes one mapper block
+    config = replace(TINY, exemplar=replace(TINY.exemplar, vision=vision), collage=True)
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": seeded_state(config, 0), "pbe": pbe_entry(config)}, path)
+    if kind == "diffusers":
+        pytest.importorskip("safetensors")
+        assert pbe_main(["checkpoint", "convert", str(path), "--out", str(tmp_path / "folder")]) == 0
+        path = tmp_path / "folder"
+    assert pbe.load_model(path, "cpu", "float32").config == config
+    assert "collage" not in pbe_entry(TINY)
+
+
+# --- editing ----------------------------------------------------------------------------------------------
+
+
+def test_an_edit_shows_the_exemplar_in_its_region(model, masked_images):
+    pbe.edit(model, PHOTO, BOX, picture("red", 40, 40), window="full", **SETTINGS)
+    (seen,) = masked_images
+    expected = torch.where(mask_of(*BOX) == 1, 1.0, collage(RED, 1.0, mask_of(*BOX)))
+    torch.testing.assert_close(seen[0], expected, atol=0.01, rtol=0)
+
+
+def test_of_several_exemplars_it_shows_the_mean(model, masked_images):
+    exemplars = [picture("red", 40, 40), picture("lime", 40, 60)]
+    pbe.edit(model, PHOTO, BOX, exemplars, exemplar_weights=[1, 3], window="full", **SETTINGS)
+    red, green = collage(RED, 1.0, mask_of(*BOX)), collage(GREEN, 1.5, mask_of(*BOX))
+    expected = torch.where(mask_of(*BOX) == 1, 1.0, 0.25 * red + 0.75 * green)
+    torch.testing.assert_close(masked_images[0][0], expected, atol=0.01, rtol=0)
+
+
+def test_each_region_shows_its_own(model, masked_images, monkeypatch):
+    monkeypatch.setattr("pbe.editing.regions.make_ready", lambda model, callback, *_: (model, callback))
+    left, right = (4, 8, 24, 28), (40, 30, 60, 50)
+    regions = [Region(left, picture("red", 20, 20)), Region(right, picture("lime", 20, 20))]
+    pbe.edit_regions(model, PHOTO, regions, window="full", **SETTINGS)
+    for seen, colour, box in zip(masked_images, (RED, GREEN), (left, right), strict=True):
+        shown = seen[0][:, box[1] : box[3], box[0] : box[2]]
+        torch.testing.assert_close(shown, colour[:, :1, :1].expand_as(shown), atol=0.01, rtol=0)
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+def test_an_example_shows_the_augmented_exemplar(tmp_path):
+    """With the same draws as without, so that all else is the same."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)).save(tmp_path / "photo.png")
+    record = Record(tmp_path / "photo.png", np.float32([[0.25, 0.25, 0.75, 0.75]]))
+    recipe = RecipeConfig(resolution=64, exemplar_size=32, rotation=1.0)
+    plain, shown = (
+        make_example(record, replace(recipe, collage=collage), make_generator(3)) for collage in (False, True)
+    )
+    for name in ("image", "mask", "exemplar"):
+        assert torch.equal(getattr(plain.example, name), getattr(shown.example, name)), name
+    example, aspect = shown.example, shown.pixels.exemplar_aspect
+    box = shown.geometry.exemplar_box
+    assert aspect == box.height / box.width
+    hole = collages(example.exemplar[None], [aspect], example.mask[None])[0]
+    torch.testing.assert_close(example.masked_image, plain.example.masked_image + hole, atol=1e-5, rtol=0)
+    assert hole.abs().mean() > 0.05
+
+
+def test_a_run_shows_it_and_its_file_says_so(tmp_path, capsys):
+    toy = toy_run.write(tmp_path)
+    settings = ("trainer.max_steps=2", "checkpoint.every_n_steps=2", "samples={every_n_steps: 2, edit: {steps: 1}}")
+    run = (str(toy), *settings, "model.collage=true")
+    toy_run.run(*run, f"run={tmp_path / 'plain'}")
+    toy_run.run(*run, f"run={tmp_path / 'kept'}", f"encodings.folder={tmp_path / 'encodings'}")
+    losses, kept = (toy_run.metrics(tmp_path / name, "train/loss") for name in ("plain", "kept"))
+    assert kept == pytest.approx(losses, rel=2e-3)
+    assert list((tmp_path / "plain" / "samples").glob("*.png"))
+    saved = tmp_path / "plain" / "checkpoints" / "step-00000002.ckpt"
+    model = pbe.load_model(saved, "cpu", "float32")
+    assert model.config.collage
+    # who goes on with it has it too, unless they say otherwise
+    going_on = [str(toy), f"model={{init: {saved}, size: null, vae: null}}"]
+    assert load_config(going_on).data.recipe.collage
+    without = load_config([*going_on, "model.collage=false"])
+    assert not without.data.recipe.collage
+    assert not starting_model(without.model, 0).config.collage
+    assert main([*run, f"run={tmp_path / 'other'}", "data.recipe.collage=false"]) == 2
+    assert "data.recipe.collage must be true for this model: leave it out" in capsys.readouterr().err
