@@ -39,7 +39,9 @@ def main(out: str, epochs: int = 8) -> list[float]:
     model = pbe.load_model("demo", device="auto", dtype="float32").requires_grad_(False)
     optimizer = torch.optim.AdamW(model.unet.requires_grad_(True).parameters(), lr=1e-5)
     schedule = NoiseSchedule.scaled_linear()
-    recipe = RecipeConfig(resolution=64, exemplar_size=64, max_area=0.9)  # the sides that the small model sees
+    size = model.config
+    sides = {"resolution": size.resolution, "exemplar_size": size.exemplar.vision.image_size}
+    recipe = RecipeConfig(**sides, collage=size.collage, max_area=0.9)
     data = ExampleDataset(Flowers(), recipe, seed=0)
     losses = []
     for epoch in range(epochs):

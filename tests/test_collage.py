@@ -19,8 +19,8 @@ from pbe.data.recipe import make_example
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import Record
 from pbe.editing.regions import Region
-from pbe.images.collage import collage, collages
 from pbe.images.reading import exemplar_tensor
+from pbe.models.collage import collage, collages
 from pbe.models.paint_by_example import PaintByExample
 from pbe.training.config import load_config
 from pbe.training.initialization import starting_model
@@ -110,8 +110,9 @@ def test_a_hole_is_for_a_model_that_was_trained_with_it(model):
     hole = collages(exemplar, [1.0], mask)
     z_masked, _ = model.encode_masked(image, mask, hole=hole)
     assert torch.equal(z_masked, model.vae.encode(image * mask + hole).mean)
-    with pytest.raises(ValueError, match=r"needs a hole: pbe\.images\.collage\.collages"):
-        model.condition(image, mask, exemplar)
+    assert torch.equal(model.condition(image, mask, exemplar).z_masked, z_masked)
+    with pytest.raises(ValueError, match=r"needs a hole: pbe\.models\.collage\.collages"):
+        model.encode_masked(image, mask)
     ordinary = PaintByExample(TINY)
     with pytest.raises(ValueError, match="was trained with gray holes"):
         ordinary.condition(image, mask, exemplar, hole=hole)

@@ -17,10 +17,10 @@ from pbe.data.recipe import Stages, to_unit_range
 from pbe.editing.edit import check_finite
 from pbe.editing.settings import DEMO, settings_for
 from pbe.editing.window import feather_width
-from pbe.images.collage import collages
 from pbe.images.seams import poisson_blend
 from pbe.images.windows import Box, feather_weights, mask_bounding_box
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
+from pbe.models.collage import collages
 from pbe.models.paint_by_example import Condition, PaintByExample
 from pbe.sampling import NoiseSchedule, get_sampler, get_spacing, guided_eps, make_generators, randn
 

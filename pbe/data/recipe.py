@@ -39,10 +39,10 @@ from pbe.data.masks import bezier_outline, box_outline, grow_box
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import MaskSource, Record, Source, UnusablePicture, in_area
 from pbe.data.transplant import Donor, donor_box, draw_donor, paste, read_donor
-from pbe.images.collage import collage
 from pbe.images.reading import fill_polygon, read_exemplar
 from pbe.images.windows import Box, extract_repaint
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
+from pbe.models.collage import collage
 
 PHOTO_SIDE = 1024  # long side of the photos that numbers in pixels are given for
 

@@ -73,7 +73,7 @@ class RecipeConfig:
     """Fill what surrounds an object in its exemplar with white, as editing does, where it has a mask, so that it cannot
     be copied; not the paper's."""
     collage: bool = False
-    """Show the exemplar, as augmented, in the hole of the masked image (`pbe.images.collage`); in a config that leaves
+    """Show the exemplar, as augmented, in the hole of the masked image (`pbe.models.collage`); in a config that leaves
     it out, as the model does. Not the paper's."""
     flip: Probability = 0.5
     """Probability that the exemplar is flipped from left to right."""

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from pbe.editing.settings import EditSettings
-from pbe.images.collage import collages
 from pbe.images.pillow import PictureWarning
 from pbe.images.reading import MaskLike, PictureLike, exemplar_tensor, read_exemplar
 from pbe.io.fields import Range, check
+from pbe.models.collage import collages
 from pbe.models.detail import at_strength
 from pbe.models.paint_by_example import Condition, Distilled, PaintByExample
 

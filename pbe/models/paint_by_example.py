@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pbe.models.collage import collages
 from pbe.models.detail import Resampler
 from pbe.models.exemplar import ExemplarConfig, ExemplarEncoder
 from pbe.models.tiny_autoencoder import TinyConfig, TinyDecoder
@@ -30,7 +31,7 @@ class PaintByExampleConfig:
 
     `resolution` is the side in pixels of the pictures it was trained on, `distilled` is None for an ordinary model. A
     `tiny_decoder` stands beside the autoencoder, for drafts and previews. With `collage` the hole of the masked image
-    shows the exemplar (`pbe.images.collage`), which the released model does not.
+    shows the exemplar (`pbe.models.collage`), which the released model does not.
     """
 
     unet: UNetConfig = UNetConfig()
@@ -127,7 +128,7 @@ class PaintByExample(nn.Module):
                 f"mask {tuple(mask.shape)} does not fit image {tuple(image.shape)}: (B, 1, H, W) is needed"
             )
         if (hole is not None) != self.config.collage:
-            needs = "needs a hole: pbe.images.collage.collages" if hole is None else "was trained with gray holes"
+            needs = "needs a hole: pbe.models.collage.collages" if hole is None else "was trained with gray holes"
             raise ValueError(f"this model {needs}")
         posterior = self.vae.encode(image * mask if hole is None else image * mask + hole)
         z_masked = posterior.mean if posterior_noise is None else posterior.sample(posterior_noise)
@@ -141,7 +142,12 @@ class PaintByExample(nn.Module):
         posterior_noise: Tensor | None = None,
         hole: Tensor | None = None,
     ) -> Condition:
-        """What the UNet needs to know of an edit: `encode_masked` and `encode_exemplar` together."""
+        """What the UNet needs to know of an edit: `encode_masked` and `encode_exemplar` together.
+
+        A model with `collage` shows exemplars as square as they are given, unless `hole` shows them otherwise.
+        """
+        if self.config.collage and hole is None:
+            hole = collages(exemplar, [1.0] * len(exemplar), mask)
         z_masked, mask = self.encode_masked(image, mask, posterior_noise, hole)
         return Condition(z_masked, mask, self.encode_exemplar(exemplar))
 

@@ -53,7 +53,7 @@ class ModelConfig:
     tokens: Literal["class", "all"] | None = None
     """What passes of the exemplar, see `ExemplarConfig`; None: as `init` or `size` has it."""
     collage: bool | None = None
-    """Whether the hole of the masked image shows the exemplar, see `pbe.images.collage`; None: as `init` or `size` has
+    """Whether the hole of the masked image shows the exemplar, see `pbe.models.collage`; None: as `init` or `size` has
     it."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,6 @@ from pbe.data.example import GRAY, Example, collate
 from pbe.editing.edit import sample_latents
 from pbe.editing.settings import EditSettings, settings_for
 from pbe.editing.window import crop_window, place_window
-from pbe.images.collage import collages
 from pbe.images.grids import grid
 from pbe.images.reading import exemplar_tensor
 from pbe.images.windows import model_size
@@ -31,6 +30,7 @@ from pbe.io.fields import Range, check_fields
 from pbe.io.rows import read_rows
 from pbe.io.suggest import did_you_mean
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
+from pbe.models.collage import collages
 from pbe.models.paint_by_example import Distilled, PaintByExample
 from pbe.training.callbacks.loggers import log_picture
 from pbe.training.distillation import ConsistencyDistillation

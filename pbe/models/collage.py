@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pbe.images.windows import mask_bounding_box
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
 
@@ -36,12 +35,13 @@ def collage(exemplar: Tensor, aspect: float, mask: Tensor) -> Tensor:
     """
     hole = exemplar.new_zeros(3, *mask.shape[-2:])
     repaint = mask[0] == 0
-    if not repaint.any():
+    rows, columns = (repaint.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
+    if not rows:
         return hole
-    box = mask_bounding_box(repaint.cpu().numpy())
-    width = min(box.width, box.height / aspect)
-    size = [min(max(round(side), 1), most) for side, most in ((width * aspect, box.height), (width, box.width))]
-    y, x = box.y0 + (box.height - size[0]) // 2, box.x0 + (box.width - size[1]) // 2
-    fitted = F.interpolate(exemplar[None].float(), size, mode="bilinear", antialias=True)[0]
-    hole[:, y : y + size[0], x : x + size[1]] = fitted.to(hole)
+    box_height, box_width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]
+    width = min(box_width, box_height / aspect)
+    h, w = min(max(round(width * aspect), 1), box_height), max(round(width), 1)
+    y, x = rows[0] + (box_height - h) // 2, columns[0] + (box_width - w) // 2
+    fitted = F.interpolate(exemplar[None].float(), (h, w), mode="bilinear", antialias=True)[0]
+    hole[:, y : y + h, x : x + w] = fitted.to(hole)
     return hole * repaint
