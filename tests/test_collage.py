@@ -118,10 +118,11 @@ def test_a_hole_is_for_a_model_that_was_trained_with_it(model):
         ordinary.condition(image, mask, exemplar, hole=hole)
 
 
+@pytest.mark.parametrize(("collage", "tokens"), [(True, "class"), (False, "all")])
 @pytest.mark.parametrize("kind", ["ckpt", "diffusers"])
-def test_a_file_says_that_its_model_has_it(tmp_path, kind):
+def test_a_file_says_what_its_model_is_shown(tmp_path, kind, collage, tokens):
     vision = replace(TINY.exemplar.vision, num_layers=4)  # of which diffusers makes one mapper block
-    config = replace(TINY, exemplar=replace(TINY.exemplar, vision=vision), collage=True)
+    config = replace(TINY, exemplar=replace(TINY.exemplar, vision=vision, tokens=tokens), collage=collage)
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": seeded_state(config, 0), "pbe": pbe_entry(config)}, path)
     if kind == "diffusers":

@@ -96,7 +96,8 @@ def save_diffusers(
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise FileExistsError(f"{folder} exists and is not a diffusers folder; it is not replaced")
     configs = diffusers_configs(config)
-    beyond_json = config.distilled or config.collage  # for which the JSON files have no place
+    # for which the JSON files have no place
+    beyond_json = config.distilled or config.collage or config.exemplar.tokens != "class"
     about = {"pbe": json.dumps(pbe_entry(config))} if beyond_json else {}
     unet, vae = config.unet, config.vae
     rules = [
