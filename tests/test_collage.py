@@ -167,16 +167,17 @@ def test_each_region_shows_its_own(model, masked_images, monkeypatch):
 def test_an_example_shows_the_augmented_exemplar(tmp_path):
     """With the same draws as without, so that all else is the same."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)).save(tmp_path / "photo.png")
-    record = Record(tmp_path / "photo.png", np.float32([[0.25, 0.25, 0.75, 0.75]]))
+    record = Record(tmp_path / "photo.png", np.float32([[0.05, 0.25, 0.95, 0.75]]))  # too wide for a square: squashed
     recipe = RecipeConfig(resolution=64, exemplar_size=32, rotation=1.0)
     plain, shown = (
         make_example(record, replace(recipe, collage=collage), make_generator(3)) for collage in (False, True)
     )
     for name in ("image", "mask", "exemplar"):
         assert torch.equal(getattr(plain.example, name), getattr(shown.example, name)), name
-    example, aspect = shown.example, shown.pixels.exemplar_aspect
-    box = shown.geometry.exemplar_box
-    assert aspect == box.height / box.width
+    example, geometry = shown.example, shown.geometry
+    aspect = shown.pixels.exemplar_aspect
+    assert aspect == geometry.exemplar_box.height / geometry.exemplar_box.width
+    aspect *= geometry.window.width / geometry.window.height  # the example is square
     hole = collages(example.exemplar[None], [aspect], example.mask[None])[0]
     torch.testing.assert_close(example.masked_image, plain.example.masked_image + hole, atol=1e-5, rtol=0)
     assert hole.abs().mean() > 0.05

@@ -262,7 +262,11 @@ def finish(
         exemplar = 1 + (exemplar - 1) * pixels.exemplar_shown  # over white
     if config.augment:
         exemplar = augment_exemplar(exemplar, config, generator)
-    hole = collage(exemplar * 2 - 1, pixels.exemplar_aspect, mask) if config.collage else GRAY
+    hole = GRAY
+    if config.collage:
+        window = geometry.window
+        squash = content.height / content.width * window.width / window.height  # with what is around it
+        hole = collage(exemplar * 2 - 1, pixels.exemplar_aspect * squash, mask)
     exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
     noisy = torch.tensor(record.noisy)
     return Example(image, source, mask, exemplar, torch.tensor(seed), str(record.image), noisy, hole)
