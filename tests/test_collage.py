@@ -15,12 +15,12 @@ from pbe.checkpoints.seeding import seeded_state
 from pbe.cli import main as pbe_main
 from pbe.cli.train import main
 from pbe.data.example import make_generator
-from pbe.data.recipe import make_example
+from pbe.data.recipe import make_example, shown_at
 from pbe.data.recipe_config import RecipeConfig
-from pbe.data.records import Record
+from pbe.data.records import MaskArray, Record
 from pbe.editing.regions import Region
 from pbe.images.reading import exemplar_tensor
-from pbe.models.collage import collage, collages
+from pbe.models.collage import collage, collages, fitted_box
 from pbe.models.paint_by_example import PaintByExample
 from pbe.training.config import load_config
 from pbe.training.initialization import starting_model
@@ -28,6 +28,12 @@ from pbe.training.initialization import starting_model
 RED, GREEN = (
     torch.tensor(colour)[:, None, None].expand(3, 16, 16) for colour in ([1.0, -1.0, -1.0], [-1.0, 1.0, -1.0])
 )
+
+
+class Donors(list):
+    name = "donors"
+
+
 PHOTO = np.full((64, 64, 3), 255, np.uint8)
 BOX = (16, 8, 48, 56)  # 32 wide, 48 high
 SETTINGS = {"steps": 2, "sampler": "ddim", "composite": False}
@@ -37,6 +43,10 @@ def mask_of(x0, y0, x1, y1, side=64):
     mask = torch.ones(1, side, side)
     mask[:, y0:y1, x0:x1] = 0
     return mask
+
+
+def fitted(exemplar, aspect, mask):
+    return collage(exemplar, fitted_box(aspect, mask), mask)
 
 
 def picture(colour, width, height):
@@ -79,7 +89,7 @@ def masked_images(model, monkeypatch):
     ],
 )
 def test_an_exemplar_is_in_the_middle_as_large_as_fits(aspect, inside):
-    hole = collage(RED, aspect, mask_of(*BOX))
+    hole = collage(RED, fitted_box(aspect, mask_of(*BOX)), mask_of(*BOX))
     expected = torch.where(mask_of(*inside) == 0, RED[:, :1, :1], 0.0)
     assert torch.equal(hole, expected)
 
@@ -87,17 +97,22 @@ def test_an_exemplar_is_in_the_middle_as_large_as_fits(aspect, inside):
 def test_outside_of_the_region_nothing_is_shown():
     mask = mask_of(*BOX)
     mask[:, 20:30, 20:30] = 1  # a part that is kept
-    hole = collage(RED, 1.5, mask)
+    hole = collage(RED, BOX, mask)
     assert torch.equal(hole != 0, (mask == 0).expand(3, -1, -1))
-    assert not collage(RED, 1.0, torch.ones(1, 8, 8)).any()
+    everywhere = torch.zeros(1, 64, 64)
+    for box in ((-8, -4, 24, 28), (50, 40, 90, 80), (-9, -9, 80, 80), (-20, 0, -4, 9), (64, 0, 70, 9)):
+        clipped = [min(max(side, 0), 64) for side in box]
+        assert torch.equal(collage(RED, box, everywhere) != 0, (mask_of(*clipped) == 0).expand(3, -1, -1)), box
+    nothing = torch.ones(1, 1, 8, 8)
+    assert not collages(RED[None], [1.0], nothing).any()
 
 
 def test_a_batch_is_each_of_its_own():
     exemplars = torch.cat([exemplar_tensor(picture(c, 16, 16), 16) for c in ("red", "lime")])
     masks = torch.stack([mask_of(*BOX), mask_of(0, 0, 8, 8)])
     holes = collages(exemplars, [1.0, 2.0], masks)
-    torch.testing.assert_close(holes[0], collage(RED, 1.0, masks[0]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(holes[1], collage(GREEN, 2.0, masks[1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(holes[0], fitted(RED, 1.0, masks[0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(holes[1], fitted(GREEN, 2.0, masks[1]), atol=1e-5, rtol=0)
 
 
 # --- the model --------------------------------------------------------------------------------------------
@@ -139,14 +154,14 @@ def test_a_file_says_what_its_model_is_shown(tmp_path, kind, collage, tokens):
 def test_an_edit_shows_the_exemplar_in_its_region(model, masked_images):
     pbe.edit(model, PHOTO, BOX, picture("red", 40, 40), window="full", **SETTINGS)
     (seen,) = masked_images
-    expected = torch.where(mask_of(*BOX) == 1, 1.0, collage(RED, 1.0, mask_of(*BOX)))
+    expected = torch.where(mask_of(*BOX) == 1, 1.0, fitted(RED, 1.0, mask_of(*BOX)))
     torch.testing.assert_close(seen[0], expected, atol=0.01, rtol=0)
 
 
 def test_of_several_exemplars_it_shows_the_mean(model, masked_images):
     exemplars = [picture("red", 40, 40), picture("lime", 40, 60)]
     pbe.edit(model, PHOTO, BOX, exemplars, exemplar_weights=[1, 3], window="full", **SETTINGS)
-    red, green = collage(RED, 1.0, mask_of(*BOX)), collage(GREEN, 1.5, mask_of(*BOX))
+    red, green = fitted(RED, 1.0, mask_of(*BOX)), fitted(GREEN, 1.5, mask_of(*BOX))
     expected = torch.where(mask_of(*BOX) == 1, 1.0, 0.25 * red + 0.75 * green)
     torch.testing.assert_close(masked_images[0][0], expected, atol=0.01, rtol=0)
 
@@ -164,23 +179,46 @@ def test_each_region_shows_its_own(model, masked_images, monkeypatch):
 # --- training ---------------------------------------------------------------------------------------------
 
 
-def test_an_example_shows_the_augmented_exemplar(tmp_path):
-    """With the same draws as without, so that all else is the same."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)).save(tmp_path / "photo.png")
-    record = Record(tmp_path / "photo.png", np.float32([[0.05, 0.25, 0.95, 0.75]]))  # too wide for a square: squashed
-    recipe = RecipeConfig(resolution=64, exemplar_size=32, rotation=1.0)
+def test_an_example_shows_the_exemplar_where_its_object_is(tmp_path):
+    """Unaugmented, what it shows is the photo itself, in a window that is squashed too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8).repeat(20, axis=0).repeat(20, axis=1)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    record = Record(tmp_path / "photo.png", np.float32([[0.05, 0.25, 0.95, 0.75]]))  # too wide for a square
+    recipe = RecipeConfig(resolution=96, exemplar_size=192, augment=False, antialias=True, collage=True)
+    stages = make_example(record, recipe, make_generator(3))
+    assert stages.geometry.window.width != stages.geometry.window.height
+    x0, y0, x1, y1 = shown_at(stages.geometry)
+    inside = (slice(None), slice(y0, y1), slice(x0, x1))
+    seen, image, repaint = (
+        x[inside] for x in (stages.example.masked_image, stages.example.image, stages.pixels.repaint)
+    )
+    assert ((seen - image).abs() * repaint).mean() < 0.1
+    assert ((seen.roll(3, -1) - image).abs() * repaint).mean() > 0.2
+
+
+def test_a_transplanted_object_is_shown_where_it_was_put(tmp_path):
+    """Another scale and place than in its own photo, and the same draws as without the collage."""
+    photo = np.full((200, 300, 3), 255, np.uint8)
+    photo[40:100, 60:100] = (255, 0, 0)
+    Image.fromarray(photo).save(tmp_path / "donor.png")
+    Image.fromarray(np.zeros((400, 400, 3), np.uint8)).save(tmp_path / "host.png")
+    mask = np.zeros((200, 300), bool)
+    mask[40:100, 60:100] = True
+    box = np.float32([[60 / 300, 40 / 200, 100 / 300, 100 / 200]])
+    donors = Donors([Record(tmp_path / "donor.png", box, masks=[MaskArray(mask)])])
+    host = Record(tmp_path / "host.png", np.float32([[0.3, 0.3, 0.8, 0.7]]))
+    recipe = RecipeConfig(resolution=64, exemplar_size=64, transplant=1.0, rotation=0, blur=0, warp=0, flip=0)
     plain, shown = (
-        make_example(record, replace(recipe, collage=collage), make_generator(3)) for collage in (False, True)
+        make_example(host, replace(recipe, collage=collage), make_generator(5), donors=donors)
+        for collage in (False, True)
     )
     for name in ("image", "mask", "exemplar"):
         assert torch.equal(getattr(plain.example, name), getattr(shown.example, name)), name
-    example, geometry = shown.example, shown.geometry
-    aspect = shown.pixels.exemplar_aspect
-    assert aspect == geometry.exemplar_box.height / geometry.exemplar_box.width
-    aspect *= geometry.window.width / geometry.window.height  # the example is square
-    hole = collages(example.exemplar[None], [aspect], example.mask[None])[0]
-    torch.testing.assert_close(example.masked_image, plain.example.masked_image + hole, atol=1e-5, rtol=0)
-    assert hole.abs().mean() > 0.05
+    red = (shown.example.image[0] > 0) & (shown.example.image[1] < 0)
+    hole = shown.example.hole * shown.pixels.repaint
+    seen = (hole[0] > 0.5) & (hole[1] < -0.5)
+    assert (red & shown.pixels.repaint[0]).sum() > 100
+    assert (red & shown.pixels.repaint[0] != seen).float().sum() < 0.15 * seen.sum()
 
 
 def test_a_run_shows_it_and_its_file_says_so(tmp_path, capsys):

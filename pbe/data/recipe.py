@@ -42,7 +42,7 @@ from pbe.data.transplant import Donor, donor_box, draw_donor, paste, read_donor
 from pbe.images.reading import fill_polygon, read_exemplar
 from pbe.images.windows import Box, extract_repaint
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
-from pbe.models.collage import collage
+from pbe.models.collage import collage, fitted_box
 
 PHOTO_SIDE = 1024  # long side of the photos that numbers in pixels are given for
 
@@ -264,12 +264,24 @@ def finish(
         exemplar = augment_exemplar(exemplar, config, generator)
     hole = GRAY
     if config.collage:
-        window = geometry.window
-        squash = content.height / content.width * window.width / window.height  # with what is around it
-        hole = collage(exemplar * 2 - 1, pixels.exemplar_aspect * squash, mask)
+        given = record.exemplar is not None  # of which nothing says where it should go
+        place = fitted_box(pixels.exemplar_aspect, mask) if given else shown_at(geometry)
+        hole = collage(exemplar * 2 - 1, place, mask)
     exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
     noisy = torch.tensor(record.noisy)
     return Example(image, source, mask, exemplar, torch.tensor(seed), str(record.image), noisy, hole)
+
+
+def shown_at(geometry: Geometry) -> tuple[int, int, int, int]:
+    """Where a collage shows the exemplar, (x0, y0, x1, y1) in the example's pixels: with its object where the object
+    is, so that what is to be learned is how to fit it in."""
+    box, shown, window, content = geometry.box, geometry.exemplar_box, geometry.window, geometry.content
+    own = box if geometry.donor is None else geometry.donor.box  # in pixels of the exemplar's photo
+    scales = [box.width / own.width, box.height / own.height] * 2
+    edges = [side + (shown[i] - own[i]) * scales[i] for i, side in enumerate(box)]  # in the photo's
+    x0, x1 = (content.x0 + (x - window.x0) * content.width / window.width for x in edges[::2])
+    y0, y1 = (content.y0 + (y - window.y0) * content.height / window.height for y in edges[1::2])
+    return round(x0), round(y0), max(round(x1), round(x0) + 1), max(round(y1), round(y0) + 1)
 
 
 def recolored(pixels: Pixels, geometry: Geometry, recoloring: Recoloring) -> Pixels:

@@ -17,31 +17,46 @@ from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
 
 def collages(exemplars: Tensor, aspects: Sequence[float], masks: Tensor) -> Tensor:
-    """The holes of masked images, (B, 3, H, W) in [-1, 1]: `collage` of each. `exemplars` (B, 3, S, S) as CLIP takes
-    them; `aspects` of B; `masks` (B, 1, H, W)."""
+    """The holes of masked images, (B, 3, H, W) in [-1, 1], with each exemplar as large as fits: see `collage`.
+
+    Args:
+        exemplars: (B, 3, S, S) as CLIP takes them, squeezed into squares.
+        aspects: height over width of their B pictures.
+        masks: (B, 1, H, W), 1 = keep; with nothing to repaint a hole is gray.
+    """
     mean, std = (exemplars.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     pictures = (exemplars * std + mean) * 2 - 1
-    return torch.stack([collage(*one) for one in zip(pictures, aspects, masks, strict=True)])
+    holes = torch.zeros_like(masks, dtype=exemplars.dtype).repeat(1, 3, 1, 1)
+    for hole, picture, aspect, mask in zip(holes, pictures, aspects, masks, strict=True):
+        if (mask == 0).any():
+            hole.copy_(collage(picture, fitted_box(aspect, mask), mask))
+    return holes
 
 
-def collage(exemplar: Tensor, aspect: float, mask: Tensor) -> Tensor:
-    """The hole of a masked image, (3, H, W) in [-1, 1]: an exemplar in the middle of the box around what is repainted,
-    as large as fits there; gray (0) around it, and where the photo is kept.
+def fitted_box(aspect: float, mask: Tensor) -> tuple[int, int, int, int]:
+    """Where an exemplar of this height over width is largest in the middle of the box around what a mask (1, H, W),
+    1 = keep, leaves to repaint, which is something: (x0, y0, x1, y1), the latter two exclusive."""
+    rows, columns = ((mask[0] == 0).any(dim).nonzero().flatten().tolist() for dim in (1, 0))
+    height, width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]
+    w = min(width, height / aspect)
+    h, w = min(max(round(w * aspect), 1), height), max(round(w), 1)
+    y, x = rows[0] + (height - h) // 2, columns[0] + (width - w) // 2
+    return x, y, x + w, y + h
+
+
+def collage(exemplar: Tensor, box: tuple[int, int, int, int], mask: Tensor) -> Tensor:
+    """The hole of a masked image, (3, H, W) in [-1, 1]: an exemplar in a box, gray (0) around it and where the photo is
+    kept.
 
     Args:
         exemplar: (3, S, S) in [-1, 1], squeezed into a square.
-        aspect: height over width of its picture.
-        mask: (1, H, W), 1 = keep; with nothing to repaint all is gray.
+        box: (x0, y0, x1, y1), the latter two exclusive; parts of it may lie outside of the image.
+        mask: (1, H, W), 1 = keep.
     """
+    x0, y0, x1, y1 = box
+    shown = F.interpolate(exemplar[None].float(), (y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0]
     hole = exemplar.new_zeros(3, *mask.shape[-2:])
-    repaint = mask[0] == 0
-    rows, columns = (repaint.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
-    if not rows:
-        return hole
-    box_height, box_width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]
-    width = min(box_width, box_height / aspect)
-    h, w = min(max(round(width * aspect), 1), box_height), max(round(width), 1)
-    y, x = rows[0] + (box_height - h) // 2, columns[0] + (box_width - w) // 2
-    fitted = F.interpolate(exemplar[None].float(), (h, w), mode="bilinear", antialias=True)[0]
-    hole[:, y : y + h, x : x + w] = fitted.to(hole)
-    return hole * repaint
+    inside = hole[:, max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
+    top, left = max(-y0, 0), max(-x0, 0)
+    inside.copy_(shown[:, top : top + inside.shape[1], left : left + inside.shape[2]])
+    return hole * (mask == 0)
