@@ -38,7 +38,7 @@ from pbe.data.example import GRAY, Example, draw_bernoulli, draw_integers
 from pbe.data.masks import bezier_outline, box_outline, grow_box
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import MaskSource, Record, Source, UnusablePicture, in_area
-from pbe.data.transplant import Donor, donor_box, draw_donor, paste, read_donor
+from pbe.data.transplant import Donor, donor_box, draw_donor, draw_place, paste, read_donor
 from pbe.images.reading import fill_polygon, read_exemplar
 from pbe.images.windows import Box, extract_repaint
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
@@ -125,6 +125,8 @@ def draw_geometry(
     if donor is None:
         exemplar_box = box.grown(round(config.exemplar_margin * px), size)
     else:
+        if config.transplant_anywhere and draw_bernoulli(config.transplant_anywhere, generator):
+            box = draw_place(size, generator)
         box = donor_box(donor, box, size)
         margin = config.exemplar_margin * max(donor.size) / PHOTO_SIDE
         exemplar_box = donor.box.grown(round(margin), donor.size)

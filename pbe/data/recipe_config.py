@@ -97,6 +97,10 @@ class RecipeConfig:
     """Probability that an object of another photo, one of `data.donors`, takes the place of the photo's own, cut out
     along its mask, and is the exemplar, so that nothing but the exemplar tells what it is; not the paper's. Limited as
     `recolor` is; what is transplanted keeps its colours."""
+    transplant_anywhere: Probability = 0.0
+    """Probability that what is transplanted goes to a place of its own, a tenth to four tenths of the photo, and not to
+    that of the photo's object. Parts of an object that is hidden in the mask cannot be foretold; what a place is
+    surrounded by goes on behind what is put there."""
 
     def __post_init__(self) -> None:
         for name, annotation in OPTIONS.items():

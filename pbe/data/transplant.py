@@ -17,9 +17,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
 from pbe.data.crop import Photo, to_pixels, usable
-from pbe.data.example import draw_integers
+from pbe.data.example import draw_integers, draw_uniform
 from pbe.data.records import MaskSource, Source, UnusablePicture, upright_size
 from pbe.images.windows import Box
+
+PLACE_AREAS = (0.1, 0.4)  # shares of a photo
 
 
 class Donor(NamedTuple):
@@ -53,6 +55,14 @@ def donor_box(donor: Donor, box: Box, size: tuple[int, int]) -> Box:
     h, w = max(1, int(donor.box.height * scale)), max(1, int(donor.box.width * scale))
     x0 = min(max((box.x0 + box.x1 - w) // 2, 0), width - w)
     y0 = min(max((box.y0 + box.y1 - h) // 2, 0), height - h)
+    return Box(x0, y0, x0 + w, y0 + h)
+
+
+def draw_place(size: tuple[int, int], generator: torch.Generator) -> Box:
+    """A place in a photo of `size` (height, width): of its shape, PLACE_AREAS of its area, anywhere inside."""
+    side = math.sqrt(draw_uniform(*PLACE_AREAS, generator))
+    h, w = (max(1, round(edge * side)) for edge in size)
+    y0, x0 = draw_integers([size[0] - h, size[1] - w], generator)
     return Box(x0, y0, x0 + w, y0 + h)
 
 

@@ -85,6 +85,24 @@ def test_a_donor_stays_inside_the_photo():
             assert 0 <= place.y0 < place.y1 <= 100
 
 
+def test_anywhere_is_all_over_the_photo_and_drawn_only_if_it_may_be(host, donors):
+    size, donor = (160, 240), draw_donor(donors, make_generator(0))
+
+    def boxes(**options):
+        config = RecipeConfig(**PLAIN, **options)
+        return [draw_geometry(host, size, config, make_generator(seed), donor).box for seed in range(200)]
+
+    own, mixed, free = (boxes(transplant_anywhere=share) for share in (0.0, 0.5, 1.0))
+    assert own == boxes()
+    assert len(set(own)) == 1
+    assert 60 < sum(box == own[0] for box in mixed) < 140
+    shares = [box.area / (160 * 240) for box in free]
+    assert 0.09 < min(shares) < 0.15
+    assert 0.35 < max(shares) < 0.41
+    assert min(box.x0 for box in free) < 20 < 220 < max(box.x1 for box in free)
+    assert all(0 <= box.x0 and 0 <= box.y0 and box.x1 <= 240 and box.y1 <= 160 for box in free)
+
+
 def test_the_margin_of_an_exemplar_follows_its_own_photo():
     donor = donor_of(200, 100)._replace(size=(2048, 512))
     config = RecipeConfig(exemplar_margin=5)
