@@ -14,7 +14,7 @@ import pbe
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.data.dataset import ExampleDataset
 from pbe.data.example import collate
-from pbe.data.recipe_config import RecipeConfig
+from pbe.data.recipe_config import RecipeConfig, of_model
 from pbe.data.records import Record
 from pbe.sampling import NoiseSchedule
 from pbe.training.draws import add_noise_draws
@@ -39,9 +39,7 @@ def main(out: str, epochs: int = 8) -> list[float]:
     model = pbe.load_model("demo", device="auto", dtype="float32").requires_grad_(False)
     optimizer = torch.optim.AdamW(model.unet.requires_grad_(True).parameters(), lr=1e-5)
     schedule = NoiseSchedule.scaled_linear()
-    size = model.config
-    sides = {"resolution": size.resolution, "exemplar_size": size.exemplar.vision.image_size}
-    recipe = RecipeConfig(**sides, collage=size.collage, max_area=0.9)
+    recipe = RecipeConfig(**of_model(model.config), max_area=0.9)
     data = ExampleDataset(Flowers(), recipe, seed=0)
     losses = []
     for epoch in range(epochs):

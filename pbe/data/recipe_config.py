@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pbe.io.fields import Range, check, describe, field_types
 from pbe.io.suggest import did_you_mean
+from pbe.models.paint_by_example import PaintByExampleConfig
 
 RENAMED = {"reference_margin": "exemplar_margin"}  # options, new names by old ones
 
@@ -133,6 +134,12 @@ class RecipeConfig:
 
 
 OPTIONS = field_types(RecipeConfig)
+OF_MODEL = ("resolution", "exemplar_size", "collage")
+
+
+def of_model(model: PaintByExampleConfig) -> dict[str, Any]:
+    """The options `OF_MODEL`, as a model needs them."""
+    return dict(zip(OF_MODEL, (model.resolution, model.exemplar.vision.image_size, model.collage), strict=True))
 
 
 def override_recipe(recipe: RecipeConfig, changes: Mapping[str, Any], key: str) -> RecipeConfig:

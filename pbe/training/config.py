@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -12,9 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pbe.data import recipe_config
 from pbe.data.datamodule import DataConfig
-from pbe.data.recipe_config import override_recipe
+from pbe.data.recipe_config import OF_MODEL, of_model, override_recipe
 from pbe.io.fields import Range, check, field_types
-from pbe.models.paint_by_example import PaintByExampleConfig
 from pbe.models.vae import VAEConfig
 from pbe.training.callbacks.checkpoints import CheckpointConfig
 from pbe.training.callbacks.loggers import Log
@@ -149,12 +148,6 @@ class TinyDecoderRun(RunConfig):
 
 
 Run = PaintByExampleRun | VAERun | TinyDecoderRun | DistillationRun
-# What a recipe has of the model, where a config leaves it out.
-RECIPE_OF_MODEL: dict[str, Callable[[PaintByExampleConfig], Any]] = {
-    "resolution": lambda size: size.resolution,
-    "exemplar_size": lambda size: size.exemplar.vision.image_size,
-    "collage": lambda size: size.collage,
-}
 TASKS: dict[str, type[Run]] = {
     "paint_by_example": PaintByExampleRun,
     "vae": VAERun,
@@ -180,13 +173,13 @@ def load_config(settings: Sequence[str]) -> Run:
         raise ValueError(f"task={task} is not one of {', '.join(TASKS)}")
     origin = " ".join(settings)
     try:
-        open_sizes = [name for name in RECIPE_OF_MODEL if not has_value(merged, f"data.recipe.{name}")]
+        open_sizes = [name for name in OF_MODEL if not has_value(merged, f"data.recipe.{name}")]
         config = cast(Run, OmegaConf.to_object(merge(OmegaConf.structured(TASKS[task]), merged, origin)))
     except OmegaConfBaseException as error:  # such as an interpolation that leads nowhere
         raise ValueError(f"{origin}: {explain(error)}") from None
     size = known_size(config.model) if isinstance(config, ModelRun) and open_sizes else None
     if size is not None:
-        missing = {name: RECIPE_OF_MODEL[name](size) for name in open_sizes}
+        missing = {name: value for name, value in of_model(size).items() if name in open_sizes}
         config.data.recipe = override_recipe(config.data.recipe, missing, "data.recipe")
     return config
 

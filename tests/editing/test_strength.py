@@ -9,7 +9,8 @@ from PIL import Image
 
 import pbe
 from pbe.acceleration import prepare_for_inference
-from pbe.editing.edit import sample_latents, window_condition
+from pbe.editing.condition import Told, window_condition
+from pbe.editing.edit import sample_latents
 from pbe.editing.settings import EditSettings, settings_for
 from pbe.images.pillow import PictureWarning
 from pbe.sampling import SAMPLERS, SPACINGS, NoiseSchedule
@@ -50,7 +51,7 @@ def test_it_starts_from_the_photo_s_posterior_mean(model):
     """Where the network predicts no noise, what comes out is the start divided by its alpha."""
     prepared, settings = prepare_for_inference(model), EditSettings(sampler="ddim", steps=10, strength=0.4, guidance=1)
     pixels, keep = torch.rand(1, 3, 64, 64) * 2 - 1, 1 - torch.from_numpy(rectangle(64, 64, BOX)).float()[None, None]
-    condition = window_condition(prepared, pixels, keep, torch.zeros(1, 1, 64), 2)
+    condition = window_condition(prepared, pixels, keep, Told(torch.zeros(1, 1, 64), None, None), 2)
     z_photo = prepared.vae.encode(pixels).mean
     steps = []
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def cases():
     for i in range(N):
         mask[i, :, 10:20, 8 : 16 + i % 8] = 0
     place = [Box(0, 0, SIDE, SIDE) if i % 2 else Box(0, 6, SIDE, 26) for i in range(N)]
-    return Cases(image, mask, coloured(), place, ["flowers", "clothing"] * (N // 2), ["thing"] * N)
+    return Cases(image, mask, coloured(), [1.0] * N, place, ["flowers", "clothing"] * (N // 2), ["thing"] * N)
 
 
 # --- statistics -------------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def test_copy_figure_catches_a_copy_even_mirrored():
 @pytest.mark.slow
 def test_sampler_figure_of_more_steps_is_nearer_and_of_the_reference_itself_zero(cases, toy):
     model = pbe.load_model(toy[1], device="cpu")
-    references = embeddings.resized(cases.exemplar[:2], 16)
+    references = replace(cases[:2], exemplar=embeddings.resized(cases.exemplar[:2], 16))
     figure = tables.sampler_table(
         model, cases[:2], references, guidance=3.0, samplers=["ddim"], steps=[5, 20, 100], reference_steps=100
     )

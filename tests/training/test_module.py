@@ -75,7 +75,8 @@ def example(n: int = 3, side: int = 32) -> Example:
     mask[:, :, 8:24, 8:24] = 0
     exemplar = golden_file.noise("exemplar", n, 3, 28, 28)
     files = [f"{i}.png" for i in range(n)]
-    return Example(images, images, mask, exemplar, torch.arange(n) + 5, files, torch.zeros(n))
+    seeds, never, gray = torch.arange(n) + 5, torch.zeros(n), torch.zeros(n, 1, 1, 1)
+    return Example(images, images, mask, exemplar, seeds, files, never, gray)
 
 
 def denoise(
