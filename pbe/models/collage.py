@@ -1,8 +1,9 @@
 """The exemplar shown where it is to be painted, as AnyDoor does (Chen et al. 2023, arXiv 2307.09481, section 3.2).
 
 Paint by Example tells the UNet of the exemplar in its context alone, and leaves the hole in the masked image gray. A
-model of which `PaintByExampleConfig.collage` is true is shown the exemplar in that hole too, at the size and place in
-which it fits: form and detail need not pass through the context, and what is left to learn is to fit them in.
+model of which `PaintByExampleConfig.collage` is true is shown the exemplar in that hole too: in training where its
+object is, in an edit as large as fits. Form and detail need not pass through the context; what is left to learn is to
+fit them in.
 """
 
 from __future__ import annotations
