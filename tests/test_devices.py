@@ -9,6 +9,7 @@ import torch
 import toy_run
 from conftest import TINY
 from golden_file import noise
+from marks import rest_slow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pbe
@@ -103,6 +104,7 @@ def test_what_waits_and_what_lies_on_the_cpu_would_be_found():
         SAMPLERS["ddim"](eps, x_T.cpu(), leading(SCHEDULE, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("claimed")
 @torch.no_grad()
 def test_large_pictures_in_strips_give_a_gpu_the_layout_that_its_norm_takes(monkeypatch):
@@ -160,12 +162,14 @@ class CopiesToGPU(TorchDispatchMode):
 @pytest.mark.usefixtures("claimed")
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"loss": "velocity"},
-        {"frozen": "bfloat16", "norms": "half", "gradient_checkpointing": 1},
-        {"frozen": "bfloat16", "train": [], "lora": LoRAConfig(rank=2)},
-        {"frozen": "bfloat16", "train": [], "lora": LoRAConfig(rank=2, targets="all", dora=True)},
-    ],
+    rest_slow(
+        [
+            {"loss": "velocity"},
+            {"frozen": "bfloat16", "norms": "half", "gradient_checkpointing": 1},
+            {"frozen": "bfloat16", "train": [], "lora": LoRAConfig(rank=2)},
+            {"frozen": "bfloat16", "train": [], "lora": LoRAConfig(rank=2, targets="all", dora=True)},
+        ]
+    ),
     ids=["plain", "half", "adapters", "DoRA"],
 )
 def test_a_training_loss_is_made_on_its_device_and_waits_for_nothing(settings, monkeypatch):

@@ -41,6 +41,7 @@ def read_all(model: torch.nn.Module) -> float:
     return sum(p.detach()[..., ::64].float().sum().item() for p in model.parameters())
 
 
+@pytest.mark.slow
 @reads_proc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_file_s_pages_go_as_its_layers_are_packed(small, dtype):

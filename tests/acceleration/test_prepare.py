@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 from golden_file import noise
+from marks import rest_slow
 from PIL import Image
 from torch import nn
 
@@ -128,7 +129,7 @@ def test_attention_is_tiled_only_where_it_is_faster(monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (5, 3), (16, 12)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), rest_slow([(torch.float64, 1e-13), (torch.float32, 1e-5)]))
 def test_the_whole_network(dtype, tolerance, size, batch):
     """Through about 60 layers, to a few of the precision's roundings; by `forward`, and by `bind` with a table."""
     model = make_model(dtype=dtype)
@@ -372,6 +373,7 @@ def test_weights_are_shared():
     assert sum(prepared.values()) - new <= sum(own.values()) - unneeded
 
 
+@pytest.mark.slow
 def test_full_size_adds_8_percent_and_leaves_22_million_parameters_out():
     model = build_on_meta(PaintByExample, PaintByExampleConfig())
     own = {id(p) for p in model.parameters()}

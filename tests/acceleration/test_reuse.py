@@ -143,6 +143,7 @@ def test_each_sample_of_a_batch_is_what_it_is_alone():
     assert np.abs(second - exact).max() > 1e-3  # it is an approximation, and does something
 
 
+@pytest.mark.slow
 def test_at_full_size_a_light_call_is_a_twelfth_of_the_arithmetic():
     """Of a call with both halves of guidance at 512 pixels; nothing is computed."""
     unet = prepare_for_inference(build_on_meta(PaintByExample, PaintByExampleConfig())).unet

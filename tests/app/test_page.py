@@ -166,6 +166,7 @@ def test_a_distilled_model_begins_with_its_own_settings(model):
     assert changed({"sampler": "dpm_solver", "guidance": 5, "steps": 20}) == QUICK
 
 
+@pytest.mark.slow
 def test_a_turned_16_bit_or_large_image_keeps_what_it_has(client, files):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise makes it upright
@@ -423,6 +424,7 @@ def test_a_mask_of_another_size_is_resized_on_request(client, files):
     assert (pixels(result) != pixels(files["image"])).any()
 
 
+@pytest.mark.slow
 def test_what_extend_adds_needs_no_mask(client, files):
     handed = {"image": handle_file(files["image"]), "mask": None, "exemplar": handle_file(files["exemplar"])}
     (result,) = client.predict(**handed, **SETTINGS, extend="left,40", api_name="/edit")
@@ -544,6 +546,7 @@ def test_regions_are_kept_opened_again_and_removed(two):
         regions.add_region(kept * 4, image, drawn[0], *first)
 
 
+@pytest.mark.slow
 def test_regions_are_painted_as_the_library_does(model, files, two, disc):
     image, masks, drawn, (first, second) = two
     kept, *_ = regions.add_region((), image, drawn[0], *first)

@@ -250,6 +250,7 @@ def test_requests_for_nothing_are_answered_in_words(http, path, body, capfd):
 # --- memory and room --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "side"), [("png", 8001), ("jpg", 8001), ("tif", 8001), ("webp", 6823), ("jp2", 7156)]
 )
@@ -342,6 +343,7 @@ def test_a_cancelled_edit_stops_at_the_next_step(address, files, slow, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_waiting_edit_that_is_cancelled_never_starts(address, files, slow):
     started, ended = slow
     client = Client(address, verbose=False)
@@ -385,6 +387,7 @@ def test_an_edit_whose_client_never_listened_stops(http, files, slow, monkeypatc
     wait_for(lambda: len(started) == len(ended) == 1)
 
 
+@pytest.mark.slow
 def test_one_edit_at_a_time_also_after_a_cancel(address, files, monkeypatch):
     """Gradio takes the next edit while the cancelled one's step still runs."""
     running, most = threading.Semaphore(1), []

@@ -100,6 +100,7 @@ def quick(name, weights):
 # --- every system, from files to a picture ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(64, 64), (50, 90)])
 def test_every_system_paints_the_photo_s_frame(name, size, weights):
@@ -112,6 +113,7 @@ def test_every_system_paints_the_photo_s_frame(name, size, weights):
     assert (pixels[task.repaint] != task.image[task.repaint]).any(axis=1).mean() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_picture_depends_on_its_edit_and_seed_alone(name, weights):
     system = quick(name, weights)

@@ -242,6 +242,7 @@ def cut_off_result(folder):
     path.write_bytes(path.read_bytes()[:40])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "made"),
     [
@@ -261,6 +262,7 @@ def test_what_follows_from_something_else_is_made_anew(change, made, small, caps
         assert f"{name}, 3 items: {count} generated, {3 - count} were there, 0 failed" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--seed", "1"], ["--steps", "2"], ["--guidance", "2"], ["--redo"]])
 def test_other_settings_make_results_anew(options, small, capsys):
     assert main(instead(small[1], *options, "--system", "stable-diffusion-image", "--limit", "2")) == 0
@@ -441,6 +443,7 @@ def figure_arguments(files, tmp_path) -> list[str]:
     return [*arguments, "--device", "cpu", "--dtype", "float32", "--quiet"]
 
 
+@pytest.mark.slow
 def test_the_figure_shows_each_text_s_result_beside_the_exemplar_s(figure_arguments, weights, tmp_path):
     texts, seeds = ["a cat", "a black cat on a mat"], [5, 9]
     assert main([*figure_arguments, "--texts", *texts, "--seeds", "5", "9"]) == 0
@@ -576,6 +579,7 @@ def test_a_distilled_model_runs_as_it_was_distilled_for(tiny_checkpoint, tmp_pat
     assert ours.choose_settings({}, ordinary) == dict(ours.settings)
 
 
+@pytest.mark.slow
 def test_paint_by_example_runs_with_adapters(tiny_checkpoint, tmp_path):
     name = "lora_unet_mid_block_resnets_0_conv1"
     factors = {"lora_down": torch.ones(1, 64, 3, 3), "lora_up": torch.ones(64, 1, 1, 1)}

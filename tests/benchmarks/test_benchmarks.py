@@ -94,6 +94,7 @@ def tiny_folder(tiny_checkpoint):
 # --- editing ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_processes")
 def test_both_systems_make_the_same_picture(tiny_checkpoint, tiny_folder, tmp_path, capsys):
     """The JSON holds what was measured, and the table printed is the JSON's."""
@@ -114,6 +115,7 @@ def test_both_systems_make_the_same_picture(tiny_checkpoint, tiny_folder, tmp_pa
     assert edit.tables(content) in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_process_answers(tiny_checkpoint, tmp_path, monkeypatch):
     """Whoever asks sees its times and its peak, and gets its output in a file; it ends when nobody asks any more."""
     monkeypatch.chdir(tmp_path)  # from where this package is found all the same
@@ -164,6 +166,7 @@ def test_a_small_card_s_networks_visit_it(tiny_checkpoint, monkeypatch):
     assert visits == [(unet, "cpu"), (vae, "cpu")]
 
 
+@pytest.mark.slow
 def test_a_network_converted_for_openvino():
     """It computes the same, and the weights of the network that it was made from are given up."""
     pytest.importorskip("openvino")
@@ -348,6 +351,7 @@ def test_arithmetic_by_kind():
     assert flops_by_kind(call) == pytest.approx({kind: flops / 1e12 for kind, flops in expected.items()}, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_arithmetic_that_is_saved(tiny_checkpoint, tiny_folder):
     """The prepared network's products are fewer, by what is shared, folded and summed, whatever the batch."""
     one, three = (count_flops(str(tiny_checkpoint), 64, batch, str(tiny_folder)) for batch in (1, 3))
@@ -388,6 +392,7 @@ def test_layers_of_all_systems_are_known(tiny_checkpoint, tiny_folder):
         assert {kind_of(module) for module in system.networks["unet"].modules()} == set(KINDS), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_processes")
 def test_profile(tiny_checkpoint, tmp_path, capsys):
     out = tmp_path / "profile.json"
@@ -415,6 +420,7 @@ def test_table_of_a_profile():
 # --- how time and memory grow -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_processes")
 def test_scaling(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     def run_here(module, *arguments):

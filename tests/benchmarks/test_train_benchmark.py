@@ -46,6 +46,7 @@ def reference(task) -> list[float]:
     return two_losses("pbe", task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "pbe"])
 def test_systems_take_the_same_step(task, reference, name):
     """The same loss at first, and one that falls as much where the same parameters train."""
@@ -80,6 +81,7 @@ def measured(task, systems, pairs):
     return {"task": asdict(task), "systems": result}
 
 
+@pytest.mark.slow
 def test_measured_in_turns(task, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(worker, "Worker", SameProcess)
     numbers = measured(task, ["pbe", "pbe, plain"], pairs=2)

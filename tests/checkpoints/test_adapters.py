@@ -49,6 +49,7 @@ def test_files_of_diffusers(tmp_path, settings):
     assert_agree(add_adapters(make_model(), path), unet)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*queries and keys")
 @pytest.mark.parametrize("name", ["all", "rslora", "patterns", "DoRA"])
 @pytest.mark.parametrize("safe", [True, False])
@@ -80,6 +81,7 @@ def test_several_add_up_with_their_strengths(tmp_path):
     assert torch.equal(predict(once_more), predict(model))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*queries and keys")
 @pytest.mark.parametrize("settings", LYCORIS_CASES.values(), ids=LYCORIS_CASES)
 def test_files_of_lycoris(tmp_path, settings):

@@ -19,6 +19,7 @@ pytest.importorskip("hypothesis")
 
 from fuzz.pickled import a_state, a_tensor, text, torch_zip
 from fuzz.running import bounded
+from marks import rest_slow
 
 from pbe.checkpoints.adapters import add_adapters
 from pbe.checkpoints.formats.opening import CheckpointError, open_checkpoint
@@ -91,7 +92,7 @@ def programs() -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", programs())
+@pytest.mark.parametrize("name", rest_slow(programs(), fast=6))
 def test_small_pickles_are_refused(tmp_path, capsys, name):
     refused(torch_zip(tmp_path / "x.ckpt", programs()[name]), capsys)
 
@@ -117,6 +118,7 @@ def test_compressed_storages(tmp_path, capsys):
     assert "its tensors need" in refused(torch_zip(tmp_path / "many.ckpt", many, {"0": bytes(4 << 20)}), capsys)
 
 
+@pytest.mark.slow
 def test_combinations_of_levels_and_blocks(tmp_path, capsys):
     names = [f"first_stage_model.encoder.down.{i}.block.0.conv1.weight" for i in range(900)]
     names += [f"first_stage_model.encoder.down.0.block.{i}.conv1.weight" for i in range(900)]

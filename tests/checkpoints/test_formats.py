@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from marks import rest_slow
 from torch import nn
 
 from pbe.checkpoints.formats.lazy_tensors import MappedFile
@@ -434,7 +435,7 @@ def test_the_attacks_do_work_on_plain_pickle(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["zip", "legacy", "script"])
+@pytest.mark.parametrize("kind", rest_slow(["zip", "legacy", "script"]))
 def test_nothing_is_executed(tmp_path: Path, name: str, kind: str) -> None:
     target, path = tmp_path / "created", tmp_path / "x.pt"
     attack = attack_bytes(name, target)

@@ -222,6 +222,7 @@ def test_without_the_package(monkeypatch):
         find_checkpoint("hf:someone/model")
 
 
+@pytest.mark.slow
 def test_offline_the_cache_is_all_there_is(server, tmp_path, monkeypatch):
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)

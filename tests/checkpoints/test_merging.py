@@ -123,6 +123,7 @@ def test_inpainting_models_share_z_t_alone(a, c):
     assert torch.equal(merged[KERNEL], ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", ["first_stage_model.", "cond_stage_model."])
 def test_a_fine_tune_may_lack_a_network(a, b, c, capsys, lacking):
     state = {name: tensor for name, tensor in sd_state(2).items() if not name.startswith(lacking)}

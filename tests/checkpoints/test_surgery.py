@@ -146,6 +146,7 @@ def test_extract_ema(tmp_path):
     assert not (tmp_path / "cut-averaged.ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["lcm", "tcd"])
 def test_what_a_model_was_distilled_for_is_kept(tmp_path, sampler):
     config = replace(four_layers(), distilled=Distilled(sampler, 4, 1.0))
@@ -298,6 +299,7 @@ def four_layers():
     return replace(CONFIG, exemplar=replace(CONFIG.exemplar, vision=replace(CONFIG.exemplar.vision, num_layers=4)))
 
 
+@pytest.mark.slow
 def test_a_diffusers_folder_is_replaced_whole(tmp_path):
     config = four_layers()
     path = write(tmp_path / "model.ckpt", seeded_state(config, 1), pbe=pbe_entry(config))

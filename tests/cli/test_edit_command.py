@@ -114,6 +114,7 @@ def test_edit_keeps_the_photo_outside_the_mask(cli, folder):
     assert (before[inside] != after[inside]).any(axis=-1).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_results_of_a_distilled_model_hold_what_was_used(cli, folder, distilled_checkpoint, capsys):
     (folder / "rows.csv").write_text(
         "image,mask,exemplar,out,steps\nphoto.png,mask.png,dog.png,a.png,\nphoto.png,mask.png,dog.png,b.png,3\n"
@@ -140,6 +141,7 @@ def adapters(folder):
     torch.save({"state_dict": torch.load(folder / "style.pt"), **content}, folder / "lcm.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("adapters")
 def test_results_of_adapters_hold_which_and_how_strong(cli, folder, tiny_checkpoint, capsys):
     assert cli(out="plain.png", steps="2") == cli(out="style.png", steps="2", adapter="style.pt:-0.5") == 0
@@ -160,6 +162,7 @@ def test_results_of_adapters_hold_which_and_how_strong(cli, folder, tiny_checkpo
     assert "none.pt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("adapters")
 def test_rows_with_adapters_of_their_own(cli, folder, monkeypatch, capsys):
     torch.save({"lora_unet_conv_out.lora_down.weight": torch.ones(1, 1)}, folder / "misfit.pt")
@@ -191,6 +194,7 @@ def test_rows_with_adapters_of_their_own(cli, folder, monkeypatch, capsys):
     assert len(loaded) == 1  # by the row that fails
 
 
+@pytest.mark.slow
 def test_another_autoencoder_and_the_choice_of_weights_are_used_and_noted(cli, folder, tiny_checkpoint, capsys):
     prefix = "first_stage_model."
     state = torch.load(tiny_checkpoint)["state_dict"]
@@ -670,6 +674,7 @@ def test_batch_of_settings_out_of_range_needs_no_model(cli, folder, capsys, monk
     assert "margin must be" in output.err
 
 
+@pytest.mark.slow
 def test_batch_goes_on_after_memory_was_full(cli, folder, capsys, monkeypatch):
     def edit(model, image, *args, seed, **settings):
         if seed == 1:

@@ -263,6 +263,7 @@ def test_show_data_shows_the_photo_and_the_target(source, tmp_path):
             assert (picture.getcolors() == [(32 * 32, (255, 0, 0))]) == is_red
 
 
+@pytest.mark.slow
 def test_show_data_command(tmp_path, capsys):
     save_photos(tmp_path, 4)
     rows = "".join(f"{i}.jpg,80,60,16,12,56,48\n" for i in range(4))

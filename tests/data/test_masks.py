@@ -50,6 +50,7 @@ def test_jitter_is_whole_steps_to_both_sides():
     np.testing.assert_allclose(smaller * 5, moved[0], atol=1e-9)
 
 
+@pytest.mark.slow
 def test_bezier_area():
     # A quadratic curve over a chord L with its control point at height h adds L h / 3. Corners are cut: the polygon
     # goes straight from t = .9 of one side to t = .05 of the next, which takes .1 x .05 / 2 of the box at each.

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from marks import rest_slow
 from PIL import Image
 
 from benchmarks.data import measure_recipe, plain_example
@@ -43,7 +44,7 @@ def example(record, seed=0, **options):
 # --- against the plain version ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resolution", [512, 256])
+@pytest.mark.parametrize("resolution", rest_slow([256, 512]))
 @pytest.mark.parametrize("draft", [False, True])
 def test_agrees_with_the_plain_recipe(photo, draft, resolution):
     record, config = Record(photo, BOX), RecipeConfig(draft=draft, resolution=resolution)
@@ -125,6 +126,7 @@ def test_object_masks_take_their_share_where_they_are_known():
     assert not any(p.outline is None for p in plans(100, object_mask=1.0))
 
 
+@pytest.mark.slow
 def test_masks_are_repainted_where_their_source_says_so():
     masks = (MaskArray(np.ones((8, 8), dtype=bool)),)
     assert all(p.outline is None for p in plans(100, masks=masks, repaint_masks=True))
@@ -389,6 +391,7 @@ def test_draw_integers_takes_both_ends():
     assert (draws[:, 1] == 0).all()
 
 
+@pytest.mark.slow
 def test_benchmark_compares_both_versions(photo, capsys):
     threads = torch.get_num_threads()
     timing = measure_recipe([Record(photo, BOX)], RecipeConfig(resolution=32, exemplar_size=16), pairs=1)

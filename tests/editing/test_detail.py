@@ -95,6 +95,7 @@ def test_what_the_tokens_are(model):
     assert torch.equal(null[:, 1 + D :], 0.5 * model.detail.null_tokens)
 
 
+@pytest.mark.slow
 def test_edits_in_one_batch_are_as_alone():
     prepared = pbe.prepare_for_inference(with_detail())
     own = [{"exemplar": EXEMPLAR, "seed": 5}, {"exemplar": OTHER, "seed": 6}]

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from marks import rest_slow
 from PIL import Image
 
 import pbe
@@ -33,7 +34,7 @@ def edit(model, image, mask, steps=4, **options):
 
 @pytest.mark.filterwarnings("ignore:sampler=.* is for distilled models")
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize(("strength", "taken"), [(0.5, 3), (0.05, 1), (0.999, 5), (1.0, 5)])
+@pytest.mark.parametrize(("strength", "taken"), rest_slow([(0.5, 3), (0.05, 1), (0.999, 5), (1.0, 5)], fast=2))
 def test_every_sampler_takes_the_last_steps_of_its_grid(model, sampler, strength, taken):
     settings = settings_for({"sampler": sampler, "steps": 5})
     grid, steps = SPACINGS[settings.spacing](NoiseSchedule.scaled_linear(), 5), []
@@ -88,6 +89,7 @@ def test_strength_1_is_the_edit_without_it(model):
     assert not np.array_equal(plain, nearly)
 
 
+@pytest.mark.slow
 def test_strength_works_with_what_changes_the_steps(model):
     prepared = prepare_for_inference(model)
     mask = rectangle(64, 64, (4, 4, 20, 20)) | rectangle(64, 64, (40, 40, 60, 60))
@@ -112,6 +114,7 @@ def test_strength_works_with_what_changes_the_steps(model):
         assert not np.array_equal(other, result), one
 
 
+@pytest.mark.slow
 def test_a_result_of_strength_depends_on_its_seed_alone(model):
     four = edit(model, IMAGE, BOX, seed=10, num_images=3, batch_size=2, strength=0.5, split_mask=True)
     for i in range(3):
@@ -209,6 +212,7 @@ def test_a_negative_stands_in_the_place_of_the_learned_vector(model):
     assert np.abs(same.astype(int) - unguided).max() <= 1
 
 
+@pytest.mark.slow
 def test_negatives_have_masks_and_weights(model):
     shown = rectangle(40, 30, (5, 5, 25, 20))
     changed = Image.fromarray(np.where(shown[..., None], np.asarray(OTHER), 255 - np.asarray(OTHER)))

@@ -236,6 +236,7 @@ def test_inception_needs_the_extra(tmp_path, monkeypatch):
         load_backbone(f"inception={tmp_path / 'inception.pth'}")
 
 
+@pytest.mark.slow
 def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     from torchmetrics.image.fid import FrechetInceptionDistance

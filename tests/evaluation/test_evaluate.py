@@ -263,6 +263,7 @@ def scored(test_set, judge, tiny_checkpoint, coco, tmp_path_factory) -> tuple[Pa
     return out, [*arguments, *loading]
 
 
+@pytest.mark.slow
 def test_run_keeps_the_background_of_composited_results_alone(test_set, scored):
     out, _ = scored
     for item in TestSet(test_set).items:

@@ -361,6 +361,7 @@ def test_a_picture_without_background_has_no_ssim():
         metric.compute()
 
 
+@pytest.mark.slow
 def test_lpips_is_torchmetrics(tmp_path):
     """On seeded AlexNet weights; the linear ones are the real ones, which torchmetrics ships."""
     from torchmetrics.functional.image.lpips import _LPIPS

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY
+from marks import rest_slow
 
 from pbe.checkpoints.infer_config import pbe_entry
 from pbe.checkpoints.seeding import seeded_state
@@ -47,6 +48,7 @@ def test_right_files_agree(tmp_path, capsys, dtype):
         assert said in text
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_by_diffusers_itself(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "folder"
     save_diffusers(seeded_state(CONFIG, 1), CONFIG, folder)
@@ -59,13 +61,15 @@ def test_a_folder_is_read_by_diffusers_itself(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("tensor", "outputs"),
-    [
-        ("first_stage_model.encoder.mid.block_1.conv1.weight", ["VAE, encoding"]),
-        ("first_stage_model.decoder.mid.block_1.conv1.weight", ["VAE, decoding", "picture"]),
-        ("cond_stage_model.mapper.resblocks.0.mlp.c_proj.weight", ["exemplar encoder"]),
-        ("learnable_vector", ["unconditional vector"]),
-        ("model.diffusion_model.middle_block.0.out_layers.3.weight", ["UNet, t = 1", "UNet, t = 999", "latents"]),
-    ],
+    rest_slow(
+        [
+            ("first_stage_model.encoder.mid.block_1.conv1.weight", ["VAE, encoding"]),
+            ("first_stage_model.decoder.mid.block_1.conv1.weight", ["VAE, decoding", "picture"]),
+            ("cond_stage_model.mapper.resblocks.0.mlp.c_proj.weight", ["exemplar encoder"]),
+            ("learnable_vector", ["unconditional vector"]),
+            ("model.diffusion_model.middle_block.0.out_layers.3.weight", ["UNet, t = 1", "UNet, t = 999", "latents"]),
+        ]
+    ),
 )
 def test_a_wrong_conversion_is_seen(tmp_path, capsys, monkeypatch, tensor, outputs):
     """One tensor with its values in another order on diffusers' side."""

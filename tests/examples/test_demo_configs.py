@@ -1,6 +1,7 @@
 """The configs of the model in the box: the commands in their comments exist, and each run begins where another ends."""
 
 import re
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from pbe.training.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path for folder in ("demo", "ablation/tiny") for path in (ROOT / "configs" / folder).glob("*.yaml"))
-RUNS = {config.run: config for config in (load_config([str(path)]) for path in [*FILES, ROOT / "configs/vae.yaml"])}
 names = pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 
 
@@ -25,10 +25,16 @@ def test_commands_in_comments_exist(path):
             assert what in COMMANDS if program == "pbe" else find_spec(what), line
 
 
+@cache
+def configs():
+    read = (load_config([str(path)]) for path in [*FILES, ROOT / "configs/vae.yaml"])
+    return {config.run: config for config in read}
+
+
 @names
 def test_runs_begin_with_what_another_run_saves(path):
     for run, step in re.findall(r"(runs/\S+)/checkpoints/step-(\d+)\.ckpt", path.read_text()):
-        saving = RUNS[run]
+        saving = configs()[run]
         assert int(step) % saving.checkpoint.every_n_steps == 0 or int(step) == saving.trainer["max_steps"], step
         assert int(step) <= saving.trainer["max_steps"], step
     if path.parent.name == "demo":

@@ -76,6 +76,7 @@ def test_edits_are_served(tmp_path, pictures, capsys):
     assert "refused: mask is 640x100" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_gallery_is_that_of_the_page(tmp_path):
     gallery = runpy.run_path(str(EXAMPLES / "gallery.py"))
     docs = EXAMPLES.parent / "docs"

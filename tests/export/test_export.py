@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from marks import rest_slow
 from PIL import Image
 
 import pbe
@@ -132,13 +133,15 @@ def test_each_network_computes_the_same(model, exported, to, size, batch):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"size": (90, 44), "window": "full", "resolution": 72, "num_images": 3},
-        {"guidance": 1.0, "sampler": "dpm_solver", "spacing": "trailing"},
-        {"guidance_interval": (200, 700), "exemplar": [EXEMPLAR, OTHER], "exemplar_weights": [1, 3]},
-        {"guidance": 0.0, "num_images": 3, "batch_size": 2},
-    ],
+    rest_slow(
+        [
+            {},
+            {"size": (90, 44), "window": "full", "resolution": 72, "num_images": 3},
+            {"guidance": 1.0, "sampler": "dpm_solver", "spacing": "trailing"},
+            {"guidance_interval": (200, 700), "exemplar": [EXEMPLAR, OTHER], "exemplar_weights": [1, 3]},
+            {"guidance": 0.0, "num_images": 3, "batch_size": 2},
+        ]
+    ),
 )
 @pytest.mark.parametrize("to", RUNTIMES)
 def test_an_edit_is_the_same(model, exported, to, settings):
@@ -237,6 +240,7 @@ def test_the_command_edits_with_the_folder(folders, checkpoint, tmp_path, monkey
     assert exported["checkpoint_crc32"] != ours["checkpoint_crc32"]
 
 
+@pytest.mark.slow
 def test_the_system_of_evaluations(folders, exported):
     system = PaintByExampleSystem.load(WeightFiles(paint_by_example=folders("torch-export"), device="cpu"))
     assert system.settings.sampler == "lcm"

@@ -62,6 +62,7 @@ def test_what_is_whole():
     assert [name for name, mask in masks.items() if is_whole(mask, box)] == ["disc"]
 
 
+@pytest.mark.slow
 def test_a_manifest_of_what_was_cut_out(tmp_path, capsys):
     picture, disc = scene()
     (tmp_path / "photos").mkdir()

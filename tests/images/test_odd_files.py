@@ -103,6 +103,7 @@ def test_every_tag_with_every_type(tmp_path):
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_odd_tags_of_a_tiff(tmp_path):
     path, wrong = tmp_path / "a.tif", []
     for tag in (*blocks.TAGS[1:], *blocks.SUB_TAGS[:4]):

@@ -62,6 +62,7 @@ def test_refusals(where, message):
         pbe.select_object(scene()[0], **where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [{"point": (160, 120)}, {"box": (100, 60, 220, 180)}])
 def test_nothing_found_says_what_to_do(where):
     with pytest.raises(ValueError, match=r"no object is found in the image at .*: click elsewhere .* box"):
@@ -75,6 +76,7 @@ def test_tiny_pictures_are_no_crash(size):
         pbe.select_object(picture, point=(0, 0))
 
 
+@pytest.mark.slow
 def test_rows_select_in_photo_and_exemplar(tmp_path):
     picture, disc = scene()
     Image.fromarray(picture).save(tmp_path / "photo.png")

@@ -395,6 +395,7 @@ def test_wrong_weights():
         composite(pixels, edited, Box(0, 0, 10, 10), np.ones((9, 9), dtype=np.float32))
 
 
+@pytest.mark.slow
 def test_large_photo_from_window_to_composite():
     """A 4000 x 3000 photo: the shapes fit, nothing outside changes, and none of it takes long."""
     y, x = np.mgrid[:3000, :4000]

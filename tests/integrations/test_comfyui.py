@@ -156,6 +156,7 @@ def test_a_distilled_model_s_own_settings_hold_where_a_prompt_is_silent():
         nodes.edit(student, IMAGE, MASK, EXEMPLAR, **FAST)
 
 
+@pytest.mark.slow
 def test_a_batch_is_edited_one_by_one(model):
     images = pictures(2)
     (result,) = nodes.edit(model, images, MASK, EXEMPLAR, **FAST)

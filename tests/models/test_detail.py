@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention as TheirAttention
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
 from golden_file import noise
+from marks import rest_slow
 from torch.utils.flop_counter import FlopCounterMode
 
 from pbe.acceleration import prepare_for_inference
@@ -200,7 +201,7 @@ def test_impossible_sizes_are_refused(values):
 FORMS = {"shared": {}, "packed": {"consume": True}, "bfloat16": {"consume": True, "dtype": torch.bfloat16}}
 
 
-@pytest.mark.parametrize("strength", [0, 0.5, 1, 2])
+@pytest.mark.parametrize("strength", rest_slow([0.5, 0, 1, 2]))
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("config", [TINY, ALL_TOKENS], ids=["one token", "all tokens"])
 def test_prepared_it_is_the_same(config, form, strength):

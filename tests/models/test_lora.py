@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 from golden_file import noise
+from marks import rest_slow
 from torch import nn
 
 import pbe
@@ -110,6 +111,7 @@ def test_targets():
     assert target_layers(many, "all").keys() == layers_of(many).keys()
 
 
+@pytest.mark.slow
 @every_config
 @pytest.mark.parametrize("tokens", ["class", "all"])
 def test_all_adapters_get_a_gradient(config, tokens):
@@ -195,6 +197,7 @@ def test_dora_of_a_row_of_zeros_stays_finite():
     assert all(p.grad.isfinite().all() for name, p in ours.named_parameters())
 
 
+@pytest.mark.slow
 @every_config
 def test_saved_adapters_compute_what_the_trained_model_does(tmp_path, config):
     model = adapted(config)
@@ -219,7 +222,7 @@ def test_a_file_of_one_token_s_model_fits_one_of_more(tmp_path):
     )
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("suffix", rest_slow([".safetensors", ".ckpt"]))
 def test_saved_adapters_can_be_laid_over_the_model(tmp_path, suffix):
     model = adapted()
     path = tmp_path / f"adapter{suffix}"
@@ -237,6 +240,7 @@ def test_saved_adapters_can_be_laid_over_the_model(tmp_path, suffix):
             assert torch.allclose(tensor, between, atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_what_adapters_distil_for_the_merged_model_says(tmp_path, capsys):
     distilled = Distilled("lcm", 4, 1.0)
     torch.save({"state_dict": seeded_state(TINY, 0), "pbe": pbe_entry(TINY)}, tmp_path / "model.ckpt")
@@ -249,6 +253,7 @@ def test_what_adapters_distil_for_the_merged_model_says(tmp_path, capsys):
     assert "odd.ckpt: distilled={'sampler': 'lcm'} is not a mapping" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_tool_merges_adapters_into_a_checkpoint(tmp_path):
     torch.save({"state_dict": seeded_state(TINY, 0), "pbe": pbe_entry(TINY)}, tmp_path / "model.ckpt")
     save_adapters(adapted().state_dict(), tmp_path / "adapter.safetensors")

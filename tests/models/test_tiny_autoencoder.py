@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from marks import rest_slow
 
 import pbe
 from pbe.acceleration import prepare_for_inference
@@ -129,6 +130,7 @@ def draft(model, **settings):
     return result
 
 
+@pytest.mark.slow
 def test_a_draft_is_the_tiny_decoder_s_picture_of_the_same_latents(tiny_checkpoint, tiny_decoder, monkeypatch):
     model = pbe.load_model(tiny_checkpoint, "cpu", tiny_decoder=tiny_decoder)
     exact = draft(model, decoder="vae")
@@ -159,7 +161,7 @@ def test_a_decoder_must_fit_the_latents(tiny_checkpoint, tmp_path):
         PaintByExampleConfig(vae=TINY.vae, tiny_decoder=TinyConfig())
 
 
-@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("suffix", rest_slow(["safetensors", "ckpt"]))
 def test_it_travels_inside_the_model_s_file(tiny_checkpoint, tiny_decoder, tmp_path, suffix):
     both, again = tmp_path / f"both.{suffix}", tmp_path / "again.ckpt"
     assert main(["set-tiny-decoder", str(tiny_checkpoint), str(tiny_decoder), "--out", str(both)]) == 0

@@ -288,6 +288,7 @@ def test_wrong_number_of_merges(folder, gz, all_merges):
         CLIPTokenizer.from_file(folder)
 
 
+@pytest.mark.slow
 def test_vocab_of_other_merges(folder):
     path = folder / "vocab.json"
     vocab = json.loads(path.read_text(encoding="utf-8"))

@@ -51,6 +51,7 @@ def start(checkpoint: Path, folder: Path) -> tuple[subprocess.Popen, str]:
     return process, re.search(r"http://\S+", line)[0]
 
 
+@pytest.mark.slow
 def test_jobs_of_a_killed_server_are_found_again(tiny_checkpoint, serve, pictures, tmp_path, capsys):
     process, address = start(tiny_checkpoint, tmp_path)
     try:

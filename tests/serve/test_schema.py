@@ -30,6 +30,7 @@ def check_all(api, how: settings) -> None:
         check()
 
 
+@pytest.mark.slow
 def test_answers_are_as_the_schema_says(api):
     check_all(api, FEW)
 

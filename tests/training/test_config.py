@@ -31,6 +31,7 @@ def test_files_are_whole(name, tmp_path):
     assert load_config([str(tmp_path / "config.yaml")]) == config
 
 
+@pytest.mark.slow
 def test_runs_have_folders_of_their_own():
     runs = [load_config([str(CONFIGS / name)]).run for name in FILES]
     assert len(set(runs)) == len(runs)

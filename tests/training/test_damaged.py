@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import toy_run
+from marks import rest_slow
 
 from pbe.cli.train import main
 
@@ -104,7 +105,7 @@ def at(path, tmp_path):
     return tmp_path / "checkpoints" / path.name
 
 
-@pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("change", "expected"), rest_slow(CHANGES.values(), fast=12), ids=CHANGES)
 def test_entries_that_are_missing_or_wrong(toy, at, entries, change, expected, capsys):
     changed = copy.deepcopy(entries)
     change(changed)

@@ -135,6 +135,7 @@ def start(toy):
     return f"model={{init: {toy_run.write_model(toy.parent)}, size: null, vae: null}}"
 
 
+@pytest.mark.slow
 def test_run_logs_shows_and_says_what_it_is_for(toy, start, tmp_path):
     """Its errors at the four timesteps; grids with a column for the teacher; an edit begins as distilled."""
     run = tmp_path / "run"

@@ -66,6 +66,7 @@ def test_crops_come_again_with_other_draws(toy, kept):
     assert torch.allclose(examples[1].mask, latent_mask(example.mask[None], vae.config.downsampling)[0], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_making_goes_on(toy, kept, tmp_path):
     folder = tmp_path / "encodings"
     shutil.copytree(kept, folder)

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import toy_run
+from marks import rest_slow
 from others_adapters import assert_agree, make_model, make_unet, predict
 from safetensors import safe_open
 
@@ -48,7 +49,7 @@ def save_trained(path, config, ema_decay=None, distil=False):
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", rest_slow(CONFIGS.values()), ids=CONFIGS)
 def test_others_read_what_was_trained(tmp_path, config, ema_decay):
     module = save_trained(tmp_path / "a.ckpt", config, ema_decay)
     with module.averaged():

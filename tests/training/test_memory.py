@@ -185,6 +185,7 @@ def test_clip_that_trains_is_not_frozen():
     assert gradients["cond_stage_model.transformer.vision_model.embeddings.class_embedding"].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_files_hold_frozen_parts_as_they_were(toy):
     """Bit for bit; and a run goes on as it would have."""
     settings = (
@@ -218,6 +219,7 @@ def test_a_run_that_goes_on_keeps_the_frozen_parts_of_its_checkpoint():
     assert torch.equal(again["state_dict"][name], expected)
 
 
+@pytest.mark.slow
 def test_frozen_layers_beneath_adapters_need_the_same_precision(toy, capsys):
     start = toy_run.write_model(toy.parent)
     settings = [

@@ -526,6 +526,7 @@ def test_checkpoints_load_straight(finished, toy):
     assert edited.size == photo.size
 
 
+@pytest.mark.slow
 def test_an_edit_by_a_fresh_checkpoint_gives_what_its_sample_grid_showed(finished, tmp_path):
     path, config = finished / "checkpoints" / "step-00000010.ckpt", load_config([str(finished / "config.yaml")])
     examples = first_examples(open_data(config).val_dataloader(), config.samples.count)
@@ -558,6 +559,7 @@ def test_an_edit_by_a_fresh_checkpoint_gives_what_its_sample_grid_showed(finishe
     assert "weights" not in read_provenance(tmp_path / "auto.png")
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_and_saved(toy, tmp_path):
     """Their run goes on where it stopped, and the last file lies over the checkpoint it started from."""
     start = toy_run.write_model(toy.parent)
@@ -586,6 +588,7 @@ def test_adapters_alone_are_trained_and_saved(toy, tmp_path):
     assert all(x.abs().max() > 0 for x in ups)
 
 
+@pytest.mark.slow
 def test_adapters_are_drawn_with_the_run_s_seed(toy):
     start = toy_run.write_model(toy.parent)
     settings = [str(toy), f"model={{init: {start}, size: null, vae: null}}"]
@@ -666,6 +669,7 @@ def test_frozen_parts_stay_and_the_others_move(finished, toy):
     assert {part for part, prefix in PARTS.items() if any(n.startswith(prefix) for n in moved)} == set(PARTS)
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_are_kept(toy):
     run = toy.parent / "kept"
     toy_run.run(toy, f"run={run}", "checkpoint.every_n_steps=2", "trainer.max_steps=7", "trainer.limit_val_batches=0")
@@ -673,6 +677,7 @@ def test_the_last_checkpoints_are_kept(toy):
     assert names == ["step-00000006.ckpt", "step-00000007.ckpt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "last"),
     [("trainer.max_epochs=1", 5), ("trainer.max_time={milliseconds: 1}", 1)],
@@ -710,6 +715,7 @@ def test_validation_s_time_is_not_training_s(monkeypatch):
     assert checkpoint["metrics"]["seconds"] == 8.0
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_samples(toy):
     """Three steps' metrics in one line are the mean of those of the three."""
     every, third = toy.parent / "every", toy.parent / "third"
@@ -720,6 +726,7 @@ def test_metrics_are_means_over_samples(toy):
     assert toy_run.metrics(third, "train/loss") == {3: pytest.approx(sum(losses.values()) / 3, rel=1e-6)}
 
 
+@pytest.mark.slow
 def test_a_run_with_several_draws(toy):
     """It logs the mean over draws and samples, and counts pictures as they are."""
     one, three = toy.parent / "one_draw", toy.parent / "three_draws"
@@ -732,6 +739,7 @@ def test_a_run_with_several_draws(toy):
     assert toy_run.metrics(three, "val/loss").keys() == toy_run.metrics(one, "val/loss").keys()
 
 
+@pytest.mark.slow
 def test_accumulation_is_a_larger_batch(toy):
     """The first loss logged of 2 x 2 samples is that of 4: the same samples in the same order."""
     one, two = toy.parent / "batch4", toy.parent / "batch2x2"
@@ -742,6 +750,7 @@ def test_accumulation_is_a_larger_batch(toy):
     assert b == {1: pytest.approx(a[1], rel=1e-5)}
 
 
+@pytest.mark.slow
 def test_precision(toy):
     """Under autocast the loss is float32's to bfloat16's three digits, and the parameters stay float32."""
     run, plain = toy.parent / "bf16", toy.parent / "fp32"
@@ -833,6 +842,7 @@ def test_a_resumed_run_keeps_its_settings(finished, toy, capsys):
     assert "had 2 pictures in a batch over all processes and cannot go on with 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_an_older_run_could_not_say_was_as_it_is_by_default(toy, tmp_path):
     run = tmp_path / "run"
     toy_run.run(toy, f"run={run}", "trainer.max_steps=1", "checkpoint.every_n_steps=1")

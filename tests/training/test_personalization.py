@@ -121,6 +121,7 @@ def test_each_region_is_painted_as_each_picture_s_object(bag):
 # --- the command ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_result_is_an_adapter_and_the_run_resumes(model, bag, capsys):
     assert personalize(model, bag, "--steps", "4", "--rank", "2", "checkpoint.every_n_steps=2") == 0
     run = bag / "run"

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import toy_run
+from marks import rest_slow
 from toy_run import assert_same_run, same
 
 from pbe.training.callbacks.checkpoints import list_checkpoints, step_of
@@ -42,7 +43,9 @@ def test_killed_and_resumed(toy, whole):
     assert_same_run(run, whole, END)
 
 
-@pytest.mark.parametrize("step", [6, 8, 10], ids=["within an epoch", "before a validation", "at an epoch's end"])
+@pytest.mark.parametrize(
+    "step", rest_slow([6, 8, 10]), ids=["within an epoch", "before a validation", "at an epoch's end"]
+)
 def test_resumed_from(toy, whole, step):
     """As if it had been killed after this checkpoint, while the next one was being written."""
     run = toy.parent / f"from{step}"
@@ -109,6 +112,7 @@ def test_gradient_checkpointing_may_change(toy, whole):
     assert_same_run(run, whole, END)
 
 
+@pytest.mark.slow
 def test_resumed_autoencoder(toy):
     settings = [
         "task=vae",

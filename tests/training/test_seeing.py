@@ -43,6 +43,7 @@ def triples(tmp_path):
     return tmp_path / "mine.csv"
 
 
+@pytest.mark.slow
 def test_own_edits_have_grids_of_their_own(toy, triples):
     run, plain = toy.parent / "edits", toy.parent / "no_edits"
     settings = ("trainer.max_steps=2", "samples.every_n_steps=2", "samples.edit={steps: 2}", "training.frozen=bfloat16")
@@ -83,6 +84,7 @@ def test_own_edits_that_cannot_be(triples, text, message):
 # --- loggers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_logger_by_name(toy):
     run = toy.parent / "csv"
     settings = ("trainer.max_steps=2", "log=csv", "trainer.limit_val_batches=0")
@@ -232,6 +234,7 @@ def test_kept_bytes_are_those_that_a_step_keeps(levels, monkeypatch):
     assert counted == pytest.approx(sizes[1] - sizes[0], rel=0.05)  # which also keeps the encoder's
 
 
+@pytest.mark.slow
 def test_memory_follows_the_optimizer(toy):
     sizes = {}
     for name in KINDS:

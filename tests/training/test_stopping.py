@@ -104,6 +104,7 @@ def finished(toy):
     return run
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_beside_the_newest(finished, toy):
     """With `--resume PATH` the run goes on from a chosen one; later ones are put aside."""
     losses = toy_run.metrics(finished, "val/loss")
@@ -111,6 +112,7 @@ def test_the_best_is_kept_beside_the_newest(finished, toy):
     assert best["global_step"] == min(losses, key=losses.__getitem__)
 
 
+@pytest.mark.slow
 def test_resume_from_a_chosen_checkpoint(finished, toy):
     expected = toy_run.checkpoint(finished, 8)
     lines = (finished / "metrics.jsonl").read_text().splitlines()
@@ -122,6 +124,7 @@ def test_resume_from_a_chosen_checkpoint(finished, toy):
     assert len((finished / "metrics.jsonl").read_text().splitlines()) == len(lines)
 
 
+@pytest.mark.slow
 def test_minutes_between_checkpoints(toy):
     run = toy.parent / "minutes"
     settings = ("trainer.max_steps=3", "checkpoint.every_n_steps=100", "checkpoint.every_n_minutes=0.0001")
@@ -174,6 +177,7 @@ def test_the_log_has_no_noise(toy):
         assert noise not in output
 
 
+@pytest.mark.slow
 def test_the_same_manifest_in_another_order(toy, tmp_path, capsys):
     settings = (str(toy), f"run={tmp_path / 'run'}", f"data.source.images={toy.parent / 'images'}")
     head, *rows = (toy.parent / "boxes.csv").read_text().splitlines()
@@ -200,6 +204,7 @@ def test_counts_of_skipped_pictures_go_on(toy, tmp_path):
     assert toy_run.metrics(tmp_path / "parts", name) == toy_run.metrics(tmp_path / "whole", name) != {}
 
 
+@pytest.mark.slow
 def test_a_signal_within_a_validation(toy, monkeypatch):
     """Here in the middle of an accumulation: the last step is saved, and the validation is made again."""
     settings = ("trainer.max_steps=5", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3")

@@ -37,6 +37,7 @@ def checkpoint(settings, step):
     return f"{settings['run']}/checkpoints/step-{step:08}.ckpt"
 
 
+@pytest.mark.slow
 def test_it_learns_the_autoencoder_s_decoding(settings, tmp_path):
     settings = {**settings, "run": str(tmp_path / "run")}
     toy_run.run(*written(settings), "trainer.max_steps=40")

@@ -86,6 +86,7 @@ def test_its_file_is_an_autoencoder_s_and_the_run_goes_on(toy, plain, perceptual
     assert open_vae(path)
 
 
+@pytest.mark.slow
 def test_the_autoencoder_trains_as_without_until_the_start(toy, plain):
     """Though its gradients are clipped, the discriminator's weights in the same optimiser."""
     states = {}
