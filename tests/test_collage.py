@@ -241,3 +241,12 @@ def test_a_run_shows_it_and_its_file_says_so(tmp_path, capsys):
     assert not starting_model(without.model, 0).config.collage
     assert main([*run, f"run={tmp_path / 'other'}", "data.recipe.collage=false"]) == 2
     assert "data.recipe.collage must be true for this model: leave it out" in capsys.readouterr().err
+
+
+def test_a_student_is_shown_it_too(tmp_path):
+    toy = toy_run.write(tmp_path)
+    settings = ("task=distill", "training={train: [unet], ema_decay: null}", "trainer.max_steps=1")
+    toy_run.run(toy, *settings, "model.collage=true", "checkpoint.every_n_steps=1", f"run={tmp_path / 'student'}")
+    student = pbe.load_model(tmp_path / "student" / "checkpoints" / "step-00000001.ckpt", "cpu", "float32")
+    assert student.config.collage
+    assert student.config.distilled
