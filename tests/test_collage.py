@@ -22,6 +22,7 @@ from pbe.editing.regions import Region
 from pbe.images.reading import exemplar_tensor
 from pbe.models.collage import collage, collages, fitted_box
 from pbe.models.paint_by_example import PaintByExample
+from pbe.sampling import NoiseSchedule
 from pbe.training.config import load_config
 from pbe.training.initialization import starting_model
 
@@ -174,6 +175,28 @@ def test_each_region_shows_its_own(model, masked_images, monkeypatch):
     for seen, colour, box in zip(masked_images, (RED, GREEN), (left, right), strict=True):
         shown = seen[0][:, box[1] : box[3], box[0] : box[2]]
         torch.testing.assert_close(shown, colour[:, :1, :1].expand_as(shown), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(("strength", "t"), [(1.0, 999), (0.5, 499)])
+def test_sampling_starts_from_what_is_shown(model, monkeypatch, strength, t):
+    """Not from the photo, as other models at a strength below 1, nor from noise alone."""
+    monkeypatch.setattr("pbe.editing.edit.make_ready", lambda model, callback, *_: (model, callback))
+    noise, starts = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)), []
+
+    class First(Exception):
+        pass
+
+    def predict(x, *_):
+        starts.append(x)
+        raise First
+
+    monkeypatch.setattr(model.unet, "forward", predict)
+    settings = {**SETTINGS, "spacing": "trailing", "guidance": 1, "strength": strength, "latents": noise}
+    with pytest.raises(First):
+        pbe.edit(model, PHOTO, BOX, picture("red", 40, 40), window="full", **settings)
+    x, z_masked = starts[0][:, :4], starts[0][:, 4:8]
+    alpha_bar = NoiseSchedule.scaled_linear().alpha_bar[t].item()
+    torch.testing.assert_close(x, alpha_bar**0.5 * z_masked + (1 - alpha_bar) ** 0.5 * noise)
 
 
 # --- training ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as T
 from examples.demo_model.embeddings import resized
 from pbe.data.dataset import ExampleDataset
 from pbe.data.recipe import Stages, to_unit_range
-from pbe.editing.edit import check_finite
+from pbe.editing.edit import check_finite, sample_latents
 from pbe.editing.settings import DEMO, settings_for
 from pbe.editing.window import feather_width
 from pbe.images.seams import poisson_blend
@@ -22,7 +22,6 @@ from pbe.images.windows import Box, feather_weights, mask_bounding_box
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.models.collage import collages
 from pbe.models.paint_by_example import Condition, PaintByExample
-from pbe.sampling import NoiseSchedule, get_sampler, get_spacing, guided_eps, make_generators, randn
 
 
 @dataclass(frozen=True)
@@ -137,16 +136,13 @@ def paint(
 
     Each picture follows from its own seed: the same one gives the same noise, whatever the exemplar.
     """
-    settings = settings_for({"sampler": sampler}, defaults=DEMO)  # with the spacing that the sampler needs
-    grid, sample = get_spacing(settings.spacing)(NoiseSchedule.scaled_linear(), steps), get_sampler(sampler)
+    given = {"guidance": guidance, "steps": steps, "sampler": sampler}
+    settings = settings_for(given, defaults=DEMO)  # with the spacing that the sampler needs
     pictures = []
     for first in range(0, len(cases), batch_size):
         batch = slice(first, first + batch_size)
         condition = condition_of(model, cases[batch], others[batch])
-        generators = [make_generators(seed, 1)[0] for seed in seeds[batch]]
-        x_T = randn(condition.z_masked.shape[1:], generators, model.device)
-        z_0 = sample(guided_eps(model, condition, guidance), x_T, grid, eta=settings.eta, generators=generators)
-        pictures.append(decode(model, z_0))
+        pictures.append(decode(model, sample_latents(model, condition, settings, seeds[batch])))
     return torch.cat(pictures)
 
 

@@ -28,7 +28,17 @@ from examples.demo_model.statistics import Statistic
 from pbe.data.augment import augment_exemplar
 from pbe.data.recipe_config import RecipeConfig
 from pbe.models.paint_by_example import PaintByExample
-from pbe.sampling import SPACINGS, NoiseSchedule, ddim, get_sampler, guided_eps, leading, make_generators, randn
+from pbe.sampling import (
+    SPACINGS,
+    NoiseSchedule,
+    ScheduleGrid,
+    ddim,
+    get_sampler,
+    guided_eps,
+    leading,
+    make_generators,
+    randn,
+)
 
 Row = dict[str, str | int | float | Statistic]
 
@@ -261,11 +271,17 @@ def sampler_table(
     eps = guided_eps(model, condition, guidance)
     x_T = randn(condition.z_masked.shape[1:], make_generators(seed, len(cases)), model.device)
     schedule = NoiseSchedule.scaled_linear()
-    z_ref = ddim(eps, x_T, leading(schedule, reference_steps))
+
+    def start(grid: ScheduleGrid) -> Tensor:
+        return grid.start_from(condition.z_masked, x_T) if model.config.collage else x_T  # as `sample_latents`
+
+    grid = leading(schedule, reference_steps)
+    z_ref = ddim(eps, start(grid), grid)
     picture_ref = decode(model, z_ref)
     rows: list[Row] = []
     for name, spacing, count in itertools.product(samplers, ("leading", "trailing"), steps):
-        z_0 = get_sampler(name)(eps, x_T, SPACINGS[spacing](schedule, count))
+        grid = SPACINGS[spacing](schedule, count)
+        z_0 = get_sampler(name)(eps, start(grid), grid)
         picture = decode(model, z_0)
         error, norm = (z.float().flatten(1).norm(dim=1).cpu().numpy() for z in (z_0 - z_ref, z_ref))
         rows.append(
