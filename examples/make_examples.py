@@ -1,4 +1,4 @@
-"""Draws the masks of the example photos, white where the photo is to be repainted, and the recoloured exemplars.
+"""Draws the masks of the example photos, white where the photo is to be repainted, and makes exemplars of them.
 
 python examples/make_examples.py
 """
@@ -26,7 +26,24 @@ PAVILION = [
     (118, 95), (150, 88), (182, 68), (189, 52),
 ]  # fmt: skip
 
+SUIT = [
+    (112, 206), (72, 238), (49, 264), (37, 296), (18, 382), (20, 425), (14, 481), (0, 511), (274, 511), (274, 468),
+    (280, 439), (293, 406), (304, 387), (327, 364), (345, 352), (364, 352), (357, 307), (342, 266), (326, 246),
+    (306, 236), (301, 254), (287, 274), (263, 290), (239, 294), (201, 291), (173, 277), (153, 261), (118, 222),
+]  # fmt: skip
+UNIFORM = [
+    (497, 404), (480, 382), (363, 341), (330, 316), (329, 352), (318, 397), (303, 430), (300, 430), (283, 408),
+    (262, 406), (240, 412), (217, 439), (203, 401), (194, 348), (200, 318), (164, 346), (55, 380), (38, 400), (30, 438),
+    (8, 599), (511, 599), (511, 446),
+]  # fmt: skip
+
 DAHLIA = (144, 60, 472, 374)
+CROPS = {  # exemplars, from which photo and where
+    "cup.jpg": ("coffee.png", (165, 6, 425, 322)),
+    "helmet.jpg": ("astronaut.jpg", (272, 338, 512, 512)),
+    "suit.jpg": ("astronaut.jpg", (10, 200, 375, 512)),
+    "uniform.jpg": ("hopper.jpg", (10, 318, 512, 600)),
+}
 # Turns of the hue, where 256 is the whole circle, and what is left of the saturation.
 COLOURS = {"red": (-14, 1.25), "yellow": (18, 1.3), "pink": (-38, 0.8), "violet": (-70, 0.7), "white": (0, 0.12)}
 
@@ -39,9 +56,9 @@ def coffee_mask() -> Image.Image:
     return mask
 
 
-def china_mask() -> Image.Image:
-    mask = Image.new("L", (640, 427))
-    ImageDraw.Draw(mask).polygon(PAVILION, fill=255)
+def polygon_mask(size: tuple[int, int], corners: list[tuple[int, int]]) -> Image.Image:
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).polygon(corners, fill=255)
     return mask
 
 
@@ -64,8 +81,13 @@ def recoloured(flower: Image.Image, turn: int, saturation: float) -> Image.Image
 
 
 if __name__ == "__main__":
+    for name, (photo, box) in CROPS.items():
+        with Image.open(HERE / photo) as image:
+            image.convert("RGB").crop(box).save(HERE / name, quality=92)
     coffee_mask().save(HERE / "coffee_mask.png", optimize=True)
-    china_mask().save(HERE / "china_mask.png", optimize=True)
+    polygon_mask((640, 427), PAVILION).save(HERE / "china_mask.png", optimize=True)
+    polygon_mask((512, 512), SUIT).save(HERE / "astronaut_mask.png", optimize=True)
+    polygon_mask((512, 600), UNIFORM).save(HERE / "hopper_mask.png", optimize=True)
     flower_mask().save(HERE / "flower_mask.png", optimize=True)
     with Image.open(HERE / "flower.png") as flower:
         for name, change in COLOURS.items():

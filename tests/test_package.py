@@ -19,7 +19,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-MASKS = {"coffee_mask.png": "coffee.png", "china_mask.png": "china.jpg", "flower_mask.png": "flower.jpg"}
+PHOTOS = ("astronaut.jpg", "china.jpg", "coffee.png", "flower.jpg", "hopper.jpg")
+MASKS = {f"{Path(name).stem}_mask.png": name for name in PHOTOS}
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DISTRIBUTIONS = {
     "PIL": "pillow",

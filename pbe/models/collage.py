@@ -2,8 +2,8 @@
 
 Paint by Example tells the UNet of the exemplar in its context alone, and leaves the hole in the masked image gray. A
 model of which `PaintByExampleConfig.collage` is true is shown the exemplar in that hole too: in training where its
-object is, in an edit as large as fits. Form and detail need not pass through the context; what is left to learn is to
-fit them in.
+object is, in an edit as large as fits, a little stretched. Form and detail need not pass through the context; what is
+left to learn is to fit them in.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
+
+STRETCH = 4 / 3
 
 
 def collages(exemplars: Tensor, aspects: Sequence[float], masks: Tensor) -> Tensor:
@@ -36,9 +38,11 @@ def collages(exemplars: Tensor, aspects: Sequence[float], masks: Tensor) -> Tens
 
 def fitted_box(aspect: float, mask: Tensor) -> tuple[int, int, int, int]:
     """Where an exemplar of this height over width is largest in the middle of the box around what a mask (1, H, W),
-    1 = keep, leaves to repaint, which is something: (x0, y0, x1, y1), the latter two exclusive."""
+    1 = keep, leaves to repaint, which is something: (x0, y0, x1, y1), the latter two exclusive. To fill the box it may
+    be stretched, by up to STRETCH."""
     rows, columns = ((mask[0] == 0).any(dim).nonzero().flatten().tolist() for dim in (1, 0))
     height, width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]
+    aspect = min(max(height / width, aspect / STRETCH), aspect * STRETCH)
     w = min(width, height / aspect)
     h, w = min(max(round(w * aspect), 1), height), max(round(w), 1)
     y, x = rows[0] + (height - h) // 2, columns[0] + (width - w) // 2
