@@ -181,7 +181,7 @@ def test_each_region_shows_its_own(model, masked_images, monkeypatch):
 
 @pytest.mark.parametrize(("strength", "t"), [(1.0, 999), (0.5, 499)])
 def test_sampling_starts_from_what_is_shown(model, monkeypatch, strength, t):
-    """Not from the photo, as other models at a strength below 1, nor from noise alone."""
+    """With a strength below 1 from the photo, as for other models."""
     monkeypatch.setattr("pbe.editing.edit.make_ready", lambda model, callback, *_: (model, callback))
     noise, starts = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)), []
 
@@ -196,9 +196,11 @@ def test_sampling_starts_from_what_is_shown(model, monkeypatch, strength, t):
     settings = {**SETTINGS, "spacing": "trailing", "guidance": 1, "strength": strength, "latents": noise}
     with pytest.raises(First):
         pbe.edit(model, PHOTO, BOX, picture("red", 40, 40), window="full", **settings)
-    x, z_masked = starts[0][:, :4], starts[0][:, 4:8]
+    x, start = starts[0][:, :4], starts[0][:, 4:8]
+    if strength < 1:
+        start = model.vae.encode(torch.ones(1, 3, 64, 64)).mean
     alpha_bar = NoiseSchedule.scaled_linear().alpha_bar[t].item()
-    torch.testing.assert_close(x, alpha_bar**0.5 * z_masked + (1 - alpha_bar) ** 0.5 * noise)
+    torch.testing.assert_close(x, alpha_bar**0.5 * start + (1 - alpha_bar) ** 0.5 * noise)
 
 
 # --- training ---------------------------------------------------------------------------------------------

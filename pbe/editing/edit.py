@@ -172,8 +172,7 @@ def paint_region(
         seen, keep = crop_window(batch, repaint, box, size)
         with on_device(model.vae, device):
             condition = window_condition(model, seen, keep, told, len(batch))
-            from_photo = settings.strength < 1 and not model.config.collage
-            z_photo = model.vae.encode(seen.to(device, model.dtype)).mean if from_photo else None
+            z_photo = model.vae.encode(seen.to(device, model.dtype)).mean if settings.strength < 1 else None
         own = noise if noise is None or len(noise) == 1 else noise[first : first + batch_size]
         seeds = range(settings.seed + first, settings.seed + first + len(batch))
         z_0 = yield Sampling(model, condition, settings, seeds, callback, z_photo, told.null_context, own)
@@ -218,11 +217,9 @@ def sample_latents(
 ) -> Tensor:
     """Latents z_0 (B, 4, h, w) for a condition, sampled as the settings say with one of the seeds each.
 
-    With a strength below 1 they start from the photo's, `z_photo` (B or 1, 4, h, w). Those of a model with a collage
-    always start from what it is shown: the noise of the first timestep, alpha_bar = 0.0047, hides nothing altogether
-    (Lin et al., arXiv 2305.08891, section 3.1), so that in training the object always shone through, and of noise alone
-    such a model makes shreds. `null_context` (B or 1, 1, context_dim) and `noise` (B or 1, 4, h, w) stand in the place
-    of the model's own and of the seeds', whose later draws stay.
+    They start from noise and what `model.start` gives or, with a strength below 1, from the photo's, `z_photo` (B or 1,
+    4, h, w). `null_context` (B or 1, 1, context_dim) and `noise` (B or 1, 4, h, w) stand in the place of the model's
+    own and of the seeds', whose later draws stay.
     """
     shape = condition.z_masked.shape
     generators = [generator for seed in seeds for generator in make_generators(seed, 1)]
@@ -233,11 +230,9 @@ def sample_latents(
             raise ValueError(f"latents must be (num_images or 1, {wanted}) for this window, got {tuple(noise.shape)}")
         x_t = noise.to(x_t).expand(shape)
     grid = SPACINGS[settings.spacing](NoiseSchedule.scaled_linear(), settings.steps)
-    if model.config.collage:
-        z_photo = condition.z_masked
     if z_photo is not None:
         grid = grid.last(settings.steps_taken)
-        x_t = grid.start_from(z_photo.to(x_t), x_t)
+    x_t = grid.start_from(model.start(condition) if z_photo is None else z_photo, x_t)
     guidance, interval = settings.guidance, settings.guidance_interval
     eps = guided_eps(model, condition, guidance, grid, interval, settings.reuse, null_context)
     sampler = get_sampler(settings.sampler)
@@ -253,7 +248,8 @@ def check_edit(model: PaintByExample, settings: EditSettings, **counts: int) -> 
         raise ValueError("decoder='tiny' needs a model with a tiny decoder: --tiny-decoder FILE, tiny_decoder=FILE")
     if settings.detail and model.detail is None:
         raise ValueError(f"detail={settings.detail:g} needs a model with a detail adapter: --adapter, adapters=[FILE]")
-    warn_of_low_start(settings)
+    if not model.config.collage:  # which starts from more than noise
+        warn_of_low_start(settings)
     warn_of_distillation(settings, model.config.distilled)
 
 

@@ -151,6 +151,15 @@ class PaintByExample(nn.Module):
         z_masked, mask = self.encode_masked(image, mask, posterior_noise, hole)
         return Condition(z_masked, mask, self.encode_exemplar(exemplar))
 
+    def start(self, condition: Condition) -> Tensor | None:
+        """The latents (B, 4, h, w) that sampling starts from, under the noise of its first step: of a model with
+        `collage` what it is shown; else None, for noise alone.
+
+        The noisiest timestep, alpha_bar = 0.0047, hides nothing altogether (Lin et al., arXiv 2305.08891, section 3.1).
+        In training the object always shone through there, a little, and where it does not such a model makes shreds.
+        """
+        return condition.z_masked if self.config.collage else None
+
 
 def latent_mask(mask: Tensor, downsampling: int) -> Tensor:
     """The mask (B, 1, H, W) at latent size, fractional along its border.

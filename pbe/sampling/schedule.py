@@ -36,14 +36,16 @@ class ScheduleGrid(list[Step]):
             raise ValueError(f"of {len(self)} steps from 1 to {len(self)} can be taken, got {steps}")
         return ScheduleGrid(self[len(self) - steps :], self.schedule)
 
-    def start_from(self, z_0: Tensor, noise: Tensor) -> Tensor:
-        """The state from which the steps lead back to pictures like z_0, of its shape: z_0 with as much of the standard
-        normal `noise` as the first step is for (SDEdit, Meng et al., arXiv 2108.01073, section 3).
+    def start_from(self, z_0: Tensor | None, noise: Tensor) -> Tensor:
+        """The state from which the steps lead back to pictures like z_0, of the standard normal `noise`'s shape: z_0
+        with as much of the noise as the first step is for (SDEdit, Meng et al., arXiv 2108.01073, section 3).
 
-        x_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) noise
+        x_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) noise; without z_0 it is the noise.
         """
+        if z_0 is None:
+            return noise
         alpha_bar_t = self[0].alpha_bar_t  # a spacing's level may lie between the schedule's
-        return sqrt(alpha_bar_t) * z_0 + sqrt(1 - alpha_bar_t) * noise
+        return sqrt(alpha_bar_t) * z_0.to(noise) + sqrt(1 - alpha_bar_t) * noise
 
 
 @dataclass(frozen=True, eq=False)

@@ -163,7 +163,7 @@ class ConsistencyDistillation(PaintByExampleTraining):
 
     def compare_exemplars(self, batch: TrainingBatch) -> None:
         """The consistency losses of a validation batch at `val_timesteps`, and how far one step of the student from
-        pure noise ends from 20 steps of the teacher."""
+        the noisiest state ends from 20 steps of the teacher."""
         example, draws = batch
         z_0, condition = encode(self.model, example, draws.posterior_noise)
         settings = self.teacher_settings(seed=0)
@@ -172,10 +172,11 @@ class ConsistencyDistillation(PaintByExampleTraining):
         losses = [self.consistency_losses(z_0, condition, t, draws.noise, guidance) for t in at]
         self.val_losses.append(torch.stack(losses, dim=1))
         grid = trailing(self.schedule, settings.steps)
+        x_T = grid.start_from(self.model.start(condition), draws.noise)
         with self.teaching():
-            taught = dpm_solver(guided_eps(self.model, condition, settings.guidance, grid), draws.noise, grid)
+            taught = dpm_solver(guided_eps(self.model, condition, settings.guidance, grid), x_T, grid)
         T = torch.full_like(draws.t, self.schedule.num_timesteps - 1)
-        self.teacher_errors.append((self.estimate(draws.noise, condition, T) - taught).square().flatten(1).mean(dim=1))
+        self.teacher_errors.append((self.estimate(x_T, condition, T) - taught).square().flatten(1).mean(dim=1))
 
     def compared(self, split: str) -> dict[str, float]:
         """The mean losses, and the root of the mean squared error of one step, over all processes."""
