@@ -32,7 +32,7 @@ def heun(eps, x_t, grid, draw, eta):
 
 
 @torch.no_grad()
-def main(out: str, steps: int = 10, guidance: float = 3.0, seed: int = 0) -> None:
+def main(out: str, steps: int = 10, guidance: float = 2.0, seed: int = 0) -> None:
     model = pbe.load_model("demo", device="cpu", dtype="float32")
     photo = read_picture(EXAMPLES / "flower.jpg")
     repaint = read_mask(EXAMPLES / "flower_mask.png", photo.size)  # (H, W), True = repaint
@@ -47,6 +47,7 @@ def main(out: str, steps: int = 10, guidance: float = 3.0, seed: int = 0) -> Non
     condition = model.condition(image, mask, exemplar)
     grid = trailing(NoiseSchedule.scaled_linear(), steps)
     x_T = randn(condition.z_masked.shape[1:], make_generators(seed, 1))
+    x_T = grid.start_from(model.start(condition), x_T)
     z_0 = heun(guided_eps(model, condition, guidance, grid), x_T, grid, callback=lambda step: print(f"t = {step.t}"))
     edited = model.vae.decode(z_0)  # (1, 3, H, W), about [-1, 1]
 

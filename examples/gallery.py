@@ -73,7 +73,7 @@ COLOURS = ImageChops.add(drawn("ellipse", LEFT, fill="red"), drawn("ellipse", RI
 BY_COLOUR = {"ff0000": YELLOW, "0000ff": PINK}
 BOXES = {LEFT: RED, DAHLIA: YELLOW, RIGHT: VIOLET}
 REGIONS = [pbe.Region(*both) for both in BOXES.items()]
-SAMPLERS = (("dpm_solver", 20), ("dpm_solver", 5), ("plms", 10))
+SAMPLERS = (("dpm_solver", 20), ("dpm_solver", 4), ("plms", 10))
 # What is given in place of PHOTO, MASK and YELLOW, and what is told in each picture of a strip, by its label.
 STRIPS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "strength": ({"image": COFFEE, "mask": CUP}, each("strength", 0.4, 0.7, 1.0)),
@@ -86,7 +86,7 @@ STRIPS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {"exemplar_mask=None": {}, "exemplar_mask=mask": {"exemplar_mask": [MASK]}},
     ),
     "mixing": ({"exemplar": [YELLOW, VIOLET]}, each("exemplar_weights", (1, 0), (1, 1), (0, 1))),
-    "guidance": ({}, each("guidance", 1.0, 3.0, 9.0)),
+    "guidance": ({}, each("guidance", 1.0, 2.0, 7.0)),
     "grow": ({}, each("grow", -70, 0, 50)),
     "fill_holes": ({"mask": drawn("ellipse", DAHLIA, outline="white", width=40)}, each("fill_holes", False, True)),
     "smooth": ({"mask": dotted(200)}, each("smooth", 0, 20)),

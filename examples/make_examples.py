@@ -62,6 +62,18 @@ def polygon_mask(size: tuple[int, int], corners: list[tuple[int, int]]) -> Image
     return mask
 
 
+def china_mask() -> Image.Image:
+    return polygon_mask((640, 427), PAVILION)
+
+
+def astronaut_mask() -> Image.Image:
+    return polygon_mask((512, 512), SUIT)
+
+
+def hopper_mask() -> Image.Image:
+    return polygon_mask((512, 600), UNIFORM)
+
+
 def flower_mask() -> Image.Image:
     mask = Image.new("L", (640, 427))
     ImageDraw.Draw(mask).ellipse(DAHLIA, fill=255)
@@ -84,11 +96,8 @@ if __name__ == "__main__":
     for name, (photo, box) in CROPS.items():
         with Image.open(HERE / photo) as image:
             image.convert("RGB").crop(box).save(HERE / name, quality=92)
-    coffee_mask().save(HERE / "coffee_mask.png", optimize=True)
-    polygon_mask((640, 427), PAVILION).save(HERE / "china_mask.png", optimize=True)
-    polygon_mask((512, 512), SUIT).save(HERE / "astronaut_mask.png", optimize=True)
-    polygon_mask((512, 600), UNIFORM).save(HERE / "hopper_mask.png", optimize=True)
-    flower_mask().save(HERE / "flower_mask.png", optimize=True)
+    for draw in (astronaut_mask, china_mask, coffee_mask, flower_mask, hopper_mask):
+        draw().save(HERE / f"{draw.__name__}.png", optimize=True)
     with Image.open(HERE / "flower.png") as flower:
         for name, change in COLOURS.items():
             recoloured(flower.convert("RGB"), *change).save(HERE / f"flower_{name}.jpg", quality=92)

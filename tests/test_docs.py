@@ -28,7 +28,6 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_the_readme_is_the_start(site):
     start = (site / "index.html").read_text(encoding="utf-8")
     assert "pbe: Paint by Example" in start

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The model of 128 pixels on a GPU, in one call of at most 9 minutes: autoencoder, encodings, UNet, and edits to look at.
+# The model in the box, trained on with a GPU in one call of at most 9 minutes: decoder, encodings, UNet, and edits.
 #
 #     bash examples/demo_model/gpu.sh              # on a GPU of 80 GB, with 16 processor cores
 #     STEPS=2 bash examples/demo_model/gpu.sh      # a rehearsal on a CPU: two steps of everything
@@ -78,14 +78,15 @@ needs="torch torchvision lightning omegaconf ftfy regex tqdm"
 "$python" -m zipfile -e "$pack" "$work/data" || exit
 
 if [[ -z $vae ]]; then
-    train 80 vae-1 configs/demo/vae_128.yaml "${photos[@]}" init=pbe/weights/demo.ckpt optimizer.decay_steps=null
+    decoder=(configs/demo/decoder_128.yaml "${photos[@]}" training.perceptual=null) # its network is not packed
+    train 80 vae-1 "${decoder[@]}" init=pbe/weights/demo.ckpt optimizer.decay_steps=null
     read -ra fall <<<"$(falling 80 40 vae-1)"
-    train 40 vae configs/demo/vae_128.yaml "${photos[@]}" "init=$(newest vae-1)" "${fall[@]}"
+    train 40 vae "${decoder[@]}" "init=$(newest vae-1)" "${fall[@]}"
     vae=$(newest vae)
     cat "$work"/vae*/metrics.jsonl >"$out/vae.jsonl"
 fi
 checkpoint slim "$vae" "$out/vae.ckpt" || exit
-"$python" -m examples.demo_model.warm_start pbe/weights/demo.ckpt "$vae" --out "$work/start.ckpt" || exit
+"$python" tools/checkpoint.py set-vae pbe/weights/demo.ckpt "$vae" --out "$work/start.ckpt" >/dev/null || exit
 
 latents+=(model.vae=null model.size=null "encodings.folder=$work/encodings" optimizer.lr=1.2e-3
     "data.donors.path=$work/data/objects.csv")
@@ -104,5 +105,5 @@ if ((second > 20)); then
     publish unet
 fi
 edits=(--edit examples/flower.jpg examples/flower_mask.png examples/flower_red.jpg
-    --edit examples/coffee.png examples/coffee_mask.png examples/flower.png)
+    --edit examples/coffee.png examples/coffee_mask.png examples/cat.png)
 timeout "$(left 0)" "$python" -m examples.demo_model grid --ckpt "$work/model.ckpt" --out "$out/edits.png" --count 4 "${edits[@]}"

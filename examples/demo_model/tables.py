@@ -31,7 +31,6 @@ from pbe.models.paint_by_example import PaintByExample
 from pbe.sampling import (
     SPACINGS,
     NoiseSchedule,
-    ScheduleGrid,
     ddim,
     get_sampler,
     guided_eps,
@@ -272,16 +271,13 @@ def sampler_table(
     x_T = randn(condition.z_masked.shape[1:], make_generators(seed, len(cases)), model.device)
     schedule = NoiseSchedule.scaled_linear()
 
-    def start(grid: ScheduleGrid) -> Tensor:
-        return grid.start_from(condition.z_masked, x_T) if model.config.collage else x_T  # as `sample_latents`
-
     grid = leading(schedule, reference_steps)
-    z_ref = ddim(eps, start(grid), grid)
+    z_ref = ddim(eps, grid.start_from(model.start(condition), x_T), grid)
     picture_ref = decode(model, z_ref)
     rows: list[Row] = []
     for name, spacing, count in itertools.product(samplers, ("leading", "trailing"), steps):
         grid = SPACINGS[spacing](schedule, count)
-        z_0 = get_sampler(name)(eps, start(grid), grid)
+        z_0 = get_sampler(name)(eps, grid.start_from(model.start(condition), x_T), grid)
         picture = decode(model, z_0)
         error, norm = (z.float().flatten(1).norm(dim=1).cpu().numpy() for z in (z_0 - z_ref, z_ref))
         rows.append(

@@ -33,7 +33,7 @@ EXAMPLE_FILES = (  # image, mask, exemplar
     ("flower.jpg", "flower_mask.png", "flower_red.jpg"),
     ("coffee.png", "coffee_mask.png", "flower.png"),
     ("coffee.png", "coffee_mask.png", "cat.png"),
-    ("china.jpg", "china_mask.png", "shuttle.png"),
+    ("astronaut.jpg", "astronaut_mask.png", "uniform.jpg"),
 )
 INTRODUCTION = """
 # Paint by Example

@@ -55,8 +55,8 @@ def pictures(model: PaintByExample, z_0: Tensor) -> list[Image.Image]:
 def latents_to_rgb(model: PaintByExample) -> Tensor:
     """The affine map (z + 1, 3) from a latent cell to the mean colour in [-1, 1] of its pixels, by least squares.
 
-    It is fitted to how the autoencoder encodes coloured tiles, always the same: for the model in the box R² is 0.80 on
-    photos that were held out, where a map fitted to other photos has 0.87.
+    It is fitted to how the autoencoder encodes coloured tiles, always the same: for docs/demo-model.md's 64-pixel model
+    R² is 0.80 on photos that were held out, where a map fitted to other photos has 0.87.
     """
     f = model.config.vae.downsampling
     tiles = [F.interpolate(randn((3, n, n), make_generators(n, 4)), size=16 * f) for n in (4, 8, 16, 32)]

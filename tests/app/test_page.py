@@ -150,7 +150,7 @@ def test_the_sliders_values_are_the_defaults(client, files):
 def test_the_sliders_begin_with_the_models_own_settings(model):
     page = app.build_page(model, WEIGHTS, quick_settings("demo"))
     values = {block.label: block.value for block in page.blocks.values() if isinstance(block, gr.Slider)}
-    assert (values["Guidance"], values["Steps"]) == (3, 20)
+    assert (values["Guidance"], values["Steps"]) == (2, 10)
     page.close(verbose=False)
 
 

@@ -362,6 +362,7 @@ def test_open_clip_s_gelu_is_read_from_its_config_or_doubted(tmp_path):
 # --- folders ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "level_heads"), [([4, 4], ()), ([4, 2], (4, 2))])
 def test_heads_by_level(tmp_path, given, level_heads):
     """diffusers' attention_head_dim counts heads in this family, and may list them by level."""

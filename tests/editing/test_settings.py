@@ -108,7 +108,7 @@ def test_nonsense_is_refused_by_name(name):
 
 
 def test_the_demo_has_its_own_quick_settings(tiny_checkpoint):
-    assert (quick_settings("demo").guidance, quick_settings(tiny_checkpoint).guidance) == (3, 5)
+    assert (quick_settings("demo").guidance, quick_settings(tiny_checkpoint).guidance) == (2, 5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pbe
 from pbe.checkpoints.formats.opening import find_checkpoint
 from pbe.cli.checkpoint import main as checkpoint
 from pbe.cli.edit import main as inference
+from pbe.editing.settings import quick_settings
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 COLOURS = ("red", "yellow", "pink", "violet", "white")
@@ -22,7 +23,7 @@ def model():
 
 def paint(model, exemplar, **settings):
     photo, mask = EXAMPLES / "flower.jpg", EXAMPLES / "flower_mask.png"
-    settings = {"sampler": "dpm_solver", "spacing": "trailing", "steps": 10, "guidance": 3.0, **settings}
+    settings = {**vars(quick_settings("demo")), **settings}
     return [np.asarray(image, float) for image in pbe.edit(model, photo, mask, exemplar, **settings)]
 
 
@@ -33,7 +34,7 @@ def test_it_is_found_anywhere(model, tmp_path, monkeypatch):
     assert path.is_file()
     assert path.stat().st_size < 30e6
     assert find_checkpoint("./demo") == Path("demo")
-    assert model.config.resolution == 64
+    assert model.config.resolution == 128
     assert pbe.load_model(Path("demo"), device="cpu").config == model.config
 
 
@@ -56,17 +57,36 @@ def test_each_exemplar_s_colour_arrives(model):
     means = np.array(list(exemplars.values()))
     hits = 0
     for colour in COLOURS:
-        for result in paint(model, EXAMPLES / f"flower_{colour}.jpg", num_images=2, seed=0):
-            nearest = np.abs(means - result[inside].mean(axis=0)).sum(axis=1).argmin()
-            hits += COLOURS[nearest] == colour
-    assert hits >= 7  # of ten
+        (result,) = paint(model, EXAMPLES / f"flower_{colour}.jpg", steps=5)
+        nearest = np.abs(means - result[inside].mean(axis=0)).sum(axis=1).argmin()
+        hits += COLOURS[nearest] == colour
+    assert hits >= 4  # of five
+
+
+def test_each_exemplar_s_form_arrives(model):
+    """Of three objects, each result's light and dark are most like its own exemplar's; chance is one in three."""
+    with Image.open(EXAMPLES / "flower_mask.png") as mask:
+        box = mask.getbbox()
+    names = ("cat.png", "cup.jpg", "helmet.jpg")
+
+    def form(picture):
+        """The middle of a picture, 16 pixels wide, in grey levels of mean 0 and norm 1."""
+        small = np.asarray(picture.convert("L").resize((24, 24), Image.Resampling.BOX), float)[4:-4, 4:-4]
+        small = small - small.mean()
+        return small / np.linalg.norm(small)
+
+    exemplars = [form(Image.open(EXAMPLES / name)) for name in names]
+    for i, name in enumerate(names):
+        (result,) = paint(model, EXAMPLES / name, steps=5)
+        seen = form(Image.fromarray(result.astype(np.uint8)).crop(box))
+        assert np.argmax([(seen * exemplar).sum() for exemplar in exemplars]) == i, name
 
 
 def test_seeds_differ_and_the_rest_of_the_photo_stays(model):
     a, b = paint(model, EXAMPLES / "flower_red.jpg", num_images=2)
     with Image.open(EXAMPLES / "flower.jpg") as photo, Image.open(EXAMPLES / "flower_mask.png") as mask:
         before, outside = np.asarray(photo, float), np.asarray(mask) == 0
-    assert np.abs(a - b)[~outside].mean() > 5
+    assert np.abs(a - b)[~outside].mean() > 2
     assert (a[outside] == before[outside]).all()
 
 

@@ -221,6 +221,7 @@ def test_dimensions_have_names(folders):
     ]
 
 
+@pytest.mark.slow
 def test_the_command_edits_with_the_folder(folders, checkpoint, tmp_path, monkeypatch):
     """In the folder's own precision, whatever the processor likes best; the result says with which weights."""
     monkeypatch.setattr("pbe.checkpoints.loading.has_native_bfloat16", lambda: True)
@@ -308,6 +309,7 @@ def test_an_index_that_is_damaged(copy, change):
         load_exported(folder)
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_older_release(copy):
     """It opens without the sizes that newer ones have, which take their defaults."""
     folder = copy("torch-export")

@@ -266,6 +266,7 @@ def test_the_tool_merges_adapters_into_a_checkpoint(tmp_path):
     assert not (tmp_path / "no.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_adapters_that_do_not_fit(tmp_path):
     model = adapted()
     save_adapters(model.state_dict(), tmp_path / "adapter.ckpt")

@@ -192,9 +192,9 @@ def test_command_line_says_it_in_one_line(tmp_path, capsys):
 def test_the_recipes_sizes_are_the_models(tmp_path):
     finetune = ["configs/finetune.yaml", "model.init=demo"]
     recipe = load_config(finetune).data.recipe
-    assert (recipe.resolution, recipe.exemplar_size, recipe.fit) == (64, 64, "letterbox")
-    recipe = load_config([*finetune, "data.recipe.resolution=128", "data.recipe.exemplar_size=null"]).data.recipe
-    assert (recipe.resolution, recipe.exemplar_size) == (128, 64)
+    assert (recipe.resolution, recipe.exemplar_size, recipe.fit) == (128, 128, "letterbox")
+    recipe = load_config([*finetune, "data.recipe.resolution=256", "data.recipe.exemplar_size=null"]).data.recipe
+    assert (recipe.resolution, recipe.exemplar_size) == (256, 128)
     unknown = load_config(["configs/finetune.yaml", f"model.init={tmp_path}/gone.ckpt"]).data.recipe
     assert (unknown.resolution, unknown.exemplar_size) == (512, 224)
 

@@ -75,6 +75,7 @@ def kept_bytes(module: PaintByExampleTraining) -> int:
     return sizes
 
 
+@pytest.mark.slow
 def test_checkpointed_levels_have_the_same_gradients_and_keep_less():
     choices = (False, 1, 2, True)
     loss, expected = step(test_training.training())

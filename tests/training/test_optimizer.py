@@ -44,6 +44,7 @@ def test_stopped_and_resumed(toy, name):
     assert len(set(losses)) == END
 
 
+@pytest.mark.slow
 def test_schedule_free_saves_what_it_validates(toy):
     need("schedulefree")
     run = toy.parent / "saved"

@@ -55,6 +55,7 @@ def test_a_sharded_step_is_one_of_whole_parameters(sharded, one):
         assert losses[0] == pytest.approx(losses[1], rel=tolerance), name
 
 
+@pytest.mark.slow
 def test_its_checkpoint_loads(sharded):
     path = sharded / "checkpoints" / "step-00000001.ckpt"
     model, saved = pbe.load_model(path, "cpu"), toy_run.checkpoint(sharded, 1)["state_dict"]

@@ -50,6 +50,7 @@ def test_it_learns_the_autoencoder_s_decoding(settings, tmp_path):
     assert decoder.config == TinyConfig(channels=8, latent_channels=4, num_resamplings=1, num_blocks=1)
 
 
+@pytest.mark.slow
 def test_the_autoencoder_stays_and_runs_go_on(settings):
     toy_run.run(*written(settings))
     vae = torch.load(settings["vae"], weights_only=True)["state_dict"]
