@@ -131,6 +131,7 @@ def test_on_a_gpu_the_largest_network_decides_the_memory():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_commands_model_is_loaded_beside_the_device(tiny_checkpoint, monkeypatch):
     calls = []
 

@@ -40,6 +40,7 @@ def file(tmp_path_factory, model):
     return save(tmp_path_factory.mktemp("detail") / "detail.safetensors", model, base={"checkpoint": "a.ckpt"})
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read_again(tmp_path, tiny_checkpoint, model, file):
     loaded = pbe.load_model(tiny_checkpoint, "cpu", "float32", adapters=[file])
     own = own_tensors(loaded)

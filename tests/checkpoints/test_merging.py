@@ -98,6 +98,7 @@ def test_a_difference_of_nothing_changes_nothing(a, b):
             assert torch.equal(tensor, file.tensor(name)), name
 
 
+@pytest.mark.slow
 def test_equal_inputs_take_the_whole_difference(a, b, c):
     """Of three models with our nine inputs, and of three with Stable Diffusion's four."""
     states = [seeded_state(TINY, seed) for seed in (1, 4, 5)]

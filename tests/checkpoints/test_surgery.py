@@ -374,6 +374,7 @@ def test_files_get_the_usual_permissions(model, tmp_path):
     assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
+@pytest.mark.slow
 def test_seeded_checkpoints(tmp_path, capsys):
     for out, seed in (("a.ckpt", "3"), ("b.ckpt", "3"), ("c.ckpt", "4")):
         assert main(["seed", "--out", str(tmp_path / out), "--seed", seed]) == 0

@@ -286,6 +286,7 @@ def test_several_results_are_those_of_their_seeds(cli, folder):
     assert abs(a - other).max() > 1
 
 
+@pytest.mark.slow
 def test_batch_from_a_file(cli, folder, capsys):
     (folder / "rows.csv").write_text(
         "image,mask,box,exemplar,seed,out\n"

@@ -299,6 +299,7 @@ def test_composited_results_take_the_source_s_light(test_set, tmp_path):
     assert np.abs(np.asarray(Image.open(tmp_path / "composited.png")) - source).max() <= 1  # rounding
 
 
+@pytest.mark.slow
 def test_run_takes_up_where_it_stopped(scored, capsys):
     out, arguments = scored
     raw = sorted((out / SYSTEM / "raw").iterdir())

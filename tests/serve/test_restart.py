@@ -107,6 +107,7 @@ def test_a_stopped_server_finishes_what_runs_and_hands_back_what_waits(serve, pi
         wait_for(lambda: status(client, job) == "done")
 
 
+@pytest.mark.slow
 def test_what_runs_too_long_at_the_end_is_handed_back_too(serve, pictures, tmp_path):
     with serve(tmp_path, limits=Limits(grace=1)) as client:
         job = begin(client, pictures, **SLOW)

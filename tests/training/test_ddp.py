@@ -6,10 +6,9 @@ import toy_run
 BETA_1 = 0.9  # of AdamW, whose first moment after one step is (1 - BETA_1) times the gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "task",
-    [["task=paint_by_example"], pytest.param(["task=distill", "training.train=[unet]"], marks=pytest.mark.slow)],
-    ids=["loss", "distill"],
+    "task", [["task=paint_by_example"], ["task=distill", "training.train=[unet]"]], ids=["loss", "distill"]
 )
 def test_two_processes_are_one(tmp_path, task):
     toy = toy_run.write(tmp_path)

@@ -155,6 +155,7 @@ def test_a_run_goes_on_where_it_stopped_and_its_file_edits(toy, tmp_path):
     np.testing.assert_array_equal(pbe.edit(adapted[0], *args, **keywords, detail=0)[0], without)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(toy, tmp_path, capsys):
     settings = [*settings_of(toy_run.write_model(toy.parent)), f"run={tmp_path / 'run'}"]
     toy_run.run(toy, *settings, "trainer.max_steps=2")

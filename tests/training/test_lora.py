@@ -48,6 +48,7 @@ def save_trained(path, config, ema_decay=None, distil=False):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 @pytest.mark.parametrize("config", rest_slow(CONFIGS.values()), ids=CONFIGS)
 def test_others_read_what_was_trained(tmp_path, config, ema_decay):

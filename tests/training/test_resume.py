@@ -43,6 +43,7 @@ def test_killed_and_resumed(toy, whole):
     assert_same_run(run, whole, END)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step", rest_slow([6, 8, 10]), ids=["within an epoch", "before a validation", "at an epoch's end"]
 )

@@ -145,6 +145,7 @@ def slurm(monkeypatch, tmp_path):
     return tmp_path / "asked"
 
 
+@pytest.mark.slow
 def test_slurm_s_requeue(toy, slurm, monkeypatch):
     run = toy.parent / "requeued"
     signalled_after_three_steps(monkeypatch, signal.SIGUSR1)
