@@ -30,10 +30,10 @@ from pbe.models.paint_by_example import PaintByExample
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # of the repository; an installed package has none
 EXAMPLE_FILES = (  # image, mask, exemplar
-    ("flower.jpg", "flower_mask.png", "flower_red.jpg"),
     ("coffee.png", "coffee_mask.png", "flower.png"),
-    ("coffee.png", "coffee_mask.png", "cat.png"),
+    ("flower.jpg", "flower_mask.png", "helmet.jpg"),
     ("astronaut.jpg", "astronaut_mask.png", "uniform.jpg"),
+    ("coffee.png", "coffee_mask.png", "cat.png"),
 )
 INTRODUCTION = """
 # Paint by Example
