@@ -28,16 +28,7 @@ from examples.demo_model.statistics import Statistic
 from pbe.data.augment import augment_exemplar
 from pbe.data.recipe_config import RecipeConfig
 from pbe.models.paint_by_example import PaintByExample
-from pbe.sampling import (
-    SPACINGS,
-    NoiseSchedule,
-    ddim,
-    get_sampler,
-    guided_eps,
-    leading,
-    make_generators,
-    randn,
-)
+from pbe.sampling import SPACINGS, NoiseSchedule, ddim, get_sampler, guided_eps, leading, make_generators, randn
 
 Row = dict[str, str | int | float | Statistic]
 
@@ -270,7 +261,6 @@ def sampler_table(
     eps = guided_eps(model, condition, guidance)
     x_T = randn(condition.z_masked.shape[1:], make_generators(seed, len(cases)), model.device)
     schedule = NoiseSchedule.scaled_linear()
-
     grid = leading(schedule, reference_steps)
     z_ref = ddim(eps, grid.start_from(model.start(condition), x_T), grid)
     picture_ref = decode(model, z_ref)
