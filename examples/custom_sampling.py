@@ -45,7 +45,7 @@ def main(out: str, steps: int = 10, guidance: float = 2.0, seed: int = 0) -> Non
     exemplar = exemplar_tensor(read_exemplar(EXAMPLES / "flower_red.jpg"), model.config.exemplar.vision.image_size)
 
     condition = model.condition(image, mask, exemplar)
-    grid = trailing(NoiseSchedule.scaled_linear(), steps)
+    grid = trailing(NoiseSchedule.scaled_linear().first(model.config.num_timesteps), steps)
     x_T = randn(condition.z_masked.shape[1:], make_generators(seed, 1))
     x_T = grid.start_from(model.start(condition), x_T)
     z_0 = heun(guided_eps(model, condition, guidance, grid), x_T, grid, callback=lambda step: print(f"t = {step.t}"))

@@ -114,7 +114,7 @@ def foreign(groups: Sequence[str], number: int, generator: torch.Generator) -> T
 def condition_of(model: PaintByExample, cases: Cases, others: Cases) -> Condition:
     """What the model is told when it is to repaint cases as the objects of as many others."""
     exemplars = T.normalize(others.exemplar, list(CLIP_MEAN), list(CLIP_STD))
-    hole = collages(exemplars, others.aspect, cases.mask) if model.config.collage else None
+    hole = collages(cases.image, cases.mask, exemplars, others.aspect) if model.config.collage else None
     given = [x if x is None else x.to(model.device, model.dtype) for x in (cases.image, cases.mask, exemplars, hole)]
     image, mask, exemplars, hole = given
     return model.condition(image, mask, exemplars, hole=hole)

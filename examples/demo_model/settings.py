@@ -40,7 +40,7 @@ class Settings:
     """Photos of the samplers figure."""
     sampler_steps: tuple[Count, ...] = (10, 15, 20, 25, 50)
     """Numbers of steps of the samplers figure."""
-    reference_steps: Count = 1000
+    reference_steps: Count = 500
     """Steps of DDIM that the samplers are compared with."""
     seed: int = 0
     """Of the first result, and of the choice of exemplars."""

@@ -260,7 +260,7 @@ def sampler_table(
     condition = condition_of(model, cases, others)
     eps = guided_eps(model, condition, guidance)
     x_T = randn(condition.z_masked.shape[1:], make_generators(seed, len(cases)), model.device)
-    schedule = NoiseSchedule.scaled_linear()
+    schedule = NoiseSchedule.scaled_linear().first(model.config.num_timesteps)
     grid = leading(schedule, reference_steps)
     z_ref = ddim(eps, grid.start_from(model.start(condition), x_T), grid)
     picture_ref = decode(model, z_ref)

@@ -19,7 +19,7 @@ from pbe.checkpoints.recognised import WeightChoice
 from pbe.editing.loading import distilled_for
 from pbe.editing.settings import SETTINGS, EditSettings
 from pbe.images import windows
-from pbe.images.reading import MaskLike, PictureLike, read_exemplar, read_mask, read_picture
+from pbe.images.reading import MaskLike, PictureLike, over_white, read_exemplar, read_mask, read_picture
 from pbe.images.windows import Box
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Task:
         return cls(
             image=np.array(picture.to_rgb8()),
             repaint=read_mask(mask, picture.size),
-            exemplar=read_exemplar(exemplar_picture.source, exemplar_mask),
+            exemplar=over_white(read_exemplar(exemplar_picture.source, exemplar_mask)),
             cutout=cutout[windows.mask_bounding_box(shown).slices],
             label=label,
             seed=seed,

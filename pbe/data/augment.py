@@ -24,7 +24,7 @@ EXEMPLAR_SIDE = 224  # of the exemplars that the recipe's numbers in pixels are 
 
 
 def augment_exemplar(exemplar: Tensor, recipe: RecipeConfig, generator: torch.Generator) -> Tensor:
-    """Applies the recipe's flip, rotation, blur and warp to an exemplar (3, S, S), each with its probability."""
+    """Applies the recipe's flip, rotation, blur and warp to an exemplar (C, S, S), each with its probability."""
     px = exemplar.shape[-1] / EXEMPLAR_SIDE
     if draw_bernoulli(recipe.flip, generator):
         exemplar = T.horizontal_flip(exemplar)

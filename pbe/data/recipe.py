@@ -39,7 +39,7 @@ from pbe.data.masks import bezier_outline, box_outline, grow_box
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import MaskSource, Record, Source, UnusablePicture, in_area
 from pbe.data.transplant import Donor, donor_box, draw_donor, draw_place, paste, read_donor
-from pbe.images.reading import fill_polygon, read_exemplar
+from pbe.images.reading import fill_polygon, over_white, read_exemplar, shown_tensor
 from pbe.images.windows import Box, extract_repaint
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 from pbe.models.collage import collage, fitted_box
@@ -73,7 +73,7 @@ class Pixels(NamedTuple):
     repaint: Tensor  # bool (1, h, w)
     exemplar_crop: Tensor  # (3, S, S), what is augmented to the exemplar
     exemplar_aspect: float  # height over width before it was squeezed into the square
-    exemplar_shown: Tensor | None = None  # float (1, S, S) in [0, 1], the object in it, where the rest is to be filled
+    exemplar_shown: Tensor | None = None  # float (1, S, S) in [0, 1], the object in it; the rest is white
 
 
 class Stages(NamedTuple):
@@ -102,7 +102,8 @@ def make_example(
         donor = draw_donor(donors, generator)
     with Photo(record.image) as photo:
         geometry = draw_geometry(record, photo.size, config, generator, donor)
-        pixels = read_pixels(record, geometry, photo, config)
+        fill_background = config.fill_background > 0 and draw_bernoulli(config.fill_background, generator)
+        pixels = read_pixels(record, geometry, photo, config, fill_background)
     return Stages(record, geometry, pixels, finish(record, geometry, pixels, config, generator, seed))
 
 
@@ -167,9 +168,12 @@ def choose_box(record: Record, config: RecipeConfig, generator: torch.Generator)
     return int(fitting[choice])
 
 
-def read_pixels(record: Record, geometry: Geometry, photo: Photo, config: RecipeConfig) -> Pixels:
+def read_pixels(
+    record: Record, geometry: Geometry, photo: Photo, config: RecipeConfig, fill_background: bool = False
+) -> Pixels:
     """Reads and resamples the window and the exemplar; the letterbox is not yet around it."""
     size, exemplar_size = geometry.size, (config.exemplar_size,) * 2
+    shown = draw_shown(record, geometry, photo.size, config) if fill_background else None
     aspect = geometry.exemplar_box.height / geometry.exemplar_box.width
     options = {"antialias": config.antialias, "draft": config.draft}
     if geometry.donor is not None:
@@ -186,7 +190,8 @@ def read_pixels(record: Record, geometry: Geometry, photo: Photo, config: Recipe
         with usable(record.exemplar):
             picture = read_exemplar(record.exemplar)  # an alpha channel is its object's mask
         aspect = picture.height / picture.width
-        crop = T.resize(T.pil_to_tensor(picture), list(exemplar_size), antialias=config.antialias)
+        crop = T.resize(T.pil_to_tensor(over_white(picture)), list(exemplar_size), antialias=config.antialias)
+        shown = shown_tensor(picture, config.exemplar_size)[0]
     image = source
     if record.target is not None:
         with Photo(record.target) as target:
@@ -203,7 +208,6 @@ def read_pixels(record: Record, geometry: Geometry, photo: Photo, config: Recipe
     else:
         assert record.masks is not None  # draw_geometry chose one of them
         repaint = draw_object(record.masks[geometry.object], record.image, geometry, photo.size, config)
-    shown = draw_shown(record, geometry, photo.size, config) if config.fill_background else None
     return Pixels(image, source, repaint, crop, aspect, shown)
 
 
@@ -260,15 +264,17 @@ def finish(
         source = letterbox(to_unit_range(pixels.source), sides, 0.0)
     mask = letterbox((~pixels.repaint).float(), sides, 1.0)
     exemplar = pixels.exemplar_crop.contiguous().float() / 255
-    if pixels.exemplar_shown is not None:
-        exemplar = 1 + (exemplar - 1) * pixels.exemplar_shown  # over white
+    given, shown = record.exemplar is not None, pixels.exemplar_shown
+    if shown is None:
+        shown = torch.ones_like(exemplar[:1])
+    elif not given:
+        exemplar = 1 + (exemplar - 1) * shown  # over white
     if config.augment:
-        exemplar = augment_exemplar(exemplar, config, generator)
+        exemplar, shown = augment_exemplar(torch.cat([exemplar, shown]), config, generator).split([3, 1])
     hole = GRAY
-    if config.collage:
-        given = record.exemplar is not None  # of which nothing says where it should go
+    if config.collage:  # of a given exemplar nothing says where it should go
         place = fitted_box(pixels.exemplar_aspect, mask) if given else shown_at(geometry)
-        hole = collage(exemplar * 2 - 1, place, mask)
+        hole = collage(source, mask, exemplar * 2 - 1, place, shown)
     exemplar = T.normalize(exemplar, list(CLIP_MEAN), list(CLIP_STD))
     noisy = torch.tensor(record.noisy)
     return Example(image, source, mask, exemplar, torch.tensor(seed), str(record.image), noisy, hole)

@@ -70,9 +70,9 @@ class RecipeConfig:
     shapes."""
     exemplar_margin: Pixels = 10.0
     """What the box grows by on each side, in photo pixels, before the exemplar is cut out."""
-    fill_background: bool = False
-    """Fill what surrounds an object in its exemplar with white, as editing does, where it has a mask, so that it cannot
-    be copied; not the paper's."""
+    fill_background: Probability = 0.0
+    """Probability that what surrounds an object in its exemplar is filled with white, as editing does where a mask says
+    what the object is, so that it cannot be copied; in a collage it is left out. Not the paper's."""
     collage: bool = False
     """Show the exemplar, as augmented, in the hole of the masked image (`pbe.models.collage`); in a config that leaves
     it out, as the model does. Not the paper's."""

@@ -20,7 +20,7 @@ from pbe.data.manifest import Manifest
 from pbe.data.recipe import PHOTO_SIDE
 from pbe.data.recipe_config import RecipeConfig
 from pbe.data.records import Record, UnusablePicture, number_photos, upright_size
-from pbe.images.reading import read_exemplar
+from pbe.images.reading import over_white, read_exemplar
 from pbe.io.fields import read
 from pbe.io.rows import read_rows
 
@@ -94,6 +94,8 @@ def cut_exemplar(frame: Frame) -> Image.Image:
     with usable(image):
         size = upright_size(image)
         margin = round(RecipeConfig.exemplar_margin * max(size) / PHOTO_SIDE)
-        exemplar = read_exemplar(image, frame.mask or to_pixels(boxes[0], size).grown(margin, size), fit=True)
+        exemplar = over_white(
+            read_exemplar(image, frame.mask or to_pixels(boxes[0], size).grown(margin, size), fit=True)
+        )
     exemplar.thumbnail((SIDE, SIDE))
     return exemplar

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pbe.editing.settings import EditSettings
 from pbe.images.pillow import PictureWarning
-from pbe.images.reading import MaskLike, PictureLike, exemplar_tensor, read_exemplar
+from pbe.images.reading import MaskLike, PictureLike, exemplar_tensor, read_exemplar, shown_tensor
 from pbe.io.fields import Range, check
 from pbe.models.collage import collages
 from pbe.models.detail import at_strength
@@ -45,6 +45,7 @@ class Mixture(NamedTuple):
     """Exemplars, and how much of the result each has a say in."""
 
     pixels: Tensor  # (N, 3, S, S) as CLIP takes them
+    shown: Tensor  # (N, 1, S, S) in [0, 1], their objects
     aspects: list[float]  # height over width of their pictures
     shares: Tensor  # (N,), their sum is 1
 
@@ -54,10 +55,14 @@ class Mixture(NamedTuple):
         shares = self.shares.to(model.device)
         return (shares[:, None, None] * contexts).sum(dim=0, keepdim=True).to(model.dtype)
 
-    def hole(self, keep: Tensor) -> Tensor:
-        """The hole (1, 3, H, W) of a window in which `keep` (1, 1, H, W) is kept: the weighted mean of collages."""
-        shown = collages(self.pixels, self.aspects, keep.float().cpu().expand(len(self.pixels), -1, -1, -1))
-        return (self.shares[:, None, None, None] * shown).sum(dim=0, keepdim=True)
+    def hole(self, window: Tensor, keep: Tensor) -> Tensor:
+        """The hole (B, 3, H, W) of windows of which `keep` (1, 1, H, W) is kept: the weighted mean of collages."""
+        holes = []
+        for picture in window.float().cpu():
+            image, mask = (x.expand(len(self.pixels), -1, -1, -1) for x in (picture[None], keep.float().cpu()))
+            shown = collages(image, mask, self.pixels, self.aspects, self.shown)
+            holes.append((self.shares[:, None, None, None] * shown).sum(dim=0))
+        return torch.stack(holes)
 
 
 def read_mixture(
@@ -77,8 +82,8 @@ def read_mixture(
         raise ValueError(f"{name}_weights must not all be 0, got {weights!r}")
 
     size = model.config.exemplar.vision.image_size
-    pixels = torch.cat([exemplar_tensor(one, size) for one in exemplars])
-    return Mixture(pixels, [one.height / one.width for one in exemplars], torch.tensor(shares) / sum(shares))
+    pixels, shown = (torch.cat([make(one, size) for one in exemplars]) for make in (exemplar_tensor, shown_tensor))
+    return Mixture(pixels, shown, [one.height / one.width for one in exemplars], torch.tensor(shares) / sum(shares))
 
 
 class Told(NamedTuple):
@@ -136,7 +141,7 @@ def placed_size(
 
 def window_condition(model: PaintByExample, pixels: Tensor, keep: Tensor, told: Told, batch: int) -> Condition:
     """What the UNet needs to know to repaint what `crop_window` gives, for `batch` results."""
-    hole = None if told.shown is None else told.shown.hole(keep).to(model.device, model.dtype)
+    hole = None if told.shown is None else told.shown.hole(pixels, keep).to(model.device, model.dtype)
     pixels, keep = pixels.to(model.device, model.dtype), keep.to(model.device, model.dtype)
     z_masked, mask = model.encode_masked(pixels, keep.expand(len(pixels), -1, -1, -1), hole=hole)
     check_visible(mask)

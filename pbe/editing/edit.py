@@ -229,7 +229,8 @@ def sample_latents(
             wanted = ", ".join(map(str, shape[1:]))
             raise ValueError(f"latents must be (num_images or 1, {wanted}) for this window, got {tuple(noise.shape)}")
         x_t = noise.to(x_t).expand(shape)
-    grid = SPACINGS[settings.spacing](NoiseSchedule.scaled_linear(), settings.steps)
+    schedule = NoiseSchedule.scaled_linear().first(model.config.num_timesteps)
+    grid = SPACINGS[settings.spacing](schedule, settings.steps)
     if z_photo is not None:
         grid = grid.last(settings.steps_taken)
     x_t = grid.start_from(model.start(condition) if z_photo is None else z_photo, x_t)

@@ -87,8 +87,8 @@ class EditSettings:
     """What makes pictures of latents: the autoencoder or, for drafts, the tiny decoder of a model that has one."""
     strength: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Share of the steps that are taken: below 1 they start from the photo, with as much noise as the first of them is
-    for (SDEdit), so that its shapes and poses are kept; 1 starts from noise alone, or for a model
-    that sees the exemplar in the hole from what it sees."""
+    for (SDEdit), so that its shapes and poses are kept; 1 starts from noise alone or, for a model that sees the
+    exemplar in the hole, from what it sees there under noise."""
     detail: Annotated[float, Range(0)] | None = None
     """How much a detail adapter adds of the exemplar; 0 is the model without it (default: 1, if the model has one)."""
     fit_mask: bool = False

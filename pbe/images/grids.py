@@ -8,6 +8,7 @@ from itertools import zip_longest
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pbe.images.reading import over_white
 from pbe.images.windows import mask_bounding_box
 
 BACKGROUND, INK, FAINT, OUTLINE = "white", (24, 24, 24), (96, 96, 96), (230, 30, 30)
@@ -20,7 +21,7 @@ def grid(
     column_labels: Sequence[str] | None = None,
     cell_height: int = 320,
 ) -> Image.Image:
-    """One RGB picture of the pictures in `rows`, on white.
+    """One RGB picture of the pictures in `rows`, on white, which transparent parts show too.
 
     Each picture is scaled to `cell_height`, or, if it is wide, to twice that in width, and centred in its column; None
     leaves its place empty. `captions`, in the shape of `rows`, stand under the pictures, `row_labels` to the left,
@@ -39,7 +40,7 @@ def grid(
 
     gutter = max(4, cell_height // 26)
     caption_font, label_font = _font(max(10, cell_height // 18)), _font(max(11, cell_height // 15))
-    cells = [[cell and _fit(cell.convert("RGB"), cell_height) for cell in row] for row in rows]
+    cells = [[cell and _fit(over_white(cell).convert("RGB"), cell_height) for cell in row] for row in rows]
     widths = [max((cell.width for cell in column if cell), default=0) for column in zip_longest(*cells)]
     heights = [max((cell.height for cell in row if cell), default=0) for row in cells]
     caption_height = 2 * _line_height(caption_font) if captions else 0

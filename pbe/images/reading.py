@@ -282,11 +282,11 @@ def fill_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def read_exemplar(
     source: PictureLike, mask: MaskLike | None = None, name: str = "exemplar", fit: bool = False
 ) -> Image.Image:
-    """Read an exemplar: an 8-bit RGB image, cropped to its object if a mask or alpha says where that is.
+    """Read an exemplar: an 8-bit RGB image or, cropped to its object where a mask or alpha says where that is, RGBA.
 
-    With a `mask` (white = object; anything that read_mask takes) or, without one, with an alpha channel, the rest
-    is filled with white. Colours of an ICC profile are converted to sRGB. ValueError if the mask has another size, and
-    is not to `fit`, or is empty.
+    The alpha is that of a `mask` (white = object; anything that read_mask takes) or, without one, the picture's own;
+    `over_white` gives what CLIP sees. Colours of an ICC profile are converted to sRGB. ValueError if the mask has
+    another size, and is not to `fit`, or is empty.
     """
     picture = _read(source, name)
     colours = picture
@@ -305,21 +305,36 @@ def read_exemplar(
     if shown.max() < 0.5:
         raise ValueError(f"{name} is empty: its {'alpha' if mask is None else 'mask'} shows no object")
     box = mask_bounding_box(shown >= 0.5)
-    cut = np.empty((box.height, box.width, 3), np.uint8)
+    cut = np.empty((box.height, box.width, 3 if shown[box.slices].min() == 1 else 4), np.uint8)
     for rows in _strips(box.height):
         strip = Box(box.x0, box.y0 + rows.start, box.x1, box.y0 + rows.stop)
         rgb = colours.rgb(strip)[0].permute(1, 2, 0).numpy() / 2 + 0.5  # in [0, 1]
-        rgb = 1 + (rgb - 1) * shown[strip.slices][..., None]  # over white
-        cut[rows] = np.rint(rgb * 255)
+        cut[rows] = np.rint(np.dstack([rgb, shown[strip.slices]])[..., : cut.shape[2]] * 255)
     del picture, colours, shown
     return Image.fromarray(cut)
 
 
+def over_white(image: Image.Image) -> Image.Image:
+    """An RGBA image as RGB, white where it is transparent, as CLIP sees an exemplar; another image as it is."""
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def exemplar_tensor(image: Image.Image, size: int = 224) -> torch.Tensor:
     """CLIP's input: float32 (1, 3, size, size), resized by Pillow's bicubic filter whatever the aspect (as the
-    original does) and normalised by CLIP's mean and standard deviation. ValueError if not RGB."""
-    if image.mode != "RGB":
-        raise ValueError(f"an exemplar must be an RGB image, got mode {image.mode!r}; see read_exemplar")
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    original does) and normalised by CLIP's mean and standard deviation; white around an object that alpha shows.
+    ValueError if neither RGB nor RGBA."""
+    if image.mode not in ("RGB", "RGBA"):
+        raise ValueError(f"an exemplar must be an RGB or RGBA image, got mode {image.mode!r}; see read_exemplar")
+    pixels = np.asarray(over_white(image).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     pixels = (pixels - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+
+def shown_tensor(image: Image.Image, size: int = 224) -> torch.Tensor:
+    """Where the object is in what `exemplar_tensor` gives: float32 (1, 1, size, size) in [0, 1]."""
+    if image.mode != "RGBA":
+        return torch.ones(1, 1, size, size)
+    alpha = image.getchannel("A").resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(alpha, dtype=np.float32) / 255)[None, None]

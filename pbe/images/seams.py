@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pbe.images.windows import mask_bounding_box
+from pbe.models.collage import interpolate_harmonically
 
 
 def poisson_blend(edited: Tensor, image: Tensor, keep: Tensor) -> Tensor:
@@ -26,22 +25,3 @@ def poisson_blend(edited: Tensor, image: Tensor, keep: Tensor) -> Tensor:
     error = image.to(blended)[..., rows, columns] - blended[..., rows, columns]
     blended[..., rows, columns] += interpolate_harmonically(error, known[..., rows, columns].to(blended.device))
     return blended
-
-
-def interpolate_harmonically(values: Tensor, known: Tensor, sweeps: int = 4) -> Tensor:
-    """Values (B, C, H, W) where they are known, (1, 1, H, W) bool, and between them nearly harmonic: each the mean of
-    its neighbours.
-
-    Cascadic multigrid (Bornemann and Deuflhard 1996): Jacobi's sweeps begin at the solution for half the size, which
-    has twice as many.
-    """
-    if known.all():
-        return values
-    weight = F.avg_pool2d(known.float(), 2, ceil_mode=True)
-    half = F.avg_pool2d(values * known, 2, ceil_mode=True) / weight.clamp(min=0.25)
-    coarse = interpolate_harmonically(half, weight > 0, 2 * sweeps)
-    x = F.interpolate(coarse, values.shape[-2:], mode="bilinear", align_corners=False)
-    for _ in range(sweeps):
-        p = F.pad(torch.where(known, values, x), (1, 1, 1, 1), mode="replicate")
-        x = (p[..., :-2, 1:-1] + p[..., 2:, 1:-1] + p[..., 1:-1, :-2] + p[..., 1:-1, 2:]) / 4
-    return torch.where(known, values, x)

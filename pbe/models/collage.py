@@ -2,8 +2,8 @@
 
 Paint by Example tells the UNet of the exemplar in its context alone, and leaves the hole in the masked image gray. A
 model of which `PaintByExampleConfig.collage` is true is shown the exemplar in that hole too: in training where its
-object is, in an edit as large as fits, a little stretched. Form and detail need not pass through the context; what is
-left to learn is to fit them in.
+object is, in an edit as large as fits, a little stretched. What it leaves of the hole goes on from what surrounds it.
+Form and detail need not pass through the context; what is left to learn is to fit them in.
 """
 
 from __future__ import annotations
@@ -19,20 +19,26 @@ from pbe.models.clip import CLIP_MEAN, CLIP_STD
 STRETCH = 4 / 3
 
 
-def collages(exemplars: Tensor, aspects: Sequence[float], masks: Tensor) -> Tensor:
+def collages(
+    images: Tensor, masks: Tensor, exemplars: Tensor, aspects: Sequence[float], shown: Tensor | None = None
+) -> Tensor:
     """The holes of masked images, (B, 3, H, W) in [-1, 1], with each exemplar as large as fits: see `collage`.
 
     Args:
+        images: (B, 3, H, W) in [-1, 1].
+        masks: (B, 1, H, W), 1 = keep; with nothing to repaint a hole is empty.
         exemplars: (B, 3, S, S) as CLIP takes them, squeezed into squares.
         aspects: height over width of their B pictures.
-        masks: (B, 1, H, W), 1 = keep; with nothing to repaint a hole is gray.
+        shown: (B, 1, S, S) in [0, 1], their objects; None: all of them.
     """
     mean, std = (exemplars.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     pictures = (exemplars * std + mean) * 2 - 1
-    holes = torch.zeros_like(masks, dtype=exemplars.dtype).repeat(1, 3, 1, 1)
-    for hole, picture, aspect, mask in zip(holes, pictures, aspects, masks, strict=True):
+    shown = torch.ones_like(exemplars[:, :1]) if shown is None else shown
+    holes = torch.zeros_like(images)
+    for hole, aspect, *given in zip(holes, aspects, images, masks, pictures, shown, strict=True):
+        image, mask, picture, object_ = given
         if (mask == 0).any():
-            hole.copy_(collage(picture, fitted_box(aspect, mask), mask))
+            hole.copy_(collage(image, mask, picture, fitted_box(aspect, mask), object_))
     return holes
 
 
@@ -49,19 +55,44 @@ def fitted_box(aspect: float, mask: Tensor) -> tuple[int, int, int, int]:
     return x, y, x + w, y + h
 
 
-def collage(exemplar: Tensor, box: tuple[int, int, int, int], mask: Tensor) -> Tensor:
-    """The hole of a masked image, (3, H, W) in [-1, 1]: an exemplar in a box, gray (0) around it and where the photo is
-    kept.
+def collage(image: Tensor, mask: Tensor, exemplar: Tensor, box: tuple[int, int, int, int], shown: Tensor) -> Tensor:
+    """The hole of a masked image, (3, H, W) in [-1, 1], 0 where the image is kept: an exemplar's object in a box, and
+    around it a smooth continuation of what surrounds the hole.
 
     Args:
-        exemplar: (3, S, S) in [-1, 1], squeezed into a square.
-        box: (x0, y0, x1, y1), the latter two exclusive; parts of it may lie outside of the image.
+        image: (3, H, W) in [-1, 1]; what is not kept of it is not seen.
         mask: (1, H, W), 1 = keep.
+        exemplar: (3, S, S) in [-1, 1], squeezed into a square, white around its object.
+        box: (x0, y0, x1, y1), the latter two exclusive; parts of it may lie outside of the image.
+        shown: (1, S, S) in [0, 1], where the object is.
     """
     x0, y0, x1, y1 = box
-    shown = F.interpolate(exemplar[None].float(), (y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0]
-    hole = exemplar.new_zeros(3, *mask.shape[-2:])
-    inside = hole[:, max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
+    layers = torch.cat([exemplar - (1 - shown), shown])[None].float()  # colours times their opacity: white is 1
+    layers = F.interpolate(layers, (y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0]
+    laid = layers.new_zeros(4, *mask.shape[-2:])
+    inside = laid[:, max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
     top, left = max(-y0, 0), max(-x0, 0)
-    inside.copy_(shown[:, top : top + inside.shape[1], left : left + inside.shape[2]])
-    return hole * (mask == 0)
+    inside.copy_(layers[:, top : top + inside.shape[1], left : left + inside.shape[2]])
+    around = interpolate_harmonically((image * mask)[None].float(), mask[None] > 0)[0]
+    return (laid[:3] + (1 - laid[3:]) * around).to(image) * (mask == 0)
+
+
+def interpolate_harmonically(values: Tensor, known: Tensor, sweeps: int = 4) -> Tensor:
+    """Values (B, C, H, W) where they are known, (1, 1, H, W) bool, and between them nearly harmonic: each the mean of
+    its neighbours. With nothing known they are 0.
+
+    Cascadic multigrid (Bornemann and Deuflhard 1996): Jacobi's sweeps begin at the solution for half the size, which
+    has twice as many.
+    """
+    if known.all():
+        return values
+    if not known.any():
+        return torch.zeros_like(values)
+    weight = F.avg_pool2d(known.float(), 2, ceil_mode=True)
+    half = F.avg_pool2d(values * known, 2, ceil_mode=True) / weight.clamp(min=0.25)
+    coarse = interpolate_harmonically(half, weight > 0, 2 * sweeps)
+    x = F.interpolate(coarse, values.shape[-2:], mode="bilinear", align_corners=False)
+    for _ in range(sweeps):
+        p = F.pad(torch.where(known, values, x), (1, 1, 1, 1), mode="replicate")
+        x = (p[..., :-2, 1:-1] + p[..., 2:, 1:-1] + p[..., 1:-1, :-2] + p[..., 1:-1, 2:]) / 4
+    return torch.where(known, values, x)

@@ -25,6 +25,10 @@ class Distilled:
     guidance: float
 
 
+TIMESTEPS = 1000
+COLLAGE_TIMESTEPS = 650
+
+
 @dataclass(frozen=True)
 class PaintByExampleConfig:
     """Sizes of `PaintByExample`; the defaults are those of the released model.
@@ -46,6 +50,15 @@ class PaintByExampleConfig:
         kinds = [f"{c.latent_channels} channels at 1/{c.downsampling}" for c in (self.vae, self.tiny_decoder) if c]
         if len({*kinds}) > 1:
             raise ValueError(f"the tiny decoder takes latents of {kinds[1]} of a picture's size, not of {kinds[0]}")
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many of the schedule's timesteps training and sampling go through.
+
+        With `collage` 650: what the hole shows is already much of the result, and where the noise of the others
+        hides it (alpha_bar falls from 0.11 to 0.0047) it is lost for no gain.
+        """
+        return COLLAGE_TIMESTEPS if self.collage else TIMESTEPS
 
 
 class Condition(NamedTuple):
@@ -147,7 +160,7 @@ class PaintByExample(nn.Module):
         A model with `collage` shows exemplars as square as they are given, unless `hole` shows them otherwise.
         """
         if self.config.collage and hole is None:
-            hole = collages(exemplar, [1.0] * len(exemplar), mask)
+            hole = collages(image, mask, exemplar, [1.0] * len(exemplar))
         z_masked, mask = self.encode_masked(image, mask, posterior_noise, hole)
         return Condition(z_masked, mask, self.encode_exemplar(exemplar))
 

@@ -92,6 +92,16 @@ class NoiseSchedule:
         """DDPM's and guided diffusion's schedule: beta_t is linear in t (arXiv 2006.11239, section 4)."""
         return cls.from_betas(linspace(beta_start, beta_end, num_timesteps))
 
+    def first(self, num_timesteps: int) -> NoiseSchedule:
+        """That of the first, least noisy timesteps, for a process that begins at the last of them.
+
+        Raises:
+            ValueError: unless there are so many, and one at least.
+        """
+        if not 1 <= num_timesteps <= self.num_timesteps:
+            raise ValueError(f"num_timesteps must be from 1 to {self.num_timesteps}, got {num_timesteps}")
+        return NoiseSchedule(self.alpha_bar[:num_timesteps])
+
     @property
     def num_timesteps(self) -> int:
         """T."""

@@ -168,7 +168,7 @@ class ConsistencyDistillation(PaintByExampleTraining):
         z_0, condition = encode(self.model, example, draws.posterior_noise)
         settings = self.teacher_settings(seed=0)
         guidance = draws.drop.new_full(draws.drop.shape, settings.guidance)
-        at = [torch.full_like(draws.t, t) for t in self.config.val_timesteps]
+        at = [torch.full_like(draws.t, t) for t in self.val_timesteps]
         losses = [self.consistency_losses(z_0, condition, t, draws.noise, guidance) for t in at]
         self.val_losses.append(torch.stack(losses, dim=1))
         grid = trailing(self.schedule, settings.steps)

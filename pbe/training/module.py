@@ -27,7 +27,7 @@ from pbe.io.atomic import warn_once
 from pbe.io.fields import Range, check_fields
 from pbe.models.detail import sizes
 from pbe.models.lora import LoRAConfig, add_lora
-from pbe.models.paint_by_example import PaintByExample
+from pbe.models.paint_by_example import TIMESTEPS, PaintByExample
 from pbe.sampling import NoiseSchedule
 from pbe.training.detail import DetailTrainingConfig, start_detail
 from pbe.training.draws import TrainingBatch, add_noise_draws
@@ -88,7 +88,7 @@ class TrainingConfig:
     val_timesteps: Annotated[
         list[Annotated[int, Range(0, 999)]], Range(1), "a list of timesteps from 0 to 999, at least one"
     ] = field(default_factory=lambda: [100, 300, 500, 700, 900])
-    """Where the validation loss is measured."""
+    """Where the validation loss is measured; with `model.collage`, which has fewer, in proportion."""
 
     def __post_init__(self) -> None:
         check_fields(self, "training")
@@ -127,7 +127,9 @@ class PaintByExampleTraining(TrainingTask):
     ):
         super().__init__(optimizer, about)
         self.model, self.config = model, config
-        self.schedule = NoiseSchedule.scaled_linear()
+        T = model.config.num_timesteps
+        self.schedule = NoiseSchedule.scaled_linear().first(T)
+        self.val_timesteps = [t * T // TIMESTEPS for t in config.val_timesteps]
         trained = trained_names(model, config.train)
         if config.lora:
             add_lora(model, config.lora, torch.Generator().manual_seed(seed))
@@ -250,7 +252,7 @@ class PaintByExampleTraining(TrainingTask):
         z_0, condition = encode(self.model, example, draws.posterior_noise)
 
         def losses(context: Tensor) -> Tensor:
-            at = [torch.full_like(draws.t, t) for t in self.config.val_timesteps]
+            at = [torch.full_like(draws.t, t) for t in self.val_timesteps]
             given = self.model, self.schedule, z_0, condition._replace(context=context)
             return torch.stack([denoising_losses(*given, t, draws.noise) for t in at], dim=1)
 
@@ -282,7 +284,7 @@ class PaintByExampleTraining(TrainingTask):
         sums = torch.cat([losses.sum(dim=0), pairs.sum(dim=0), gain.square().sum()[None], counts])
         *at_timesteps, right, wrong, squares, n, pairs_n = sum_over_processes(self.trainer, sums).tolist()
 
-        metrics = {f"{split}/loss_t{t:03}": x / n for t, x in zip(self.config.val_timesteps, at_timesteps, strict=True)}
+        metrics = {f"{split}/loss_t{t:03}": x / n for t, x in zip(self.val_timesteps, at_timesteps, strict=True)}
         metrics[f"{split}/loss"] = sum(metrics.values()) / len(metrics)
         if pairs_n > 1:
             gain = (wrong - right) / pairs_n

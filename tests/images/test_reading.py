@@ -10,7 +10,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from pbe.images.pillow import PictureWarning
-from pbe.images.reading import exemplar_tensor, read_exemplar, read_mask, read_picture
+from pbe.images.reading import exemplar_tensor, over_white, read_exemplar, read_mask, read_picture, shown_tensor
 from pbe.images.saving import read_info, save_picture
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
@@ -422,7 +422,7 @@ def test_exemplar_without_mask_is_the_whole_picture():
 
 
 @pytest.mark.parametrize("alpha", [False, True])
-def test_exemplar_is_cropped_to_its_object_on_white(alpha):
+def test_exemplar_is_its_object_which_is_seen_on_white(alpha):
     pixels = noise((6, 9, 3))
     shown = SPOT.copy()
     shown[2, 3] = False
@@ -430,9 +430,17 @@ def test_exemplar_is_cropped_to_its_object_on_white(alpha):
         exemplar = read_exemplar(np.dstack([pixels, shown.astype(np.uint8) * 255]))
     else:
         exemplar = read_exemplar(pixels, mask=shown)
-    expected = pixels[2:4, 3:7].copy()
-    expected[0, 0] = 255
+    expected = np.dstack([pixels, shown.astype(np.uint8) * 255])[2:4, 3:7]
     assert (np.asarray(exemplar) == expected).all()
+    assert (np.asarray(read_exemplar(exemplar)) == expected).all()
+    on_white = expected[..., :3].copy()
+    on_white[0, 0] = 255
+    assert (np.asarray(over_white(exemplar)) == on_white).all()
+    assert torch.equal(exemplar_tensor(exemplar, 28), exemplar_tensor(Image.fromarray(on_white), 28))
+    parts = shown_tensor(exemplar, 28)[0, 0]  # of an object in 2 x 4 pixels
+    assert parts[:7, :4].max() < 0.1
+    assert parts[20:].min() > 0.9
+    assert shown_tensor(Image.fromarray(on_white), 28).min() == 1
 
 
 def test_exemplar_takes_boxes_and_full_masks():
@@ -459,7 +467,7 @@ def test_wrong_exemplars():
         read_exemplar(noise((4, 4, 3)), mask=np.zeros((4, 4), dtype=bool))
     with pytest.raises(ValueError, match="exemplar's mask is 5x4, but the picture it belongs to is 4x4"):
         read_exemplar(noise((4, 4, 3)), mask=np.ones((4, 5), dtype=bool))
-    with pytest.raises(ValueError, match="must be an RGB image, got mode 'L'"):
+    with pytest.raises(ValueError, match="must be an RGB or RGBA image, got mode 'L'"):
         exemplar_tensor(Image.new("L", (4, 4)))
 
 

@@ -45,6 +45,17 @@ def test_scaled_linear_is_the_original_table():
     assert sorted(timesteps_of(leading(schedule, 10))) == sorted(golden["ddim_timesteps"].tolist())
 
 
+def test_the_first_timesteps_are_those_of_the_whole_schedule():
+    whole = NoiseSchedule.scaled_linear()
+    part = whole.first(650)
+    assert torch.equal(part.alpha_bar, whole.alpha_bar[:650])
+    assert timesteps_of(trailing(part, 5)) == [649, 519, 389, 259, 129]
+    assert torch.equal(whole.first(1000).alpha_bar, whole.alpha_bar)
+    for num_timesteps in (0, 1001):
+        with pytest.raises(ValueError, match=f"num_timesteps must be from 1 to 1000, got {num_timesteps}"):
+            whole.first(num_timesteps)
+
+
 def test_linear_is_ddpm_s_table():
     betas = np.linspace(1e-4, 0.02, 1000)
     expected = np.exp(np.log1p(-betas).cumsum())

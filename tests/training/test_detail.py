@@ -199,27 +199,29 @@ def record(tmp_path) -> Iterator[Record]:
 RECIPE = {"resolution": 32, "exemplar_size": 28, "augment": False, "exemplar_margin": 0.0, "object_mask": 0.0}
 
 
-def exemplar_of(record, donors=None, **options):
+def exemplar_of(record, donors=None, seed=1, **options):
     recipe = RecipeConfig(**{**RECIPE, **options})
-    stages = make_example(record, recipe, make_generator(1), donors=donors)
+    stages = make_example(record, recipe, make_generator(seed), donors=donors)
     mean, std = (torch.tensor(x)[:, None, None] for x in (pbe.models.clip.CLIP_MEAN, pbe.models.clip.CLIP_STD))
     return (stages.example.exemplar * std + mean) * 255
 
 
 def test_what_surrounds_an_object_is_filled_with_white(record):
-    shown, filled = exemplar_of(record), exemplar_of(record, fill_background=True)
+    shown, filled = exemplar_of(record), exemplar_of(record, fill_background=1.0)
     torch.testing.assert_close(shown, torch.full((3, 28, 28), 90.0), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(filled[..., :13], shown[..., :13], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(filled[..., 15:], torch.full((3, 28, 13), 255.0), rtol=1e-4, atol=1e-3)
     without_mask = record._replace(masks=None)
-    assert torch.equal(exemplar_of(without_mask, fill_background=True), shown)
+    kinds = [exemplar_of(record, fill_background=0.5, seed=seed)[0, 0, -1] > 200 for seed in range(20)]
+    assert 4 < sum(kinds) < 16
+    assert torch.equal(exemplar_of(without_mask, fill_background=1.0), shown)
     with pytest.raises(UnusablePicture, match=r"photo\.png is empty in its box"):
-        exemplar_of(record._replace(masks=(Nothing(),)), fill_background=True)
+        exemplar_of(record._replace(masks=(Nothing(),)), fill_background=1.0)
 
 
 def test_so_is_what_surrounds_a_transplanted_one(record):
     donors = type("Donors", (list,), {"name": "donors"})([record])
     options = {"augment": True, "transplant": 1.0, "flip": 0, "rotation": 0, "blur": 0, "warp": 0}
-    filled = exemplar_of(record._replace(masks=None), donors, fill_background=True, **options)
+    filled = exemplar_of(record._replace(masks=None), donors, fill_background=1.0, **options)
     assert (filled[..., 15:] > 254.9).all()
     assert (filled[..., :13] < 91).all()

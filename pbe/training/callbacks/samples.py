@@ -23,7 +23,7 @@ from pbe.editing.edit import sample_latents
 from pbe.editing.settings import EditSettings, settings_for
 from pbe.editing.window import crop_window, place_window
 from pbe.images.grids import grid
-from pbe.images.reading import exemplar_tensor
+from pbe.images.reading import exemplar_tensor, shown_tensor
 from pbe.images.windows import model_size
 from pbe.io.atomic import replacing
 from pbe.io.fields import Range, check_fields
@@ -211,7 +211,10 @@ def edit_example(edit: Inputs, model: PaintByExample) -> Example:
     source, mask = crop_window([edit.picture], repaint, box, shape)
     (picture,) = edit.exemplars
     exemplar = exemplar_tensor(picture, size.exemplar.vision.image_size)
-    hole = collages(exemplar, [picture.height / picture.width], mask) if size.collage else GRAY[None]
+    hole = GRAY[None]
+    if size.collage:
+        shown = shown_tensor(picture, size.exemplar.vision.image_size)
+        hole = collages(source, mask, exemplar, [picture.height / picture.width], shown)
     return Example(source, source, mask, exemplar, torch.zeros(1, dtype=torch.long), [""], hole=hole)
 
 
