@@ -37,13 +37,18 @@ UNIFORM = [
     (8, 599), (511, 599), (511, 446),
 ]  # fmt: skip
 
+HELMET = [
+    (277, 512), (277, 481), (279, 450), (286, 420), (300, 389), (318, 369), (343, 352), (369, 345), (400, 343),
+    (425, 348), (451, 362), (471, 384), (486, 409), (495, 435), (498, 460), (509, 468), (511, 512),
+]  # fmt: skip
+SHUTTLE = [
+    (415, 0), (430, 19), (436, 47), (444, 40), (454, 66), (456, 109), (456, 182), (458, 204), (456, 260), (436, 264),
+    (433, 237), (425, 256), (411, 266), (384, 266), (381, 241), (368, 242), (353, 225), (355, 206), (372, 182),
+    (377, 124), (378, 101), (380, 70), (386, 40), (392, 54), (395, 47), (397, 19),
+]  # fmt: skip
+
 DAHLIA = (144, 60, 472, 374)
-CROPS = {  # exemplars, from which photo and where
-    "cup.jpg": ("coffee.png", (165, 6, 425, 322)),
-    "helmet.jpg": ("astronaut.jpg", (272, 338, 512, 512)),
-    "suit.jpg": ("astronaut.jpg", (10, 200, 375, 512)),
-    "uniform.jpg": ("hopper.jpg", (10, 318, 512, 600)),
-}
+PETALS = (172, 86, 444, 358)
 # Turns of the hue, where 256 is the whole circle, and what is left of the saturation.
 COLOURS = {"red": (-14, 1.25), "yellow": (18, 1.3), "pink": (-38, 0.8), "violet": (-70, 0.7), "white": (0, 0.12)}
 
@@ -74,10 +79,21 @@ def hopper_mask() -> Image.Image:
     return polygon_mask((512, 600), UNIFORM)
 
 
-def flower_mask() -> Image.Image:
-    mask = Image.new("L", (640, 427))
-    ImageDraw.Draw(mask).ellipse(DAHLIA, fill=255)
+def ellipse_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).ellipse(box, fill=255)
     return mask
+
+
+def flower_mask() -> Image.Image:
+    return ellipse_mask((640, 427), DAHLIA)
+
+
+def cut_out(photo: Image.Image, mask: Image.Image) -> Image.Image:
+    """The object, transparent around it: a little inside of the mask, which is a little outside of its edge."""
+    alpha = mask.filter(ImageFilter.MinFilter(5)).filter(ImageFilter.GaussianBlur(1))
+    photo.putalpha(alpha)
+    return photo.crop(alpha.getbbox())
 
 
 def recoloured(flower: Image.Image, turn: int, saturation: float) -> Image.Image:
@@ -92,10 +108,19 @@ def recoloured(flower: Image.Image, turn: int, saturation: float) -> Image.Image
     return ImageOps.mirror(Image.composite(other, flower, petals)).resize((196, 196), Image.Resampling.LANCZOS)
 
 
+CUT_OUTS = {  # exemplars, from which photo
+    "cup": ("coffee.png", coffee_mask()),
+    "dahlia": ("flower.jpg", ellipse_mask((640, 427), PETALS)),
+    "helmet": ("astronaut.jpg", polygon_mask((512, 512), HELMET)),
+    "shuttle": ("astronaut.jpg", polygon_mask((512, 512), SHUTTLE)),
+    "suit": ("astronaut.jpg", astronaut_mask()),
+    "uniform": ("hopper.jpg", hopper_mask()),
+}
+
 if __name__ == "__main__":
-    for name, (photo, box) in CROPS.items():
+    for name, (photo, mask) in CUT_OUTS.items():
         with Image.open(HERE / photo) as image:
-            image.convert("RGB").crop(box).save(HERE / name, quality=92)
+            cut_out(image.convert("RGB"), mask).save(HERE / f"{name}.webp", quality=90, method=6)
     for draw in (astronaut_mask, china_mask, coffee_mask, flower_mask, hopper_mask):
         draw().save(HERE / f"{draw.__name__}.png", optimize=True)
     with Image.open(HERE / "flower.png") as flower:

@@ -30,9 +30,9 @@ from pbe.models.paint_by_example import PaintByExample
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # of the repository; an installed package has none
 EXAMPLE_FILES = (  # image, mask, exemplar
-    ("coffee.png", "coffee_mask.png", "flower.png"),
-    ("flower.jpg", "flower_mask.png", "helmet.jpg"),
-    ("astronaut.jpg", "astronaut_mask.png", "uniform.jpg"),
+    ("coffee.png", "coffee_mask.png", "dahlia.webp"),
+    ("flower.jpg", "flower_mask.png", "helmet.webp"),
+    ("astronaut.jpg", "astronaut_mask.png", "uniform.webp"),
     ("coffee.png", "coffee_mask.png", "cat.png"),
 )
 INTRODUCTION = """

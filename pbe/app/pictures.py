@@ -17,7 +17,9 @@ from pbe.app.canvas import MAX_SIDE, canvas, drawn_mask, to_value
 from pbe.app.editor import NO_IMAGE, Upload
 from pbe.app.serving import workplace
 from pbe.batch.job import Select, select
-from pbe.images.reading import read_mask, read_picture
+from pbe.editing.canvas import HAS_ALPHA
+from pbe.images.reading import over_white, read_mask, read_picture
+from pbe.images.windows import white_level
 from pbe.io.fields import read
 from pbe.serve.uploads import take
 
@@ -38,12 +40,18 @@ def picture_input(name: str, label: str, tools: tuple[str, ...], tools_label: st
 
 
 def open_upload(path: str, name: str) -> tuple[Upload, Image.Image]:
-    """An uploaded picture, and a copy of it to show: upright 8-bit RGB, no larger than it need be."""
+    """An uploaded picture, and a copy of it to show: upright 8-bit RGB, white where it is transparent, no larger than
+    it need be."""
     with workplace() as folder:
         picture = read_picture(folder / take(Path(path), folder, name), name)
     # The floats of all pixels would take gigabytes.
     stride = max(1, max(picture.size) // (2 * MAX_SIDE))
-    return Upload(path, picture.size), replace(picture, pixels=picture.pixels[::stride, ::stride]).to_rgb8()
+    small = replace(picture, pixels=picture.pixels[::stride, ::stride])
+    shown = small.to_rgb8()
+    if picture.pixels.shape[2] in HAS_ALPHA:
+        alpha = small.pixels[..., -1].astype(np.float32) * (255 / white_level(picture.pixels.dtype))
+        shown.putalpha(Image.fromarray(alpha.round().astype(np.uint8)))
+    return Upload(path, picture.size), over_white(shown)
 
 
 def show(path: str, name: str, mask: np.ndarray | str | None = None) -> tuple[object, ...]:

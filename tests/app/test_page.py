@@ -610,6 +610,20 @@ def test_the_canvas_shows_an_upright_copy_of_bounded_size(tmp_path):
         assert copy.size == (77, 1536)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_is_shown_white(tmp_path, mode):
+    cut_out = Image.new("L", (40, 20), 50).convert(mode)
+    cut_out.paste(Image.new("L", (20, 20), 50), (0, 0))
+    alpha = Image.new("L", (40, 20), 255)
+    alpha.paste(0, (0, 0, 20, 20))
+    cut_out.putalpha(alpha)
+    cut_out.save(tmp_path / "cut_out.png")
+    _, shown = pictures.open_upload(str(tmp_path / "cut_out.png"), "exemplar")
+    assert shown.mode == "RGB"
+    assert (pixels(shown)[:, :20] == 255).all()
+    assert (pixels(shown)[:, 20:] == 50).all()
+
+
 def test_a_damaged_image_is_a_message(tmp_path):
     (tmp_path / "image.png").write_bytes(b"no picture")
     with pytest.raises(gr.Error) as caught:

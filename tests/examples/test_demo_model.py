@@ -67,7 +67,7 @@ def test_each_exemplar_s_form_arrives(model):
     """Of three objects, each result's light and dark are most like its own exemplar's; chance is one in three."""
     with Image.open(EXAMPLES / "flower_mask.png") as mask:
         box = mask.getbbox()
-    names = ("cat.png", "cup.jpg", "helmet.jpg")
+    names = ("cat.png", "cup.webp", "helmet.webp")
 
     def form(picture):
         """The middle of a picture, 16 pixels wide, in grey levels of mean 0 and norm 1."""
