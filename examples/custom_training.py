@@ -38,14 +38,14 @@ class Flowers:  # a `pbe.data.records.Source`
 def main(out: str, epochs: int = 8) -> list[float]:
     model = pbe.load_model("demo", device="auto", dtype="float32").requires_grad_(False)
     optimizer = torch.optim.AdamW(model.unet.requires_grad_(True).parameters(), lr=1e-5)
-    schedule = NoiseSchedule.scaled_linear()
+    schedule = NoiseSchedule.scaled_linear().first(model.config.num_timesteps)
     recipe = RecipeConfig(**of_model(model.config), max_area=0.9)
     data = ExampleDataset(Flowers(), recipe, seed=0)
     losses = []
     for epoch in range(epochs):
         data.set_epoch(epoch)  # other crops, masks and augmentations
         for examples in DataLoader(data, batch_size=2, collate_fn=collate):
-            batch = add_noise_draws(examples, model.config.vae).to(model.device)
+            batch = add_noise_draws(examples, model.config.vae, schedule.num_timesteps).to(model.device)
             loss = training_losses(model, schedule, batch, drop_exemplar=0.2).mean()
             optimizer.zero_grad()
             loss.backward()

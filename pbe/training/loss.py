@@ -1,8 +1,8 @@
 """The loss of Paint by Example (arXiv 2211.13227, section 3) in plain PyTorch, for any training loop:
 
-schedule = NoiseSchedule.scaled_linear()
+schedule = NoiseSchedule.scaled_linear().first(model.config.num_timesteps)
 for example in loader:
-    batch = add_noise_draws(example, model.config.vae).to(model.device)
+    batch = add_noise_draws(example, model.config.vae, schedule.num_timesteps).to(model.device)
     training_losses(model, schedule, batch).mean().backward()
 """
 

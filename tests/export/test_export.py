@@ -148,6 +148,15 @@ def test_an_edit_is_the_same(model, exported, to, settings):
     assert max(differences(model, exported(to), **settings)) < 1e-3
 
 
+@pytest.mark.slow
+def test_one_that_sees_the_exemplar_in_the_hole_edits_the_same(tmp_path):
+    model = small(replace(SMALL, collage=True, distilled=None))
+    export_model(model, tmp_path / "folder", "torch-export")
+    other = load_exported(tmp_path / "folder", "cpu")
+    assert other.config == model.config
+    assert max(differences(model, other)) < 1e-3
+
+
 def test_an_edit_begins_with_what_the_model_was_distilled_for(model, exported):
     assert exported("torch-export").config == model.config
     steps = []
