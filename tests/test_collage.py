@@ -219,6 +219,21 @@ def test_each_region_shows_its_own(model, masked_images, monkeypatch):
         torch.testing.assert_close(shown, colour[:, :1, :1].expand_as(shown), atol=0.01, rtol=0)
 
 
+def test_each_result_s_own_window_goes_on_around_it(model, masked_images):
+    """In the second part of a mask, whose windows show what was painted in the first."""
+    mask, photo = np.zeros((64, 64), bool), np.full((64, 64, 3), 90, np.uint8)
+    mask[8:28, 4:24] = mask[30:50, 40:60] = True
+    exemplars = [picture("red", 20, 20), picture("red", 20, 20)]
+    settings = {**SETTINGS, "composite": True, "split_mask": True, "window": "full", "num_images": 3}
+    pbe.edit(model, photo, mask, exemplars, **settings)
+    first, second = masked_images
+    assert len(first) == 1
+    assert len(second) == 3
+    inside = second[:, :, 32:48, 42:58]
+    torch.testing.assert_close(inside, RED[:, :1, :1].expand_as(inside), atol=0.01, rtol=0)
+    assert not torch.equal(second[0], second[1])
+
+
 @pytest.mark.parametrize(("strength", "t"), [(1.0, 649), (0.5, 324)])
 def test_sampling_starts_from_what_is_shown(model, monkeypatch, strength, t):
     """At two thirds of the noise; with a strength below 1 from the photo, as for other models."""

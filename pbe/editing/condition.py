@@ -55,14 +55,14 @@ class Mixture(NamedTuple):
         shares = self.shares.to(model.device)
         return (shares[:, None, None] * contexts).sum(dim=0, keepdim=True).to(model.dtype)
 
-    def hole(self, window: Tensor, keep: Tensor) -> Tensor:
-        """The hole (B, 3, H, W) of windows of which `keep` (1, 1, H, W) is kept: the weighted mean of collages."""
-        holes = []
-        for picture in window.float().cpu():
-            image, mask = (x.expand(len(self.pixels), -1, -1, -1) for x in (picture[None], keep.float().cpu()))
-            shown = collages(image, mask, self.pixels, self.aspects, self.shown)
-            holes.append((self.shares[:, None, None, None] * shown).sum(dim=0))
-        return torch.stack(holes)
+    def hole(self, windows: Tensor, keep: Tensor) -> Tensor:
+        """The holes (B, 3, H, W) of windows of which `keep` (1, 1, H, W) is kept: each a weighted mean of collages."""
+        N, means = len(self.pixels), []
+        for window in windows.float().cpu():
+            image, mask = (x.expand(N, -1, -1, -1) for x in (window, keep.float().cpu()))
+            holes = collages(image, mask, self.pixels, self.aspects, self.shown)
+            means.append((self.shares[:, None, None, None] * holes).sum(dim=0))
+        return torch.stack(means)
 
 
 def read_mixture(

@@ -35,10 +35,9 @@ def collages(
     pictures = (exemplars * std + mean) * 2 - 1
     shown = torch.ones_like(exemplars[:, :1]) if shown is None else shown
     holes = torch.zeros_like(images)
-    for hole, aspect, *given in zip(holes, aspects, images, masks, pictures, shown, strict=True):
-        image, mask, picture, object_ = given
+    for hole, image, mask, picture, aspect, seen in zip(holes, images, masks, pictures, aspects, shown, strict=True):
         if (mask == 0).any():
-            hole.copy_(collage(image, mask, picture, fitted_box(aspect, mask), object_))
+            hole.copy_(collage(image, mask, picture, fitted_box(aspect, mask), seen))
     return holes
 
 
