@@ -81,6 +81,12 @@ def masked_images(model, monkeypatch):
     return seen
 
 
+@pytest.fixture(autouse=True)
+def no_fade(monkeypatch):
+    """So that what is shown where is seen to the pixel."""
+    monkeypatch.setattr("pbe.models.collage.FADE", 0.0)
+
+
 # --- where it lies ----------------------------------------------------------------------------------------
 
 
@@ -132,6 +138,19 @@ def test_of_a_cut_out_the_object_alone_is_laid_in():
     hole = laid(1 + (RED - 1) * shown, (24, 24, 40, 40), mask_of(*BOX), image, shown)[:, 24:40, 24:40]
     expected = torch.lerp(torch.full((3, 16, 16), -0.2), RED, shown)
     torch.testing.assert_close(hole, expected, atol=1e-5, rtol=0)
+
+
+def test_along_its_edges_it_fades(monkeypatch):
+    """Those of its box and of the hole, and not that of the picture."""
+    monkeypatch.setattr("pbe.models.collage.FADE", 0.1)
+    across = laid(RED, (0, 8, 48, 56), mask_of(0, 8, 32, 56))[0, 32]  # 0.1 of its 32 x 48 are four pixels
+    torch.testing.assert_close(across[28:33], torch.tensor([7, 5, 3, 1, 0]) / 9)
+    assert (across[:28] == 1).all()
+    down = laid(RED, (16, 20, 48, 60), mask_of(*BOX))[0, :, 32]
+    assert (down[:20] == 0).all()
+    assert (down[20:24].diff() > 0).all()
+    assert (down[25:50] == 1).all()
+    assert (down[52:57].diff() < 0).all()
 
 
 def test_a_batch_is_each_of_its_own():

@@ -17,6 +17,7 @@ from torch import Tensor
 from pbe.models.clip import CLIP_MEAN, CLIP_STD
 
 STRETCH = 4 / 3
+FADE = 0.03  # of the square root of the area in which the exemplar is shown
 
 
 def collages(
@@ -55,8 +56,8 @@ def fitted_box(aspect: float, mask: Tensor) -> tuple[int, int, int, int]:
 
 
 def collage(image: Tensor, mask: Tensor, exemplar: Tensor, box: tuple[int, int, int, int], shown: Tensor) -> Tensor:
-    """The hole of a masked image, (3, H, W) in [-1, 1], 0 where the image is kept: an exemplar's object in a box, and
-    around it a smooth continuation of what surrounds the hole.
+    """The hole of a masked image, (3, H, W) in [-1, 1], 0 where the image is kept: an exemplar's object in a box, which
+    fades along the box's and the hole's edges into a smooth continuation of what surrounds the hole.
 
     Args:
         image: (3, H, W) in [-1, 1]; what is not kept of it is not seen.
@@ -68,12 +69,22 @@ def collage(image: Tensor, mask: Tensor, exemplar: Tensor, box: tuple[int, int, 
     x0, y0, x1, y1 = box
     layers = torch.cat([exemplar - (1 - shown), shown])[None].float()  # colours times their opacity: white is 1
     layers = F.interpolate(layers, (y1 - y0, x1 - x0), mode="bilinear", antialias=True)[0]
-    laid = layers.new_zeros(4, *mask.shape[-2:])
-    inside = laid[:, max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
+    laid, region = layers.new_zeros(4, *mask.shape[-2:]), torch.zeros_like(mask, dtype=torch.float32)
+    inside = (..., slice(max(y0, 0), max(y1, 0)), slice(max(x0, 0), max(x1, 0)))
     top, left = max(-y0, 0), max(-x0, 0)
-    inside.copy_(layers[:, top : top + inside.shape[1], left : left + inside.shape[2]])
+    height, width = region[inside].shape[-2:]
+    laid[inside] = layers[:, top : top + height, left : left + width]
+    region[inside] = (mask == 0)[inside].float()
+    laid *= inner(region, round(FADE * region.sum().item() ** 0.5))
     around = interpolate_harmonically((image * mask)[None].float(), mask[None] > 0)[0]
     return (laid[:3] + (1 - laid[3:]) * around).to(image) * (mask == 0)
+
+
+def inner(region: Tensor, width: int) -> Tensor:
+    """A weight (1, H, W) that rises from 0 at the edge of a region (1, H, W), 1 = in it, to 1 at `width` pixels inside.
+    The picture's edge is none."""
+    share = F.avg_pool2d(region[None], 2 * width + 1, stride=1, padding=width, count_include_pad=False)[0]
+    return (2 * share - 1).clamp(0, 1) * region
 
 
 def interpolate_harmonically(values: Tensor, known: Tensor, sweeps: int = 4) -> Tensor:
