@@ -100,7 +100,7 @@ class NoiseSchedule:
         """
         if not 1 <= num_timesteps <= self.num_timesteps:
             raise ValueError(f"num_timesteps must be from 1 to {self.num_timesteps}, got {num_timesteps}")
-        return NoiseSchedule(self.alpha_bar[:num_timesteps])
+        return self if num_timesteps == self.num_timesteps else NoiseSchedule(self.alpha_bar[:num_timesteps])
 
     @property
     def num_timesteps(self) -> int:
