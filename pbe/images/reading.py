@@ -303,7 +303,7 @@ def read_exemplar(
     else:
         shown = np.broadcast_to(np.float32(1), picture.size)
     if shown.max() < 0.5:
-        raise ValueError(f"{name} is empty: its {'alpha' if mask is None else 'mask'} shows no object")
+        raise ValueError(f"{_label(source, name)} is empty: its {'alpha' if mask is None else 'mask'} shows no object")
     box = mask_bounding_box(shown >= 0.5)
     cut = np.empty((box.height, box.width, 3 if shown[box.slices].min() == 1 else 4), np.uint8)
     for rows in _strips(box.height):
