@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("manifests", type=Path, nargs="+", help="CSV of split_photos or of pbe cut-out")
     parser.add_argument("--out", type=Path, required=True, help="the .zip to write")
     parser.add_argument("--side", type=int, default=144, help="largest short side of a photo (default 144)")
-    parser.add_argument("--quality", type=int, default=45, help="of the photos' WebP (default 45)")
+    parser.add_argument("--quality", type=int, default=40, help="of the photos' WebP (default 40)")
     args = parser.parse_args(argv)
     try:
         with replacing(args.out, overwrite=True) as part, ZipFile(part, "w", ZIP_STORED) as pack:
