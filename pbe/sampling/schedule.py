@@ -96,7 +96,7 @@ class NoiseSchedule:
         """That of the first, least noisy timesteps, for a process that begins at the last of them.
 
         Raises:
-            ValueError: unless there are so many, and one at least.
+            ValueError: for a number that is not from 1 to T.
         """
         if not 1 <= num_timesteps <= self.num_timesteps:
             raise ValueError(f"num_timesteps must be from 1 to {self.num_timesteps}, got {num_timesteps}")
