@@ -265,12 +265,13 @@ def finish(
     mask = letterbox((~pixels.repaint).float(), sides, 1.0)
     exemplar = pixels.exemplar_crop.contiguous().float() / 255
     given, shown = record.exemplar is not None, pixels.exemplar_shown
-    if shown is None:
-        shown = torch.ones_like(exemplar[:1])
-    elif not given:
+    if shown is not None and not given:
         exemplar = 1 + (exemplar - 1) * shown  # over white
+    if config.collage:  # where the object is changes as the exemplar does
+        exemplar = torch.cat([exemplar, torch.ones_like(exemplar[:1]) if shown is None else shown])
     if config.augment:
-        exemplar, shown = augment_exemplar(torch.cat([exemplar, shown]), config, generator).split([3, 1])
+        exemplar = augment_exemplar(exemplar, config, generator)
+    exemplar, shown = exemplar[:3], exemplar[3:]
     hole = GRAY
     if config.collage:  # of a given exemplar nothing says where it should go
         place = fitted_box(pixels.exemplar_aspect, mask) if given else shown_at(geometry)

@@ -56,7 +56,7 @@ class PaintByExampleConfig:
         """How many of the schedule's timesteps training and sampling go through.
 
         With `collage` 650: what the hole shows is already much of the result, and where the noise of the others
-        hides it (alpha_bar falls from 0.11 to 0.0047) it is lost for no gain.
+        hides it (alpha_bar falls from 0.12 to 0.0047) it is lost for no gain.
         """
         return COLLAGE_TIMESTEPS if self.collage else TIMESTEPS
 
